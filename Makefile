@@ -1,0 +1,83 @@
+# One .venv serves every target. The stamps in it say what is installed, so that nothing is done twice.
+PYTHON ?= python3
+VENV := .venv
+PY := $(VENV)/bin/python
+INSTALL := $(PY) -m pip install --disable-pip-version-check
+EDITABLE := $(INSTALL) --quiet --no-build-isolation --editable
+NATIVE := $(wildcard src/deformkit/ops/*/*.cpp src/deformkit/ops/*/*.h)
+RECENT_TORCH := import torch; assert tuple(map(int, torch.__version__.split(".")[:2])) >= (2, 10)
+TORCH_HOME := $(RECENT_TORCH); import pathlib; print(pathlib.Path(torch.__file__).parents[1])
+SITE := import sysconfig; print(sysconfig.get_path("purelib"))
+
+.PHONY: help build demo test check format bench wheel docs clean
+.NOTPARALLEL:
+
+help:
+	@echo "make demo     train a small network with deformable layers and see where it looks"
+	@echo "make test     run the tests"
+	@echo "make check    format, lint and types, as the continuous integration runs them"
+	@echo "make format   put right what make check says of format and lint"
+	@echo "make bench    time the operators against others"
+	@echo "make build    compile the kernels and install the package into $(VENV), editable"
+	@echo "make wheel    build the wheel into dist/"
+	@echo "make docs     build the documentation into build/docs/"
+	@echo "make clean    remove what was built; $(VENV) stays"
+
+build: $(VENV)/.build
+
+demo: $(VENV)/.demo
+	$(PY) -m deformkit demo
+
+test: $(VENV)/.dev
+	$(PY) -m pytest
+
+check: $(VENV)/.dev
+	$(PY) -m ruff format --check .
+	$(PY) -m ruff check .
+	$(PY) -m mypy
+	$(VENV)/bin/clang-format --dry-run -Werror $(NATIVE)
+
+format: $(VENV)/.dev
+	$(PY) -m ruff format .
+	$(PY) -m ruff check --fix .
+	$(VENV)/bin/clang-format -i $(NATIVE)
+
+bench: $(VENV)/.dev
+	$(PY) benchmarks/run.py
+
+wheel: $(VENV)/.tools
+	rm -rf dist
+	$(PY) -m pip wheel --disable-pip-version-check --quiet --no-build-isolation --no-deps --wheel-dir dist .
+	@ls dist/*.whl
+
+docs: $(VENV)/.docs
+	$(PY) -m sphinx -W --keep-going -b html docs build/docs
+
+clean:
+	rm -rf build dist .hypothesis .mypy_cache .pytest_cache .ruff_cache
+	find src tests benchmarks examples docs -name __pycache__ -prune -exec rm -rf {} + 2>/dev/null || true
+	rm -f $(VENV)/.build $(VENV)/.demo $(VENV)/.dev $(VENV)/.docs
+
+# A torch that $(PYTHON) can import is used as it is, even when $(PYTHON) belongs to another virtual environment.
+$(VENV)/.torch:
+	@$(PYTHON) -c 'import sys; sys.version_info >= (3, 10) or sys.exit("deformkit needs Python >= 3.10: make PYTHON=...")'
+	@$(PY) -m pip --version >/dev/null 2>&1 || { \
+	  home=$$($(PYTHON) -c '$(TORCH_HOME)' 2>/dev/null) || home=; \
+	  $(PYTHON) -m venv $${home:+--system-site-packages} $(VENV) || exit 1; \
+	  test -z "$$home" || $(PY) -c '$(RECENT_TORCH)' 2>/dev/null || echo "$$home" > "$$($(PY) -c '$(SITE)')/torch_home.pth"; }
+	@$(PY) -c '$(RECENT_TORCH)' 2>/dev/null || $(INSTALL) torch==2.13.0
+	@touch $@
+
+$(VENV)/.tools: $(VENV)/.torch
+	@command -v $${CXX:-c++} >/dev/null || command -v g++ >/dev/null || command -v clang++ >/dev/null \
+	  || { echo "deformkit needs a C++ compiler (g++ or clang++)" >&2; exit 1; }
+	$(INSTALL) --quiet 'scikit-build-core>=0.11' cmake ninja
+	@touch $@
+
+$(VENV)/.build: $(VENV)/.tools $(NATIVE) CMakeLists.txt pyproject.toml
+	$(EDITABLE) .
+	@touch $@
+
+$(VENV)/.demo $(VENV)/.dev $(VENV)/.docs: $(VENV)/.%: $(VENV)/.tools $(NATIVE) CMakeLists.txt pyproject.toml
+	$(EDITABLE) '.[$*]'
+	@touch $@
