@@ -1,0 +1,5 @@
+"""The operators, one room each; see CONTRIBUTING for what a room holds."""
+
+from .deform_conv import deform_conv1d as deform_conv1d
+from .deform_conv import deform_conv2d as deform_conv2d
+from .deform_conv import deform_conv3d as deform_conv3d

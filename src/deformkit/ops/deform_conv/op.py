@@ -1,0 +1,253 @@
+"""Deformable convolution: the public functions, their checks, and the registration."""
+
+from collections.abc import Sequence
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from .._library import define
+from .._shape import check_tensor, conv_output_size, ntuple, prod, times
+from . import reference
+
+Boundary = Literal["zeros", "border"]
+
+
+def deform_conv1d(
+    input: Tensor,
+    offset: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    stride: int | Sequence[int] = 1,
+    padding: int | Sequence[int] = 0,
+    dilation: int | Sequence[int] = 1,
+    mask: Tensor | None = None,
+    *,
+    boundary: Boundary = "zeros",
+) -> Tensor:
+    """Deformable convolution of a sequence; :func:`deform_conv2d` with one spatial axis.
+
+    Shapes: ``input [B, C, L]``, ``offset [B, og*K, Lout]``, ``mask [B, og*K, Lout]``, ``weight [Cout, C/groups, K]``.
+
+    Example:
+        >>> input, weight = torch.randn(2, 8, 50), torch.randn(16, 8, 3)
+        >>> deform_conv1d(input, torch.zeros(2, 3, 50), weight, padding=1).shape
+        torch.Size([2, 16, 50])
+    """
+    return _deform_conv(1, input, offset, weight, bias, stride, padding, dilation, mask, boundary)
+
+
+def deform_conv2d(
+    input: Tensor,
+    offset: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    stride: int | Sequence[int] = 1,
+    padding: int | Sequence[int] = 0,
+    dilation: int | Sequence[int] = 1,
+    mask: Tensor | None = None,
+    *,
+    boundary: Boundary = "zeros",
+) -> Tensor:
+    """Deformable convolution of an image: every tap reads the input at its place plus an offset of its own.
+
+    ``output[b, f, o] = bias[f] + sum over c, k of
+    weight[f, c, k] * mask[b, k, o] * sample(input[b, c], stride*o - padding + dilation*k + offset[b, k, o])``
+
+    where ``sample`` is bilinear interpolation. Without ``mask`` this is version 1, with it version 2. The number of
+    groups is ``C / weight.shape[1]``; of offset groups, ``offset.shape[1] / (K * 2)``: the channels of one offset group
+    share their offsets and masks.
+
+    Args:
+        input: ``[B, C, H, W]``; float16, bfloat16, float32 or float64.
+        offset: ``[B, og*K*2, Hout, Wout]`` in pixels. For each offset group the taps in row-major order, for each tap
+            the shift along h, then along w. Any floating dtype (float64 with a float64 input and only then);
+            coordinates are computed in float32, or float64, whatever the dtype of the offsets.
+        weight: ``[Cout, C/groups, kh, kw]``, dtype of ``input``; K = kh*kw.
+        bias: ``[Cout]`` or None, dtype of ``input``.
+        stride: step of the output positions, in pixels.
+        padding: how far the first tap lies before the input, in pixels.
+        dilation: distance of two taps, in pixels.
+        mask: ``[B, og*K, Hout, Wout]`` factors of the taps, or None; dtype of ``input``.
+        boundary: ``"zeros"``: a corner of the interpolation outside the input counts 0. ``"border"``: the point is
+            clamped into the input.
+
+    Returns:
+        ``[B, Cout, Hout, Wout]`` in the dtype of ``input``, ``Hout = (H + 2*padding - dilation*(kh-1) - 1) // stride + 1``.
+        A NaN offset gives NaN in the outputs that read it, and in its gradients; an infinite one is outside.
+
+    Raises:
+        TypeError: an argument is no tensor, or has a wrong dtype.
+        ValueError: a shape, device, size or option that does not fit, by name.
+
+    Example:
+        >>> input, weight = torch.randn(2, 8, 20, 30), torch.randn(16, 8, 3, 3)
+        >>> offset = torch.zeros(2, 18, 20, 30)
+        >>> output = deform_conv2d(input, offset, weight, padding=1)
+        >>> torch.allclose(output, torch.nn.functional.conv2d(input, weight, padding=1), atol=1e-4)
+        True
+
+    Papers: Deformable Convolutional Networks, https://arxiv.org/abs/1703.06211;
+    Deformable ConvNets v2, https://arxiv.org/abs/1811.11168.
+    """
+    return _deform_conv(2, input, offset, weight, bias, stride, padding, dilation, mask, boundary)
+
+
+def deform_conv3d(
+    input: Tensor,
+    offset: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    stride: int | Sequence[int] = 1,
+    padding: int | Sequence[int] = 0,
+    dilation: int | Sequence[int] = 1,
+    mask: Tensor | None = None,
+    *,
+    boundary: Boundary = "zeros",
+) -> Tensor:
+    """Deformable convolution of a volume or a video; :func:`deform_conv2d` with three spatial axes.
+
+    Shapes: ``input [B, C, D, H, W]``, ``offset [B, og*K*3, Dout, Hout, Wout]`` (for each tap the shifts along d, h, w),
+    ``mask [B, og*K, Dout, Hout, Wout]``, ``weight [Cout, C/groups, kd, kh, kw]``.
+
+    Example:
+        >>> input, weight = torch.randn(1, 4, 6, 7, 8), torch.randn(5, 4, 3, 3, 3)
+        >>> deform_conv3d(input, torch.zeros(1, 81, 6, 7, 8), weight, padding=1).shape
+        torch.Size([1, 5, 6, 7, 8])
+    """
+    return _deform_conv(3, input, offset, weight, bias, stride, padding, dilation, mask, boundary)
+
+
+def _deform_conv(
+    axes: int,
+    input: Tensor,
+    offset: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    stride: int | Sequence[int],
+    padding: int | Sequence[int],
+    dilation: int | Sequence[int],
+    mask: Tensor | None,
+    boundary: str,
+) -> Tensor:
+    strides = ntuple(stride, axes, "stride", 1)
+    paddings = ntuple(padding, axes, "padding", 0)
+    dilations = ntuple(dilation, axes, "dilation", 1)
+    _check(axes, input, offset, weight, bias, strides, paddings, dilations, mask, boundary)
+    return _operator(input, offset, weight, bias, strides, paddings, dilations, mask, boundary)
+
+
+def _check(
+    axes: int,
+    input: Tensor,
+    offset: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    stride: list[int],
+    padding: list[int],
+    dilation: list[int],
+    mask: Tensor | None,
+    boundary: str,
+) -> list[int]:
+    """Check every argument; return the output's spatial size."""
+    tensors = {"input": input, "offset": offset, "weight": weight, "bias": bias, "mask": mask}
+    for name, value in tensors.items():
+        if value is None and name in ("bias", "mask"):
+            continue
+        check_tensor(name, value)
+        assert value is not None
+        if value.device != input.device:
+            raise ValueError(f"{name} is on {value.device}; it must be on {input.device}, as input is")
+        if value.dtype != input.dtype and name != "offset" and not torch.is_autocast_enabled(input.device.type):
+            raise TypeError(f"{name} has dtype {value.dtype}; it must be {input.dtype}, as input's")
+        dim = {"bias": 1}.get(name, axes + 2)
+        if value.dim() != dim:
+            raise ValueError(f"{name} has shape {list(value.shape)}; a {axes}-D deformable convolution needs {dim} axes")
+    if not input.is_floating_point():
+        raise TypeError(f"input has dtype {input.dtype}; it must be floating point")
+    if not offset.is_floating_point() or (offset.dtype == torch.float64) != (input.dtype == torch.float64):
+        raise TypeError(f"offset has dtype {offset.dtype}; with an input of {input.dtype} it must be {_offset_dtypes(input)}")
+    if boundary not in ("zeros", "border"):
+        raise ValueError(f'boundary is {boundary!r}; it must be "zeros" or "border"')
+
+    batch, channels, *size = input.shape
+    out_channels, group_channels, *kernel_size = weight.shape
+    if min(weight.shape) < 1:
+        raise ValueError(f"weight has shape {list(weight.shape)}; every axis must have at least one element")
+    if channels % group_channels or channels == 0:
+        raise ValueError(f"input has {channels} channels; weight needs a multiple of its {group_channels} per group")
+    if out_channels % (channels // group_channels):
+        raise ValueError(
+            f"weight has {out_channels} output channels; they must divide into {channels // group_channels} groups"
+        )
+    if bias is not None and bias.shape[0] != out_channels:
+        raise ValueError(f"bias has {bias.shape[0]} elements; weight has {out_channels} output channels")
+    if min(size) < 1:
+        raise ValueError(f"input has spatial size {times(size)}; every axis must have at least one element")
+
+    out_size = conv_output_size(size, kernel_size, stride, padding, dilation)
+    if min(out_size) < 1:
+        raise ValueError(
+            f"output size is {times(out_size)}, from input {times(size)}, kernel {times(kernel_size)}, stride "
+            f"{times(stride)}, padding {times(padding)}, dilation {times(dilation)}; it must be at least 1 on every axis"
+        )
+    taps = prod(kernel_size)
+    per_group = taps * axes
+    if offset.shape[1] == 0 or offset.shape[1] % per_group:
+        raise ValueError(
+            f"offset has {offset.shape[1]} channels; a {times(kernel_size)} kernel needs a multiple of {per_group} = "
+            f"{taps} taps x {axes} coordinates"
+        )
+    offset_groups = offset.shape[1] // per_group
+    if channels % offset_groups:
+        raise ValueError(
+            f"offset has {offset.shape[1]} channels, thus {offset_groups} offset groups; "
+            f"they must divide input's {channels} channels"
+        )
+    _check_map("offset", offset, [batch, offset.shape[1], *out_size])
+    if mask is not None:
+        if mask.shape[1] != offset_groups * taps:
+            raise ValueError(
+                f"mask has {mask.shape[1]} channels; a {times(kernel_size)} kernel with {offset_groups} offset groups "
+                f"needs {offset_groups * taps} = {offset_groups} groups x {taps} taps"
+            )
+        _check_map("mask", mask, [batch, mask.shape[1], *out_size])
+    return out_size
+
+
+def _check_map(name: str, value: Tensor, expected: list[int]) -> None:
+    if value.shape[0] != expected[0]:
+        raise ValueError(f"{name} has batch size {value.shape[0]}; input has {expected[0]}")
+    if list(value.shape[2:]) != expected[2:]:
+        raise ValueError(f"{name} has spatial size {times(value.shape[2:])}; the output has {times(expected[2:])}")
+
+
+def _offset_dtypes(input: Tensor) -> str:
+    return "torch.float64" if input.dtype == torch.float64 else "torch.float32 or a half dtype"
+
+
+def _output(
+    input: Tensor,
+    offset: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    stride: list[int],
+    padding: list[int],
+    dilation: list[int],
+    mask: Tensor | None,
+    boundary: str,
+) -> Tensor:
+    """An empty output: its shape without its values."""
+    out_size = _check(input.dim() - 2, input, offset, weight, bias, stride, padding, dilation, mask, boundary)
+    return input.new_empty(input.shape[0], weight.shape[0], *out_size)
+
+
+_operator = define(
+    "deform_conv(Tensor input, Tensor offset, Tensor weight, Tensor? bias, int[] stride, int[] padding, int[] dilation, "
+    "Tensor? mask, str boundary) -> Tensor",
+    reference=reference.deform_conv,
+    fake=_output,
+    differentiable=("input", "offset", "weight", "bias", "mask"),
+    coordinates=("offset",),
+    batched=("input", "offset", "mask"),
+)

@@ -1,0 +1,54 @@
+"""The definition of deformable convolution, in tensor operations."""
+
+from collections.abc import Sequence
+from itertools import product
+from math import prod
+
+import torch
+from torch import Tensor
+
+from .._shape import compute_dtype
+from ..sample.reference import sample
+
+
+def deform_conv(
+    input: Tensor,
+    offset: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    stride: Sequence[int],
+    padding: Sequence[int],
+    dilation: Sequence[int],
+    mask: Tensor | None,
+    boundary: str,
+) -> Tensor:
+    """Deformable convolution; see :func:`deformkit.deform_conv2d` for the formula and the shapes."""
+    batch, channels, *size = input.shape
+    out_channels, group_channels, *kernel_size = weight.shape
+    out_size = offset.shape[2:]
+    axes, taps = len(size), prod(kernel_size)
+    groups = channels // group_channels
+    offset_groups = offset.shape[1] // (taps * axes)
+    dtype = compute_dtype(input.dtype)
+
+    base = _tap_grid(kernel_size, out_size, stride, padding, dilation, input.device)
+    shift = offset.to(dtype).reshape(batch * offset_groups, taps, axes, *out_size).movedim(2, -1)
+    field = input.reshape(batch * offset_groups, channels // offset_groups, *size)
+    columns = sample(field, base, shift, boundary)
+    if mask is not None:
+        columns = columns * mask.to(dtype).reshape(batch * offset_groups, 1, taps, *out_size)
+
+    columns = columns.reshape(batch, groups, group_channels, taps, -1)
+    kernel = weight.to(dtype).reshape(groups, out_channels // groups, group_channels, taps)
+    output = torch.einsum("bgckp,gock->bgop", columns, kernel).reshape(batch, out_channels, *out_size)
+    if bias is not None:
+        output = output + bias.to(dtype).reshape(-1, *[1] * axes)
+    return output.to(input.dtype)
+
+
+def _tap_grid(kernel_size, out_size, stride, padding, dilation, device) -> Tensor:  # type: ignore[no-untyped-def]
+    """Where an undeformed convolution reads: ``stride * o - padding + dilation * k``, as ``[K, *out, N]`` integers."""
+    steps = [torch.arange(n, device=device) * s - p for n, s, p in zip(out_size, stride, padding, strict=True)]
+    origin = torch.stack(torch.meshgrid(*steps, indexing="ij"), -1)
+    taps = list(product(*(range(0, d * k, d) for k, d in zip(kernel_size, dilation, strict=True))))
+    return origin + torch.tensor(taps, device=device).reshape(-1, *[1] * len(out_size), len(out_size))

@@ -1,0 +1,61 @@
+"""The sampler, in tensor operations: the definition that every kernel is measured against.
+
+A point is kept as ``base + shift``: an integer and a real number. Its cell is ``base + floor(shift)`` and its fraction
+``shift - floor(shift)``, so that a small shift keeps its precision however far from the origin it is applied.
+"""
+
+from itertools import product
+
+import torch
+from torch import Tensor
+
+
+def sample(field: Tensor, base: Tensor, shift: Tensor, boundary: str) -> Tensor:
+    """Multilinear interpolation of ``field`` at the points ``base + shift``.
+
+    ``sample(field, p) = sum over the corners q of the cell around p of field[q] * prod_n (1 - |p_n - q_n|)``
+
+    Args:
+        field: ``[G, C, *S]`` with N spatial axes.
+        base: integers, broadcastable to ``shift``; in tensor-axis order, in units of grid cells.
+        shift: ``[G, *points, N]``, float32 or float64.
+        boundary: ``"zeros"``: a corner outside the field counts 0. ``"border"``: the point is clamped into the field.
+
+    Returns:
+        ``[G, C, *points]`` in the dtype of ``shift``. A NaN coordinate gives NaN; plus or minus infinity is outside.
+        On a grid line the derivative is the one to the right.
+    """
+    groups, channels, *size = field.shape
+    points = shift.shape[1:-1]
+    flat = field.flatten(2).to(shift.dtype)
+
+    undefined = torch.where(shift.isnan(), shift, 0.0)
+    lower, fraction = [], []
+    for axis, length in enumerate(size):
+        # Two cells beyond the field nothing changes any more; the clamp keeps infinity out of the arithmetic.
+        least, most = (0, length - 1) if boundary == "border" else (-2, length)
+        first = base[..., axis]
+        distance = torch.where(shift[..., axis].isnan(), 0.0, shift[..., axis])
+        low, high = (least - first).to(distance.dtype), (most - first).to(distance.dtype)
+        distance = torch.where(distance < low, low, torch.where(distance > high, high, distance))
+        whole = distance.detach().floor()
+        lower.append(first + whole.to(torch.int64))
+        fraction.append(distance - whole)
+
+    result = (undefined * undefined).sum(-1).unsqueeze(1)
+    for corner in product((0, 1), repeat=len(size)):
+        weight = torch.ones_like(fraction[0])
+        index = torch.zeros_like(lower[0])
+        inside = torch.ones_like(index, dtype=torch.bool)
+        for axis, (upper, length) in enumerate(zip(corner, size, strict=True)):
+            coordinate = lower[axis] + upper
+            if boundary == "border":
+                coordinate = coordinate.clamp(0, length - 1)
+            weight = weight * (fraction[axis] if upper else 1 - fraction[axis])
+            inside = inside & (coordinate >= 0) & (coordinate < length)
+            index = index * length + coordinate.clamp(0, length - 1)
+        where = index.reshape(groups, 1, -1).expand(-1, channels, -1)
+        value = flat.gather(2, where).reshape(groups, channels, *points)
+        inside = inside.unsqueeze(1)
+        result = result + torch.where(inside, value, 0.0) * weight.unsqueeze(1)
+    return result
