@@ -38,8 +38,8 @@ check: $(VENV)/.dev
 	$(VENV)/bin/clang-format --dry-run -Werror $(NATIVE)
 
 format: $(VENV)/.dev
+	$(PY) -m ruff check --quiet --fix --exit-zero .
 	$(PY) -m ruff format .
-	$(PY) -m ruff check --fix .
 	$(VENV)/bin/clang-format -i $(NATIVE)
 
 bench: $(VENV)/.dev
