@@ -35,12 +35,12 @@ check: $(VENV)/.dev
 	$(PY) -m ruff format --check .
 	$(PY) -m ruff check .
 	$(PY) -m mypy
-	$(VENV)/bin/clang-format --dry-run -Werror $(NATIVE)
+	$(if $(NATIVE),$(VENV)/bin/clang-format --dry-run -Werror $(NATIVE))
 
 format: $(VENV)/.dev
 	$(PY) -m ruff check --quiet --fix --exit-zero .
 	$(PY) -m ruff format .
-	$(VENV)/bin/clang-format -i $(NATIVE)
+	$(if $(NATIVE),$(VENV)/bin/clang-format -i $(NATIVE))
 
 bench: $(VENV)/.dev
 	$(PY) benchmarks/run.py
