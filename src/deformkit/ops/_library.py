@@ -72,9 +72,11 @@ class Operator:
 
     def __call__(self, *args: Any) -> Any:
         """Run the operator: through the dispatcher, or through an autograd.Function where a transform needs one."""
-        # A custom operator raises under torch.func.grad and returns zeros under torch.func.jvp; a Function does neither.
-        # The compiler is the reverse: it captures the operator and rejects a Function with a forward-mode rule.
-        if not torch.compiler.is_compiling() and _transforming():
+        # A custom operator raises under torch.func.grad and returns zeros under torch.func.jvp; a Function does neither,
+        # but the compiler rejects a Function with a forward-mode rule: there the transform goes through the reference.
+        if torch.compiler.is_compiling():
+            return self.reference(*args) if _differentiating() else self.overload(*args)
+        if _transforming():
             return self._function.apply(*args)
         return self.overload(*args)
 
@@ -238,6 +240,13 @@ def _function(op: Operator) -> type[torch.autograd.Function]:
 
 def _transforming() -> bool:
     return torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0
+
+
+@torch.compiler.assume_constant_result
+def _differentiating() -> bool:
+    """Whether a transform other than vmap is active; asked while the compiler traces, which enters them as it goes."""
+    levels = torch._C._functorch.get_interpreter_stack() or []
+    return forward_ad._current_level >= 0 or any(level.key() != torch._C._functorch.TransformType.Vmap for level in levels)
 
 
 def _at(function: Callable[..., Any], args: Sequence[Any], positions: Sequence[int]) -> Callable[..., Any]:
