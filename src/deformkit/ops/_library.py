@@ -58,6 +58,7 @@ class Operator:
         self.reference = reference
         self.tensors = [i for i, argument in enumerate(self.overload._schema.arguments) if "Tensor" in str(argument.type)]
         self.differentiable = [self.arguments.index(name) for name in differentiable]
+        self.coordinates: list[int] = []
         self._batched = {self.arguments.index(name) for name in batched}
         self._batched_result = batched_result
         self._gradient = gradient
@@ -150,7 +151,8 @@ def define(
     def reference_backward(grad_output: Tensor, *args: Any) -> tuple[Tensor, ...]:
         *inputs, output_mask = args
         asked = [i for i, yes in zip(forward.differentiable, output_mask, strict=True) if yes]
-        grads = iter(_pull_back(_at(reference, inputs, asked), [inputs[i] for i in asked], grad_output))
+        values = [inputs[i] for i in asked]
+        grads = iter(_pull_back(_at(reference, inputs, asked), values, grad_output) if asked else ())
         return tuple(next(grads).contiguous() if yes else grad_output.new_empty(0) for yes in output_mask)
 
     def gradient(op: Operator, args: list[Any], grads: Sequence[Tensor | None], wanted: list[bool]) -> Sequence[Any]:
@@ -183,12 +185,13 @@ def define(
         batched_result=lambda *args: not any(args[-1][i] for i in without_batch),
         gradient=double_gradient,
     )
-    _register_autocast(forward, coordinates)
+    forward.coordinates = [forward.arguments.index(name) for name in coordinates]
+    _register_autocast(forward)
     return forward
 
 
-def _register_autocast(op: Operator, coordinates: Sequence[str]) -> None:
-    cast = [i for i in op.tensors if op.arguments[i] not in coordinates]
+def _register_autocast(op: Operator) -> None:
+    cast = [i for i in op.tensors if i not in op.coordinates]
     for device_type, key in _AUTOCAST.items():
 
         def kernel(*args: Any, _device_type: str = device_type, _keys: DispatchKeySet = DispatchKeySet(key)) -> Tensor:

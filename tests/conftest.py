@@ -1,0 +1,36 @@
+import random
+from collections.abc import Iterator
+
+import pytest
+import torch
+
+
+@pytest.fixture(autouse=True)
+def _reproducible() -> Iterator[None]:
+    """Fixed seeds, and memory full of NaN.
+
+    In deterministic mode every ``empty`` of torch, those that a kernel asks for in C++ included, is filled with NaN:
+    an element that a kernel forgets to write, or reads before it has written it, shows in its result.
+    """
+    random.seed(0)
+    torch.manual_seed(0)
+    threads = torch.get_num_threads()
+    torch.use_deterministic_algorithms(True)
+    assert torch.utils.deterministic.fill_uninitialized_memory
+    yield
+    torch.use_deterministic_algorithms(False)
+    torch.set_num_threads(threads)
+
+
+@pytest.fixture(params=[1, 2, 3], ids=["1d", "2d", "3d"])
+def axes(request: pytest.FixtureRequest) -> int:
+    """Number of spatial axes."""
+    return request.param
+
+
+@pytest.fixture(
+    params=[torch.float64, torch.float32, torch.float16, torch.bfloat16], ids=lambda d: str(d).split(".")[1]
+)
+def dtype(request: pytest.FixtureRequest) -> torch.dtype:
+    """Each dtype that the operators take."""
+    return request.param

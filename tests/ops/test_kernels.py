@@ -1,0 +1,143 @@
+"""What a kernel computes against the reference, for every operator and case that exists."""
+
+from itertools import product
+from typing import Any
+
+import pytest
+import torch
+from close import assert_close, assert_equal
+from rooms import CALLS, Call, double, evaluate, representatives
+from torch import Tensor
+
+every_call = pytest.mark.parametrize("call", CALLS, ids=str)
+one_call_each = pytest.mark.parametrize("call", representatives(), ids=str)
+
+
+def check(call: Call, args: list[Any]) -> None:
+    """Value and every gradient of the operator at ``args``, by the tolerance rule."""
+    operator, positions = call.operator, call.positions(args)
+    dtype = args[0].dtype
+    actual = evaluate(operator, args, positions, dtype)
+    reference = evaluate(operator.reference, args, positions, dtype)
+    truth = evaluate(operator.reference, double(args), positions, dtype)
+    names = ["output", *(f"gradient of {operator.arguments[i]}" for i in positions)]
+    for name, *results in zip(names, actual, truth, reference, strict=True):
+        assert_close(*results, name=name)
+
+
+@every_call
+def test_value_and_gradients(call: Call, dtype: torch.dtype) -> None:
+    for seed in range(3):
+        check(call, call.arguments(dtype, seed))
+
+
+@every_call
+@pytest.mark.parametrize("half", [torch.float16, torch.bfloat16], ids=["float16", "bfloat16"])
+def test_half_values_with_float32_coordinates(call: Call, half: torch.dtype) -> None:
+    args, precise = call.arguments(half), call.arguments(torch.float32)
+    for i in call.operator.coordinates:
+        args[i] = precise[i]
+    check(call, args)
+
+
+@every_call
+def test_float32_values_with_half_coordinates(call: Call) -> None:
+    args, coarse = call.arguments(torch.float32), call.arguments(torch.bfloat16)
+    for i in call.operator.coordinates:
+        args[i] = coarse[i]
+    check(call, args)
+
+
+def _transposed(t: Tensor) -> Tensor:
+    return t.transpose(0, -1).contiguous().transpose(0, -1)
+
+
+def _channels_last(t: Tensor) -> Tensor:
+    return t.movedim(1, -1).contiguous().movedim(-1, 1) if t.dim() > 1 else t
+
+
+def _strided(t: Tensor) -> Tensor:
+    return torch.stack([t, torch.full_like(t, torch.nan)], -1)[..., 0]
+
+
+def _reversed_order(t: Tensor) -> Tensor:
+    return t.permute(*reversed(range(t.dim()))).contiguous().permute(*reversed(range(t.dim())))
+
+
+def _offset_storage(t: Tensor) -> Tensor:
+    return torch.cat([torch.full((3,), torch.nan, dtype=t.dtype), t.flatten()])[3:].view(t.shape)
+
+
+def _expanded(t: Tensor) -> Tensor:
+    return t[:1].expand_as(t)
+
+
+LAYOUTS = [_transposed, _channels_last, _strided, _reversed_order, _offset_storage, _expanded]
+
+
+@one_call_each
+@pytest.mark.parametrize("layout", LAYOUTS, ids=lambda f: f.__name__.strip("_"))
+def test_any_layout(call: Call, layout: Any) -> None:
+    check(call, [layout(v) if isinstance(v, Tensor) else v for v in call.arguments()])
+
+
+@one_call_each
+@pytest.mark.parametrize("layout", LAYOUTS, ids=lambda f: f.__name__.strip("_"))
+def test_cotangent_of_any_layout(call: Call, layout: Any) -> None:
+    grad, *args = call.backward_arguments(call.arguments())
+    grad = layout(grad)
+    truth = call.backward_operator.reference(grad.double(), *double(args))
+    reference = call.backward_operator.reference(grad, *args)
+    for results in zip(call.backward_operator(grad, *args), truth, reference, strict=True):
+        assert_close(*results, name=f"gradient for a cotangent with strides {grad.stride()}")
+
+
+@one_call_each
+def test_gradients_only_where_asked(call: Call) -> None:
+    grad, *args, possible = call.backward_arguments(call.arguments())
+    truth = call.backward_operator.reference(grad.double(), *double(args), possible)
+    reference = call.backward_operator.reference(grad, *args, possible)
+    for asked in product((False, True), repeat=len(possible)):
+        if any(yes and not may for yes, may in zip(asked, possible, strict=True)):
+            continue
+        for i, result in enumerate(call.backward_operator(grad, *args, list(asked))):
+            if asked[i]:
+                assert_close(result, truth[i], reference[i], f"gradient {i}, asked {asked}")
+            else:
+                assert result.numel() == 0
+
+
+@every_call
+def test_nothing_is_left_unwritten(call: Call, dtype: torch.dtype) -> None:
+    args = call.arguments(dtype)
+    assert torch.empty(1).isnan()
+    for result in (call.operator(*args), *call.backward_operator(*call.backward_arguments(args))):
+        assert result.isfinite().all()
+
+
+@every_call
+def test_arguments_are_left_alone(call: Call) -> None:
+    args = call.arguments()
+    before = [v.clone() if isinstance(v, Tensor) else v for v in args]
+    backward = call.backward_arguments(args)
+    cotangent = backward[0].clone()
+    call.backward_operator(*backward)
+    assert_equal(backward[0], cotangent)
+    for now, then in zip(args, before, strict=True):
+        if isinstance(now, Tensor):
+            assert_equal(now, then)
+
+
+@every_call
+def test_inference_mode_and_no_grad(call: Call) -> None:
+    args = call.arguments()
+    expected = call.operator(*args)
+    with torch.inference_mode():
+        assert_equal(call.operator(*args), expected)
+    for i in call.positions(args):
+        args[i].requires_grad_()
+    with torch.no_grad():
+        result = call.operator(*args)
+    assert not result.requires_grad
+    assert_equal(result, expected)
+    assert_equal(call.operator(*args).detach(), expected)

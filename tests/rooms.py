@@ -1,0 +1,90 @@
+"""Every operator and its cases, found by existing: a room is a package of deformkit.ops that has a ``cases`` module."""
+
+import importlib
+import pkgutil
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+import deformkit.ops
+from deformkit.ops._library import Operator, operators
+
+
+@dataclass(frozen=True)
+class Call:
+    """One operator at one of its cases."""
+
+    operator: Operator
+    case: Any
+
+    def __str__(self) -> str:
+        return f"{self.operator.name}-{self.case.name}"
+
+    @property
+    def backward_operator(self) -> Operator:
+        return operators[self.operator.name + "_backward"]
+
+    def arguments(self, dtype: torch.dtype = torch.float32, seed: int = 0) -> list[Any]:
+        """The arguments in the order of the schema."""
+        named = self.case.arguments(dtype=dtype, seed=seed)
+        return [named[name] for name in self.operator.arguments]
+
+    def backward_arguments(self, args: Sequence[Any]) -> list[Any]:
+        """Arguments of the backward operator, with all gradients that exist asked for."""
+        output = self.operator(*args)
+        grad = torch.randn(output.shape, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+        return [grad.to(output.dtype), *args, [args[i] is not None for i in self.operator.differentiable]]
+
+    def positions(self, args: Sequence[Any]) -> list[int]:
+        """The arguments that have a gradient and are there."""
+        return [i for i in self.operator.differentiable if args[i] is not None]
+
+
+def evaluate(
+    function: Any, args: Sequence[Any], positions: Sequence[int], cotangent_dtype: torch.dtype
+) -> list[Tensor]:
+    """The value of ``function`` at ``args``, then the gradients at ``positions`` for a random cotangent.
+
+    The cotangent is rounded to ``cotangent_dtype``, so that one in float64 can be the same as one in half precision.
+    """
+    values = [v.detach() if isinstance(v, Tensor) else v for v in args]
+    for i in positions:
+        values[i] = values[i].requires_grad_()
+    output = function(*values)
+    cotangent = torch.randn(output.shape, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+    grads = torch.autograd.grad(output, [values[i] for i in positions], cotangent.to(cotangent_dtype).to(output))
+    return [output.detach(), *grads]
+
+
+def double(args: Sequence[Any]) -> list[Any]:
+    """The same arguments in float64."""
+    return [v.detach().double() if isinstance(v, Tensor) and v.is_floating_point() else v for v in args]
+
+
+def _discover() -> list[Call]:
+    calls = []
+    for room in pkgutil.iter_modules(deformkit.ops.__path__, "deformkit.ops."):
+        if room.ispkg:
+            package = importlib.import_module(room.name)
+            if any(module.name == "cases" for module in pkgutil.iter_modules(package.__path__)):
+                cases = importlib.import_module(f"{room.name}.cases")
+                calls += [Call(operators[cases.OPERATOR], case) for case in cases.CASES]
+    return calls
+
+
+CALLS = _discover()
+
+
+def representatives(count_per_axes: int = 1) -> list[Call]:
+    """The first cases of each operator for each number of axes: where one call takes seconds."""
+    taken: dict[tuple[str, int], int] = {}
+    chosen = []
+    for call in CALLS:
+        key = (call.operator.name, call.case.axes)
+        taken[key] = taken.get(key, 0) + 1
+        if taken[key] <= count_per_axes:
+            chosen.append(call)
+    return chosen
