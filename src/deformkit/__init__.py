@@ -1,6 +1,7 @@
 """Deformable operators for PyTorch in one, two and three dimensions."""
 
 from . import _kernels as _kernels
+from . import nn as nn
 from . import reference as reference
 from .ops import deform_conv1d as deform_conv1d
 from .ops import deform_conv2d as deform_conv2d

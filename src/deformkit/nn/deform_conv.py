@@ -1,0 +1,400 @@
+"""Layers of deformable convolution: offsets given, or predicted by the layer itself ("packed")."""
+
+from collections.abc import Sequence
+from math import prod
+from typing import Any, ClassVar, Literal
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.nn.modules.conv import _ConvNd
+
+from ..ops._shape import check_tensor, compute_dtype, ntuple, times
+from ..ops.deform_conv.op import Boundary, deform_conv1d, deform_conv2d, deform_conv3d
+from ..ops.deform_conv.reference import _tap_grid
+
+PaddingMode = Literal["zeros", "reflect", "replicate", "circular"]
+
+_FUNCTIONS = {1: deform_conv1d, 2: deform_conv2d, 3: deform_conv3d}
+_PLAIN: dict[int, type[nn.Module]] = {1: nn.Conv1d, 2: nn.Conv2d, 3: nn.Conv3d}
+
+
+class _DeformConv(_ConvNd):
+    """What all layers share: the parameters of :class:`torch.nn.ConvNd`, the padding and the call of the operator."""
+
+    spatial_dims: ClassVar[int]
+    offset_groups: int
+    boundary: Boundary
+
+    def __init__(
+        self,
+        in_channels: int,
+        out_channels: int,
+        kernel_size: int | Sequence[int],
+        stride: int | Sequence[int] = 1,
+        padding: int | Sequence[int] | Literal["same", "valid"] = 0,
+        dilation: int | Sequence[int] = 1,
+        groups: int = 1,
+        bias: bool = True,
+        padding_mode: PaddingMode = "zeros",
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+        *,
+        offset_groups: int = 1,
+        boundary: Boundary = "zeros",
+    ) -> None:
+        axes = self.spatial_dims
+        kernel = tuple(ntuple(kernel_size, axes, "kernel_size", 1))
+        strides = tuple(ntuple(stride, axes, "stride", 1))
+        dilations = tuple(ntuple(dilation, axes, "dilation", 1))
+        if isinstance(padding, str):
+            _check_choice("padding", padding, ("same", "valid"), " or numbers")
+            if padding == "same" and max(strides) > 1:
+                raise ValueError(f'stride is {stride!r}; it must be 1 where padding is "same"')
+            total = [d * (k - 1) if padding == "same" else 0 for k, d in zip(kernel, dilations, strict=True)]
+            before, after = [t // 2 for t in total], [t - t // 2 for t in total]
+        else:
+            padding = tuple(ntuple(padding, axes, "padding", 0))
+            before = after = list(padding)
+        _check_choice("padding_mode", padding_mode, ("zeros", "reflect", "replicate", "circular"))
+        _check_choice("boundary", boundary, ("zeros", "border"))
+        _check_counts(in_channels, out_channels, groups, offset_groups)
+
+        rest: dict[str, Any] = {"bias": bias, "padding_mode": padding_mode, "device": device, "dtype": dtype}
+        window = (kernel, strides, padding, dilations)
+        super().__init__(in_channels, out_channels, *window, False, (0,) * axes, groups, **rest)
+        self.offset_groups = offset_groups
+        self.boundary = boundary
+        self._padding_before, self._padding_after = before, after
+
+    def sampling_locations(self, offset: Tensor) -> Tensor:
+        """Where the layer reads its input.
+
+        ``locations[b, g, k, o] = stride*o - padding + dilation*k + offset[b, g, k, o]``
+
+        Args:
+            offset: ``[B, og*K*N, *out]`` in pixels, with or without its batch axis.
+
+        Returns:
+            ``[B, og, K, *out, N]``, in tensor-axis order, in pixels of the input before any padding: 0 is the centre of
+            its first pixel. In float32 or float64; before the boundary rule, so that points may lie outside.
+
+        Raises:
+            ValueError: the shape of ``offset`` does not fit the layer.
+
+        Example:
+            >>> layer = PackedDeformConv2d(8, 16, 3, padding=1)
+            >>> offset, mask = layer.predict(torch.randn(2, 8, 20, 30))
+            >>> layer.sampling_locations(offset).shape
+            torch.Size([2, 1, 9, 20, 30, 2])
+        """
+        axes, taps = self.spatial_dims, prod(self.kernel_size)
+        check_tensor("offset", offset)
+        if offset.dim() == axes + 1:
+            return self.sampling_locations(offset.unsqueeze(0)).squeeze(0)
+        if offset.dim() != axes + 2:
+            raise ValueError(
+                f"offset has shape {list(offset.shape)}; it must have {axes + 2} axes, or {axes + 1} unbatched"
+            )
+        self._check_offset_channels(offset)
+        size = list(offset.shape[2:])
+        base = _tap_grid(self.kernel_size, size, self.stride, self._padding_before, self.dilation, offset.device)
+        shift = offset.to(compute_dtype(offset.dtype)).unflatten(1, (self.offset_groups, taps, axes)).movedim(3, -1)
+        return base + shift
+
+    def extra_repr(self) -> str:
+        """The arguments that are not at their defaults, after those that :class:`torch.nn.ConvNd` shows."""
+        text = super().extra_repr()
+        if self.offset_groups != 1:
+            text += f", offset_groups={self.offset_groups}"
+        if self.boundary != "zeros":
+            text += f", boundary={self.boundary}"
+        return text
+
+    def _deform(self, input: Tensor, offset: Tensor, mask: Tensor | None) -> Tensor:
+        axes = self.spatial_dims
+        for name, value in (("input", input), ("offset", offset), ("mask", mask)):
+            if value is None and name == "mask":
+                continue
+            check_tensor(name, value)
+            assert value is not None
+            if name == "input" and value.dim() not in (axes + 1, axes + 2):
+                raise ValueError(
+                    f"input has shape {list(value.shape)}; it must have {axes + 2} axes, or {axes + 1} unbatched"
+                )
+            if value.dim() != input.dim():
+                raise ValueError(f"{name} has shape {list(value.shape)}; it must have {input.dim()} axes, as input has")
+        if input.dim() == axes + 1:
+            maps = [value if value is None else value.unsqueeze(0) for value in (input, offset, mask)]
+            return self._deform(*maps).squeeze(0)  # type: ignore[arg-type]
+        # The operator reads both numbers of groups off the shapes: a wrong one would be taken for another layer.
+        if input.shape[1] != self.in_channels:
+            raise ValueError(f"input has {input.shape[1]} channels; this layer has in_channels={self.in_channels}")
+        self._check_offset_channels(offset)
+
+        input, padding = self._pad(input)
+        steps = (self.stride, padding, self.dilation)
+        return _FUNCTIONS[axes](input, offset, self.weight, self.bias, *steps, mask, boundary=self.boundary)
+
+    def _pad(self, input: Tensor) -> tuple[Tensor, list[int]]:
+        """The input with the padding that the operator cannot do, and what is left to the operator."""
+        before, after = self._padding_before, self._padding_after
+        mode, rest = self.padding_mode, [0] * self.spatial_dims
+        if mode == "zeros":
+            # Outside, the operator follows its boundary rule; one more row by the same rule changes nothing else.
+            mode = "constant" if self.boundary == "zeros" else "replicate"  # type: ignore[assignment]
+            after, before, rest = [a - b for a, b in zip(after, before, strict=True)], rest, before
+        widths = [width for pair in zip(reversed(before), reversed(after), strict=True) for width in pair]
+        return (F.pad(input, widths, mode=mode) if any(widths) else input), rest
+
+    def _check_offset_channels(self, offset: Tensor) -> None:
+        axes, taps, groups = self.spatial_dims, prod(self.kernel_size), self.offset_groups
+        if offset.shape[1] != groups * taps * axes:
+            raise ValueError(
+                f"offset has {offset.shape[1]} channels; a {times(self.kernel_size)} kernel with {groups} offset "
+                f"groups needs {groups * taps * axes} = {groups} groups x {taps} taps x {axes} coordinates"
+            )
+
+
+class _GivenDeformConv(_DeformConv):
+    def forward(self, input: Tensor, offset: Tensor, mask: Tensor | None = None) -> Tensor:
+        """The convolution of ``input`` at points moved by ``offset``, each tap multiplied by ``mask``."""
+        return self._deform(input, offset, mask)
+
+
+class DeformConv1d(_GivenDeformConv):
+    """Deformable convolution of a sequence; :class:`DeformConv2d` with one spatial axis.
+
+    Shapes: ``input [B, C, L]``, ``offset [B, og*K, Lout]``, ``mask [B, og*K, Lout]``.
+
+    Example:
+        >>> layer = DeformConv1d(8, 16, 5, padding="same")
+        >>> layer(torch.randn(2, 8, 50), torch.zeros(2, 5, 50)).shape
+        torch.Size([2, 16, 50])
+    """
+
+    spatial_dims = 1
+
+
+class DeformConv2d(_GivenDeformConv):
+    """Deformable convolution of an image, with the offsets, and a mask if wanted, given to ``forward``.
+
+    ``output[b, f, o] = bias[f] + sum over c, k of
+    weight[f, c, k] * mask[b, k, o] * sample(input[b, c], stride*o - padding + dilation*k + offset[b, k, o])``
+
+    With zero offsets and no mask this is :class:`torch.nn.Conv2d`, whose arguments, parameters, initialisation and
+    state-dict it has. What differs is what lies outside the input:
+
+    * ``padding_mode="zeros"``: nothing is padded. Outside, ``boundary`` decides: ``"zeros"`` reads 0, ``"border"`` the
+      nearest pixel of the input (at zero offsets that is ``torch.nn.Conv2d`` with ``padding_mode="replicate"``).
+    * any other: the input is padded first, as in ``torch.nn.Conv2d``; points move over the padded input, and
+      ``boundary`` decides beyond that.
+    * ``padding="same"`` with an even kernel: one row or column more at the end than at the start.
+
+    Args:
+        in_channels: C, channels of the input.
+        out_channels: Cout, channels of the output.
+        kernel_size: number of taps along each axis; K in all.
+        stride: step of the output positions, in pixels.
+        padding: how far the first tap lies before the input, in pixels; or ``"same"`` or ``"valid"``.
+        dilation: distance of two taps, in pixels.
+        groups: the channels are convolved in so many separate groups.
+        bias: whether to add a learnt bias.
+        padding_mode: ``"zeros"``, ``"reflect"``, ``"replicate"`` or ``"circular"``.
+        device: where the parameters are.
+        dtype: of the parameters.
+        offset_groups: og; the channels of one such group share their offsets and masks.
+        boundary: ``"zeros"`` or ``"border"``, see above.
+
+    Shapes of ``forward(input, offset, mask=None)``, with or without the batch axis:
+        ``input [B, C, H, W]``; ``offset [B, og*K*2, Hout, Wout]`` in pixels, for each offset group the taps in
+        row-major order, for each tap the shift along h, then along w; ``mask [B, og*K, Hout, Wout]``;
+        output ``[B, Cout, Hout, Wout]``.
+
+    Raises:
+        TypeError: an argument has the wrong type or dtype.
+        ValueError: a value or a shape that does not fit, by name.
+
+    Example:
+        >>> layer = DeformConv2d(8, 16, 3, padding=1)
+        >>> layer(torch.randn(2, 8, 20, 30), torch.zeros(2, 18, 20, 30)).shape
+        torch.Size([2, 16, 20, 30])
+
+    Papers: Deformable Convolutional Networks, https://arxiv.org/abs/1703.06211;
+    Deformable ConvNets v2, https://arxiv.org/abs/1811.11168.
+    """
+
+    spatial_dims = 2
+
+
+class DeformConv3d(_GivenDeformConv):
+    """Deformable convolution of a volume or a video; :class:`DeformConv2d` with three spatial axes.
+
+    Shapes: ``input [B, C, D, H, W]``, ``offset [B, og*K*3, Dout, Hout, Wout]`` (for each tap the shifts along d, h, w),
+    ``mask [B, og*K, Dout, Hout, Wout]``.
+
+    Example:
+        >>> layer = DeformConv3d(4, 5, 3, padding=1)
+        >>> layer(torch.randn(1, 4, 6, 7, 8), torch.zeros(1, 81, 6, 7, 8)).shape
+        torch.Size([1, 5, 6, 7, 8])
+    """
+
+    spatial_dims = 3
+
+
+class _PackedDeformConv(_DeformConv):
+    modulated: bool
+    offset_head: nn.Module
+
+    def __init__(
+        self,
+        in_channels: int,
+        out_channels: int,
+        kernel_size: int | Sequence[int],
+        stride: int | Sequence[int] = 1,
+        padding: int | Sequence[int] | Literal["same", "valid"] = 0,
+        dilation: int | Sequence[int] = 1,
+        groups: int = 1,
+        bias: bool = True,
+        padding_mode: PaddingMode = "zeros",
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+        *,
+        modulated: bool = False,
+        offset_groups: int = 1,
+        boundary: Boundary = "zeros",
+    ) -> None:
+        rest: dict[str, Any] = {"bias": bias, "padding_mode": padding_mode, "device": device, "dtype": dtype}
+        rest |= {"groups": groups, "offset_groups": offset_groups, "boundary": boundary}
+        super().__init__(in_channels, out_channels, kernel_size, stride, padding, dilation, **rest)
+        self.modulated = modulated
+        channels = self.offset_groups * prod(self.kernel_size)
+        # Its values are set below: drawing none keeps the random stream that of a network of plain convolutions.
+        self.offset_head = nn.utils.skip_init(
+            _PLAIN[self.spatial_dims],
+            self.in_channels,
+            channels * (self.spatial_dims + modulated),
+            self.kernel_size,
+            self.stride,
+            self.padding,
+            self.dilation,
+            padding_mode=self.padding_mode,
+            device=self.weight.device,
+            dtype=self.weight.dtype,
+        )
+        self._reset_offset_head()
+
+    def reset_parameters(self) -> None:
+        """Draw the weights as :class:`torch.nn.ConvNd` does and set the offset head to zero."""
+        super().reset_parameters()
+        # The base class calls this before there is a head.
+        if "offset_head" in self._modules:
+            self._reset_offset_head()
+
+    def predict(self, input: Tensor) -> tuple[Tensor, Tensor | None]:
+        """The offsets ``[B, og*K*N, *out]`` in pixels, and the mask ``[B, og*K, *out]`` or None, for an input."""
+        head = self.offset_head(input)
+        if not self.modulated:
+            return head, None
+        taps = self.offset_groups * prod(self.kernel_size)
+        offset, logit = head.split([taps * self.spatial_dims, taps], dim=-self.spatial_dims - 1)
+        return offset, 2 * logit.sigmoid()
+
+    def forward(self, input: Tensor) -> Tensor:
+        """The convolution of ``input`` at the points that it predicts."""
+        offset, mask = self.predict(input)
+        return self._deform(input, offset, mask)
+
+    def extra_repr(self) -> str:
+        """As the base class, and whether there is a mask."""
+        return super().extra_repr() + (", modulated=True" if self.modulated else "")
+
+    def _reset_offset_head(self) -> None:
+        for parameter in self.offset_head.parameters():
+            nn.init.zeros_(parameter)
+
+
+class PackedDeformConv1d(_PackedDeformConv):
+    """Deformable convolution of a sequence that predicts its own offsets; :class:`PackedDeformConv2d` on one axis.
+
+    Shapes: ``input [B, C, L]``, output ``[B, Cout, Lout]``.
+
+    Example:
+        >>> layer = PackedDeformConv1d(8, 16, 5, padding="same", modulated=True)
+        >>> layer(torch.randn(2, 8, 50)).shape
+        torch.Size([2, 16, 50])
+    """
+
+    spatial_dims = 1
+
+
+class PackedDeformConv2d(_PackedDeformConv):
+    """Deformable convolution of an image that predicts its own offsets, and its own mask if ``modulated``.
+
+    ``offset, logit = offset_head(input)``, ``mask = 2 * sigmoid(logit)``, then :class:`DeformConv2d`.
+
+    ``offset_head`` is a plain convolution with the layer's kernel, stride, padding and dilation. It starts at zero, so
+    that offsets are 0 and masks 1: a new layer computes what :class:`torch.nn.Conv2d` does, with the weights that the
+    same random seed gives there, and may take the place of a trained one (``load_state_dict(..., strict=False)``).
+    The mask is twice that of the paper, ``sigmoid(logit)``, which starts at 1/2 and would halve the output.
+    Offsets are learnt in pixels: where they grow too fast, give ``offset_head`` a smaller learning rate.
+
+    Args:
+        in_channels: this and all that is not said here as in :class:`DeformConv2d`.
+        groups: of the layer; the offset head has one, as every offset may depend on every channel.
+        bias: of the layer; the offset head always has one.
+        padding_mode: of the layer and of its offset head.
+        modulated: predict a mask too: version 2.
+
+    Shapes, with or without the batch axis: ``input [B, C, H, W]``, output ``[B, Cout, Hout, Wout]``.
+
+    Raises:
+        TypeError: an argument has the wrong type or dtype.
+        ValueError: a value or a shape that does not fit, by name.
+
+    Example:
+        >>> layer = PackedDeformConv2d(8, 16, 3, padding=1, modulated=True)
+        >>> layer(torch.randn(2, 8, 20, 30)).shape
+        torch.Size([2, 16, 20, 30])
+
+    Papers: Deformable Convolutional Networks, https://arxiv.org/abs/1703.06211;
+    Deformable ConvNets v2, https://arxiv.org/abs/1811.11168.
+    """
+
+    spatial_dims = 2
+
+
+class PackedDeformConv3d(_PackedDeformConv):
+    """Deformable convolution of a volume that predicts its own offsets; :class:`PackedDeformConv2d` on three axes.
+
+    Shapes: ``input [B, C, D, H, W]``, output ``[B, Cout, Dout, Hout, Wout]``.
+
+    Example:
+        >>> layer = PackedDeformConv3d(4, 5, 3, padding=1)
+        >>> layer(torch.randn(1, 4, 6, 7, 8)).shape
+        torch.Size([1, 5, 6, 7, 8])
+    """
+
+    spatial_dims = 3
+
+
+def _check_choice(name: str, value: object, choices: Sequence[str], more: str = "") -> None:
+    if value not in choices:
+        raise ValueError(f"{name} is {value!r}; it must be one of {', '.join(map(repr, choices))}{more}")
+
+
+def _check_counts(in_channels: int, out_channels: int, groups: int, offset_groups: int) -> None:
+    counts = {
+        "in_channels": in_channels,
+        "out_channels": out_channels,
+        "groups": groups,
+        "offset_groups": offset_groups,
+    }
+    for name, count in counts.items():
+        if not hasattr(count, "__index__"):
+            raise TypeError(f"{name} is {count!r}; it must be an int")
+        if count < 1:
+            raise ValueError(f"{name} is {count}; it must be at least 1")
+    for name, divisor in (("in_channels", "groups"), ("out_channels", "groups"), ("in_channels", "offset_groups")):
+        if counts[name] % counts[divisor]:
+            raise ValueError(f"{name} is {counts[name]}; it must be divisible by {divisor}, which is {counts[divisor]}")
