@@ -65,7 +65,7 @@ class Operator:
         self._function = _function(self)
 
         qualified = f"{NAMESPACE}::{self.name}"
-        library.impl(self.name, reference, "CompositeExplicitAutograd")
+        library.impl(self.name, self._contiguous_reference, "CompositeExplicitAutograd")
         torch.library.register_fake(qualified, fake, lib=library)
         torch.library.register_autograd(qualified, self._backward, setup_context=self._save, lib=library)
         torch.library.register_vmap(qualified, self._vmap, lib=library)
@@ -80,6 +80,9 @@ class Operator:
         if _transforming():
             return self._function.apply(*args)
         return self.overload(*args)
+
+    def _contiguous_reference(self, *args: Any) -> Any:
+        return _each(self.reference(*args), Tensor.contiguous)
 
     def _save(self, ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
         ctx.save_for_backward(*(inputs[i] for i in self.tensors))
@@ -153,7 +156,7 @@ def define(
         asked = [i for i, yes in zip(forward.differentiable, output_mask, strict=True) if yes]
         values = [inputs[i] for i in asked]
         grads = iter(_pull_back(_at(reference, inputs, asked), values, grad_output) if asked else ())
-        return tuple(next(grads).contiguous() if yes else grad_output.new_empty(0) for yes in output_mask)
+        return tuple(next(grads) if yes else grad_output.new_empty(0) for yes in output_mask)
 
     def gradient(op: Operator, args: list[Any], grads: Sequence[Tensor | None], wanted: list[bool]) -> Sequence[Any]:
         results = backward(grads[0], *args, wanted)

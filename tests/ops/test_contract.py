@@ -1,0 +1,320 @@
+"""What every operator owes PyTorch, forward and backward, by existing: the checks that take well under a second."""
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from close import assert_close
+from rooms import CALLS, Call, double, evaluate, representatives
+from torch import Tensor
+from torch.autograd import forward_ad
+
+from deformkit.ops._library import operators
+
+every_call = pytest.mark.parametrize("call", CALLS, ids=str)
+one_call_each = pytest.mark.parametrize("call", representatives(), ids=str)
+
+
+def of(function: Callable[..., Tensor], args: list[Any], positions: list[int]) -> Callable[..., Tensor]:
+    """``function`` of the arguments at ``positions`` alone."""
+
+    def of_some(*values: Any) -> Tensor:
+        full = list(args)
+        for i, value in zip(positions, values, strict=True):
+            full[i] = value
+        return function(*full)
+
+    return of_some
+
+
+def at(args: list[Any], positions: list[int]) -> list[Any]:
+    return [args[i] for i in positions]
+
+
+def assert_all_close(actual: Any, truth: Any) -> None:
+    """Compare two nests of float64 tensors by the tolerance rule."""
+    actual, truth = (torch.utils._pytree.tree_leaves(nest) for nest in (actual, truth))
+    assert len(actual) == len(truth) > 0
+    for i, (one, other) in enumerate(zip(actual, truth, strict=True)):
+        assert_close(one, other, name=f"result {i}")
+
+
+def test_every_operator_has_cases() -> None:
+    assert {call.operator.name for call in CALLS} == {name for name in operators if not name.endswith("_backward")}
+
+
+@every_call
+def test_cpu_kernels_are_loaded(call: Call) -> None:
+    for operator in (call.operator, call.backward_operator):
+        assert torch._C._dispatch_has_kernel_for_dispatch_key(f"deformkit::{operator.name}", "CPU"), (
+            "without its kernel an operator is compared with itself: make build"
+        )
+
+
+@every_call
+def test_opcheck_forward(call: Call) -> None:
+    args = call.arguments()
+    torch.library.opcheck(call.operator.overload, tuple(args))
+    for i in call.positions(args):
+        args[i].requires_grad_()
+    torch.library.opcheck(call.operator.overload, tuple(args))
+
+
+@every_call
+def test_opcheck_backward(call: Call) -> None:
+    args = call.backward_arguments(call.arguments())
+    torch.library.opcheck(call.backward_operator.overload, tuple(args))
+    torch.library.opcheck(call.backward_operator.overload, (*args[:-1], [False] * len(args[-1])))
+
+
+@one_call_each
+def test_opcheck_double_backward(call: Call) -> None:
+    args = call.backward_arguments(call.arguments())
+    for i in (0, *(1 + p for p in call.positions(args[1:]))):
+        args[i].requires_grad_()
+    torch.library.opcheck(call.backward_operator.overload, tuple(args))
+
+
+@every_call
+def test_gradcheck(call: Call) -> None:
+    args = call.arguments(torch.float64)
+    positions = call.positions(args)
+    values = [args[i].requires_grad_() for i in positions]
+    assert torch.autograd.gradcheck(of(call.operator, args, positions), values, fast_mode=True, check_batched_grad=True)
+
+
+@one_call_each
+def test_gradgradcheck(call: Call) -> None:
+    args = call.arguments(torch.float64)
+    positions = call.positions(args)
+    values = [args[i].requires_grad_() for i in positions]
+    assert torch.autograd.gradgradcheck(of(call.operator, args, positions), values, fast_mode=True)
+
+
+@every_call
+def test_second_gradients_are_those_of_the_reference(call: Call) -> None:
+    args = call.arguments(torch.float64)
+    positions = call.positions(args)
+
+    def second(function: Any) -> list[Tensor]:
+        values = [v.detach().requires_grad_() for v in at(args, positions)]
+        output = of(function, args, positions)(*values)
+        first = torch.autograd.grad(output.square().sum(), values, create_graph=True)
+        return list(torch.autograd.grad(sum(g.square().sum() for g in first), values))
+
+    assert_all_close(second(call.operator), second(call.operator.reference))
+
+
+@every_call
+def test_deterministic_algorithms_and_alerts(call: Call) -> None:
+    assert torch.are_deterministic_algorithms_enabled()
+    args = call.arguments()
+    once, again = (evaluate(call.operator, args, call.positions(args), torch.float32) for _ in range(2))
+    assert all(torch.equal(a, b) for a, b in zip(once, again, strict=True))
+
+
+@every_call
+@pytest.mark.parametrize("half", [torch.bfloat16, torch.float16], ids=["bfloat16", "float16"])
+def test_autocast_leaves_coordinates_alone(call: Call, half: torch.dtype) -> None:
+    args = call.arguments()
+    positions = call.positions(args)
+    seen: list[torch.dtype] = []
+
+    class Spy(torch.utils._python_dispatch.TorchDispatchMode):
+        def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            if function is call.operator.overload:
+                seen.extend(args[i].dtype for i in call.operator.coordinates)
+            return function(*args, **(kwargs or {}))
+
+    def under_autocast(*values: Any) -> Tensor:
+        with torch.autocast("cpu", dtype=half), Spy():
+            return call.operator(*values)
+
+    actual = evaluate(under_autocast, args, positions, half)
+    assert seen == [torch.float32] * len(call.operator.coordinates)
+    assert actual[0].dtype == half
+    assert all(grad.dtype == torch.float32 for grad in actual[1:])
+
+    cast = [
+        v.to(half) if isinstance(v, Tensor) and v.is_floating_point() and i not in call.operator.coordinates else v
+        for i, v in enumerate(args)
+    ]
+    for one, other in zip(actual, evaluate(call.operator, cast, positions, half), strict=True):
+        assert torch.equal(one, other.to(one.dtype))
+
+
+@one_call_each
+def test_autocast_leaves_float64_alone(call: Call) -> None:
+    args = call.arguments(torch.float64)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert_close(call.operator(*args), call.operator.reference(*args))
+
+
+@one_call_each
+@pytest.mark.parametrize("in_dim", [0, 1, -1])
+def test_vmap_over_each_argument(call: Call, in_dim: int) -> None:
+    args = call.arguments(torch.float64)
+    for i in call.positions(args):
+        variants = [call.arguments(torch.float64, seed)[i] for seed in range(3)]
+        function = of(call.operator, args, [i])
+        actual = torch.func.vmap(function, in_dims=in_dim, out_dims=in_dim)(torch.stack(variants, in_dim))
+        truth = torch.stack([of(call.operator.reference, args, [i])(v) for v in variants], in_dim)
+        assert_close(actual, truth, name=f"vmap over {call.operator.arguments[i]}")
+
+
+@one_call_each
+def test_vmap_over_all_arguments_and_twice(call: Call) -> None:
+    sets = [[call.arguments(torch.float64, 2 * a + b) for b in range(2)] for a in range(3)]
+    positions = call.positions(sets[0][0])
+    function, reference = of(call.operator, sets[0][0], positions), of(call.operator.reference, sets[0][0], positions)
+    stacked = [torch.stack([torch.stack([args[i] for args in row]) for row in sets]) for i in positions]
+    truth = torch.stack([torch.stack([reference(*at(args, positions)) for args in row]) for row in sets])
+    assert_close(torch.func.vmap(torch.func.vmap(function))(*stacked), truth)
+    last = [t.movedim(0, -1) for t in stacked]
+    actual = torch.func.vmap(torch.func.vmap(function, in_dims=0), in_dims=-1, randomness="error", chunk_size=2)(*last)
+    assert_close(actual, truth)
+
+
+@one_call_each
+def test_vmap_of_backward(call: Call) -> None:
+    args = call.backward_arguments(call.arguments(torch.float64))
+    operator = call.backward_operator
+    for i in (0, *(1 + p for p in call.positions(args[1:]))):
+        variants = [args[i] * scale for scale in (1.0, 0.5)]
+        actual = torch.func.vmap(of(operator, args, [i]))(torch.stack(variants))
+        each = [of(operator.reference, args, [i])(v) for v in variants]
+        assert_all_close(actual, [torch.stack(parts) for parts in zip(*each, strict=True)])
+
+
+@every_call
+def test_func_grad_and_vjp(call: Call) -> None:
+    args = call.arguments(torch.float64)
+    positions = call.positions(args)
+    values = at(args, positions)
+
+    def gradients(function: Any) -> Any:
+        loss = of(lambda *v: function(*v).square().sum(), args, positions)
+        output, pull_back = torch.func.vjp(of(function, args, positions), *values)
+        return torch.func.grad(loss, argnums=tuple(range(len(positions))))(*values), output, pull_back(output)
+
+    assert_all_close(gradients(call.operator), gradients(call.operator.reference))
+
+
+@one_call_each
+@pytest.mark.parametrize("transform", [torch.func.jacrev, torch.func.jacfwd], ids=["jacrev", "jacfwd"])
+def test_jacobian(call: Call, transform: Any) -> None:
+    args = call.arguments(torch.float64)
+    positions = call.positions(args)
+
+    def jacobian(function: Any) -> Any:
+        def mean(*values: Tensor) -> Tensor:
+            return of(function, args, positions)(*values).flatten(2).mean((0, 2))
+
+        return transform(mean, argnums=tuple(range(len(positions))))(*at(args, positions))
+
+    assert_all_close(jacobian(call.operator), jacobian(call.operator.reference))
+
+
+@one_call_each
+def test_hessian(call: Call) -> None:
+    args = call.arguments(torch.float64)
+    for i in call.positions(args):
+        part = torch.zeros_like(args[i]).flatten()[:3]
+
+        def hessian(function: Any, i: int = i, part: Tensor = part) -> Tensor:
+            def loss(values: Tensor) -> Tensor:
+                rest = args[i].flatten()[3:]
+                return of(function, args, [i])(torch.cat([args[i].flatten()[:3] + values, rest]).view_as(args[i])).exp().mean()
+
+            return torch.func.hessian(loss)(part)
+
+        assert_close(hessian(call.operator), hessian(call.operator.reference), name=call.operator.arguments[i])
+
+
+@every_call
+def test_jvp_is_not_silently_zero(call: Call) -> None:
+    args = call.arguments(torch.float64)
+    tangents = call.arguments(torch.float64, seed=1)
+    for i in call.positions(args):
+
+        def along(function: Any, i: int = i) -> tuple[Tensor, Tensor]:
+            return torch.func.jvp(of(function, args, [i]), (args[i],), (tangents[i],))
+
+        actual = along(call.operator)
+        assert actual[1].any(), f"zero along {call.operator.arguments[i]}"
+        assert_all_close(actual, along(call.operator.reference))
+
+    positions = call.positions(args)
+    every = [
+        torch.func.jvp(of(f, args, positions), tuple(at(args, positions)), tuple(at(tangents, positions)))
+        for f in (call.operator, call.operator.reference)
+    ]
+    assert_all_close(*every)
+
+
+@every_call
+def test_dual_numbers(call: Call) -> None:
+    args = call.arguments(torch.float64)
+    tangents = call.arguments(torch.float64, seed=1)
+    results = []
+    for function in (call.operator, call.operator.reference):
+        with forward_ad.dual_level():
+            duals = [forward_ad.make_dual(args[i], tangents[i]) for i in call.positions(args)]
+            result = forward_ad.unpack_dual(of(function, args, call.positions(args))(*duals))
+            assert result.tangent is not None
+            results.append((result.primal, result.tangent))
+    assert_all_close(*results)
+
+
+@one_call_each
+def test_forward_over_reverse_and_reverse_over_forward(call: Call) -> None:
+    args = call.arguments(torch.float64)
+    tangents = call.arguments(torch.float64, seed=1)
+    positions = call.positions(args)
+    primals, directions = tuple(at(args, positions)), tuple(at(tangents, positions))
+
+    def mixed(function: Any) -> Any:
+        def loss(*values: Tensor) -> Tensor:
+            return of(function, args, positions)(*values).square().mean()
+
+        numbers = tuple(range(len(positions)))
+        forward_over_reverse = torch.func.jvp(torch.func.grad(loss, argnums=numbers), primals, directions)
+        reverse_over_forward = torch.func.grad(lambda *v: torch.func.jvp(loss, v, directions)[1], argnums=numbers)
+        return forward_over_reverse, reverse_over_forward(*primals)
+
+    assert_all_close(mixed(call.operator), mixed(call.operator.reference))
+
+
+@one_call_each
+def test_per_sample_gradients(call: Call) -> None:
+    sets = [call.arguments(torch.float64, seed) for seed in range(3)]
+    positions = call.positions(sets[0])
+    stacked = [torch.stack([args[i] for args in sets]) for i in positions]
+
+    def per_sample(function: Any, in_dims: tuple[int | None, ...]) -> Any:
+        loss = of(lambda *v: function(*v).square().sum(), sets[0], positions)
+        gradient = torch.func.grad(loss, argnums=tuple(range(len(positions))))
+        values = [s if d is not None else s[0] for s, d in zip(stacked, in_dims, strict=True)]
+        return torch.func.vmap(gradient, in_dims=in_dims)(*values)
+
+    shared_parameters = tuple(0 if i in call.operator._batched else None for i in positions)
+    for in_dims in ((0,) * len(positions), shared_parameters):
+        assert_all_close(per_sample(call.operator, in_dims), per_sample(call.operator.reference, in_dims))
+
+
+@every_call
+def test_meta_device_gives_the_shape(call: Call) -> None:
+    args = [v.to("meta") if isinstance(v, Tensor) else v for v in call.arguments()]
+    output = call.operator(*args)
+    expected = call.operator(*call.arguments())
+    assert (output.device.type, output.shape, output.dtype) == ("meta", expected.shape, expected.dtype)
+    assert output.stride() == expected.stride()
+
+
+@every_call
+def test_one_gradient_alone(call: Call) -> None:
+    args = call.arguments(torch.float64)
+    for i in call.positions(args):
+        alone = evaluate(call.operator, args, [i], torch.float64)
+        assert_all_close(alone, evaluate(call.operator.reference, double(args), [i], torch.float64))
