@@ -1,0 +1,103 @@
+// Work, memory and matrix products inside a kernel.
+#pragma once
+
+#include <array>
+#include <atomic>
+#include <memory>
+#include <new>
+
+#include "cpu/tensor.h"
+
+namespace deformkit {
+
+// Runs f(scratch, 0) ... f(scratch, items - 1) on torch's threads, with one scratch = make() for each thread. What an item
+// computes must not depend on who computes it: work is cut by shape, and so results have the same bits on any number of
+// threads.
+template <typename M, typename F>
+void each(int64_t items, const M& make, const F& f) {
+  std::atomic<int64_t> next{0};
+  // One range for each thread, even for a single item: libraries called from f then see a parallel region and do not
+  // start threads of their own, which could sum in another order.
+  const int64_t threads = torch::stable::get_num_threads();
+  torch::stable::parallel_for(0, threads, 1, [&](int64_t, int64_t) {
+    int64_t item = next++;
+    if (item >= items) return;
+    auto scratch = make();
+    for (; item < items; item = next++) f(scratch, item);
+  });
+}
+
+template <typename F>
+void each(int64_t items, const F& f) {
+  each(items, [] { return 0; }, [&](int, int64_t item) { f(item); });
+}
+
+// Uninitialised memory on a cache-line boundary.
+template <typename T>
+class Buffer {
+ public:
+  Buffer() = default;
+  explicit Buffer(int64_t count)
+      : data_(static_cast<T*>(::operator new(static_cast<size_t>(count) * sizeof(T) + 64, std::align_val_t{64}))) {}
+  T* get() const { return data_.get(); }
+  T& operator[](int64_t i) const { return data_.get()[i]; }
+
+ private:
+  struct Free {
+    void operator()(T* data) const { ::operator delete(data, std::align_val_t{64}); }
+  };
+  std::unique_ptr<T, Free> data_;
+};
+
+template <typename A>
+struct Matrix {
+  const A* data;
+  int64_t rows, columns, row_stride, column_stride = 1;
+
+  Matrix transposed() const { return {data, columns, rows, column_stride, row_stride}; }
+
+  Tensor view() const {
+    const std::array<int64_t, 2> sizes{rows, columns}, strides{row_stride, column_stride};
+    return torch::stable::from_blob(
+        const_cast<A*>(data), {sizes.data(), 2}, {strides.data(), 2},
+        torch::stable::Device(torch::headeronly::DeviceType::CPU),
+        std::is_same_v<A, double> ? ScalarType::Double : ScalarType::Float);
+  }
+};
+
+// oneDNN's product as torch registers it. On processors that MKL does not favour it is twice as fast as aten::mm.
+inline bool linear(const Tensor& x, const Tensor& w, Tensor* result) {
+  using torch::stable::detail::from;
+  std::array<StableIValue, 6> stack{
+      from(x), from(w), from(std::nullopt), from(std::string("none")), from(std::vector<int64_t>{}), from(std::nullopt)};
+  if (torch_call_dispatcher("mkldnn::_linear_pointwise", "", stack.data(), TORCH_ABI_VERSION) != 0) return false;
+  *result = torch::stable::detail::to<Tensor>(stack[0]);
+  return true;
+}
+
+inline bool has_linear() {
+  static const bool found = [] {
+    const std::array<float, 4> x{1, 2, 3, 4};
+    const Matrix<float> matrix{x.data(), 2, 2, 2};
+    Tensor result;
+    if (!linear(matrix.view(), matrix.view(), &result)) return false;
+    const auto* y = static_cast<const float*>(result.data_ptr());
+    return y[0] == 5 && y[1] == 11 && y[2] == 11 && y[3] == 25;
+  }();
+  return found;
+}
+
+// x @ y, row-major.
+template <typename A>
+Tensor product(const Matrix<A>& x, const Matrix<A>& y) {
+  if constexpr (std::is_same_v<A, float>) {
+    Tensor result;
+    if (has_linear() && linear(x.view(), y.transposed().view(), &result)) return result;
+  }
+  using torch::stable::detail::from;
+  std::array<StableIValue, 2> stack{from(x.view()), from(y.view())};
+  STABLE_TORCH_ERROR_CODE_CHECK(torch_call_dispatcher("aten::mm", "", stack.data(), TORCH_ABI_VERSION));
+  return torch::stable::detail::to<Tensor>(stack[0]);
+}
+
+}  // namespace deformkit

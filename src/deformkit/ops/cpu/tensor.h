@@ -1,0 +1,143 @@
+// Tensors as the kernels see them: element types, strides, and the dispatch over dtype and number of spatial axes.
+#pragma once
+
+#include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/ops.h>
+#include <torch/csrc/stable/tensor.h>
+#include <torch/headeronly/core/ScalarType.h>
+#include <torch/headeronly/util/BFloat16.h>
+#include <torch/headeronly/util/Exception.h>
+#include <torch/headeronly/util/Half.h>
+
+#include <cstdint>
+#include <cstring>
+#include <optional>
+#include <type_traits>
+#include <vector>
+
+namespace deformkit {
+
+using torch::headeronly::BFloat16;
+using torch::headeronly::Half;
+using torch::headeronly::ScalarType;
+using torch::stable::Tensor;
+
+// The type of coordinates and sums: double for double, float for everything else.
+template <typename T>
+using Sum = std::conditional_t<std::is_same_v<T, double>, double, float>;
+
+template <typename A, typename T>
+inline A load(T value) {
+#if defined(__F16C__)
+  if constexpr (std::is_same_v<T, Half>) {
+    _Float16 bits;
+    std::memcpy(&bits, &value, sizeof bits);
+    return static_cast<A>(bits);
+  }
+#endif
+  return static_cast<A>(value);
+}
+
+template <typename T, typename A>
+inline T store(A value) {
+#if defined(__F16C__)
+  if constexpr (std::is_same_v<T, Half>) {
+    const _Float16 bits = static_cast<_Float16>(value);
+    Half result;
+    std::memcpy(static_cast<void*>(&result), &bits, sizeof bits);
+    return result;
+  }
+#endif
+  return static_cast<T>(value);
+}
+
+template <typename F>
+void dispatch_dtype(ScalarType dtype, F&& f) {
+  switch (dtype) {
+    case ScalarType::Float:
+      return f.template operator()<float>();
+    case ScalarType::Double:
+      return f.template operator()<double>();
+    case ScalarType::Half:
+      return f.template operator()<Half>();
+    case ScalarType::BFloat16:
+      return f.template operator()<BFloat16>();
+    default:
+      STD_TORCH_CHECK(false, "the dtype must be float16, bfloat16, float32 or float64");
+  }
+}
+
+template <typename F>
+void dispatch_axes(int64_t axes, F&& f) {
+  switch (axes) {
+    case 1:
+      return f.template operator()<1>();
+    case 2:
+      return f.template operator()<2>();
+    case 3:
+      return f.template operator()<3>();
+    default:
+      STD_TORCH_CHECK(false, "there must be 1, 2 or 3 spatial axes, not ", axes);
+  }
+}
+
+inline std::vector<int64_t> sizes_of(const Tensor& tensor) {
+  return {tensor.sizes().begin(), tensor.sizes().end()};
+}
+
+// A tensor [B, C, *size] whose spatial axes are one run of positions with a fixed stride; made so by a copy if need be.
+class Map {
+ public:
+  explicit Map(Tensor tensor) : tensor_(std::move(tensor)) {
+    if (!collapses()) tensor_ = torch::stable::contiguous(tensor_);
+    const auto sizes = tensor_.sizes();
+    const auto strides = tensor_.strides();
+    batch_stride = strides[0];
+    channel_stride = strides[1];
+    for (size_t axis = sizes.size(); axis-- > 2;) {
+      positions *= sizes[axis];
+      if (sizes[axis] != 1 && position_stride == 0) position_stride = strides[axis];
+    }
+  }
+
+  template <typename T>
+  T* at(int64_t batch, int64_t channel = 0, int64_t position = 0) const {
+    return static_cast<T*>(tensor_.data_ptr()) + batch * batch_stride + channel * channel_stride +
+           position * position_stride;
+  }
+
+  ScalarType dtype() const { return tensor_.scalar_type(); }
+
+  int64_t positions = 1, batch_stride, channel_stride, position_stride = 0;
+
+ private:
+  bool collapses() const {
+    const auto sizes = tensor_.sizes();
+    const auto strides = tensor_.strides();
+    int64_t expected = -1;
+    for (size_t axis = sizes.size(); axis-- > 2;) {
+      if (sizes[axis] == 1) continue;
+      if (expected >= 0 && strides[axis] != expected) return false;
+      expected = strides[axis] * sizes[axis];
+    }
+    return true;
+  }
+
+  Tensor tensor_;
+};
+
+// `count` elements of a Map of any dtype, as A.
+template <typename A>
+void read_run(const Map& map, int64_t batch, int64_t channel, int64_t position, int64_t count, A* out) {
+  dispatch_dtype(map.dtype(), [&]<typename T>() {
+    const T* source = map.at<T>(batch, channel, position);
+    const int64_t stride = map.position_stride;
+    if (stride == 1) {
+      for (int64_t i = 0; i < count; ++i) out[i] = load<A>(source[i]);
+    } else {
+      for (int64_t i = 0; i < count; ++i) out[i] = load<A>(source[i * stride]);
+    }
+  });
+}
+
+}  // namespace deformkit
