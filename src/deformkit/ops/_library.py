@@ -13,6 +13,7 @@ A kernel is then only ``STABLE_TORCH_LIBRARY_IMPL(deformkit, CPU, m)`` in C++ or
 """
 
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -59,7 +60,7 @@ class Operator:
         self.tensors = [i for i, argument in enumerate(self.overload._schema.arguments) if "Tensor" in str(argument.type)]
         self.differentiable = [self.arguments.index(name) for name in differentiable]
         self.coordinates: list[int] = []
-        self._batched = {self.arguments.index(name) for name in batched}
+        self.batched = {self.arguments.index(name) for name in batched}
         self._batched_result = batched_result
         self._gradient = gradient
         self._function = _function(self)
@@ -68,7 +69,7 @@ class Operator:
         library.impl(self.name, self._contiguous_reference, "CompositeExplicitAutograd")
         torch.library.register_fake(qualified, fake, lib=library)
         torch.library.register_autograd(qualified, self._backward, setup_context=self._save, lib=library)
-        torch.library.register_vmap(qualified, self._vmap, lib=library)
+        torch.library.register_vmap(qualified, partial(self._vmap, self.overload), lib=library)
         operators[self.name] = self
 
     def __call__(self, *args: Any) -> Any:
@@ -103,17 +104,17 @@ class Operator:
                 result[i] = grad
         return tuple(result)
 
-    def _vmap(self, info: Any, in_dims: Sequence[Any], *args: Any) -> tuple[Any, Any]:
+    def _vmap(self, call: Callable[..., Any], info: Any, in_dims: Sequence[Any], *args: Any) -> tuple[Any, Any]:
         mapped = {i for i in self.tensors if in_dims[i] is not None}
         moved = [args[i].movedim(in_dims[i], 0) if i in mapped else value for i, value in enumerate(args)]
-        if mapped <= self._batched and self._batched_result(*args):
+        if mapped <= self.batched and self._batched_result(*args):
             count = info.batch_size
-            for i in self._batched:
+            for i in self.batched:
                 if moved[i] is not None:
                     whole = moved[i] if i in mapped else moved[i].unsqueeze(0).expand(count, *moved[i].shape)
                     moved[i] = whole.flatten(0, 1)
-            return _each(self(*moved), lambda t: t.unflatten(0, (count, -1)) if t.dim() > 1 else t.expand(count, 0)), 0
-        slices = [self(*(v[n] if i in mapped else v for i, v in enumerate(moved))) for n in range(info.batch_size)]
+            return _each(call(*moved), lambda t: t.unflatten(0, (count, -1)) if t.dim() > 1 else t.expand(count, 0)), 0
+        slices = [call(*(v[n] if i in mapped else v for i, v in enumerate(moved))) for n in range(info.batch_size)]
         if isinstance(slices[0], Tensor):
             return torch.stack(slices), 0
         return tuple(torch.stack(parts) for parts in zip(*slices, strict=True)), (0,) * len(slices[0])
@@ -229,7 +230,7 @@ def _function(op: Operator) -> type[torch.autograd.Function]:
 
         @staticmethod
         def vmap(info: Any, in_dims: Sequence[Any], *args: Any) -> tuple[Any, Any]:
-            return op._vmap(info, in_dims, *args)
+            return op._vmap(op, info, in_dims, *args)
 
         @staticmethod
         def jvp(ctx: Any, *tangents: Any) -> Any:

@@ -1,0 +1,147 @@
+"""Every operator under torch.compile and torch.export, forward and backward."""
+
+from typing import Any
+
+import pytest
+import torch
+from close import assert_close
+from rooms import CALLS, Call, double, evaluate, representatives
+from torch import Tensor
+
+every_call = pytest.mark.parametrize("call", CALLS, ids=str)
+one_call_each = pytest.mark.parametrize("call", representatives(), ids=str)
+
+
+@pytest.fixture(autouse=True)
+def _fresh_compiler() -> None:
+    torch.compiler.reset()
+
+
+class Layer(torch.nn.Module):
+    """The operator with its first tensor, its coordinates and whatever else the batch runs over given; the rest kept."""
+
+    def __init__(self, call: Call, args: list[Any]) -> None:
+        super().__init__()
+        self.call = call
+        self.args = args
+        self.given = [i for i in call.operator.batched if args[i] is not None]
+
+    def forward(self, *given: Tensor) -> Tensor:
+        full = list(self.args)
+        for i, value in zip(self.given, given, strict=True):
+            full[i] = value
+        return self.call.operator(*full) * 2
+
+    def inputs(self, repeat: int = 1) -> tuple[Tensor, ...]:
+        return tuple(torch.cat([self.args[i]] * repeat) for i in self.given)
+
+
+def check(actual: list[Tensor], call: Call, args: list[Any]) -> None:
+    truth = evaluate(lambda *v: call.operator.reference(*v) * 2, double(args), call.positions(args), torch.float32)
+    reference = evaluate(lambda *v: call.operator.reference(*v) * 2, args, call.positions(args), torch.float32)
+    for results in zip(actual, truth, reference, strict=True):
+        assert_close(*results)
+
+
+@every_call
+def test_traces_whole_with_backward(call: Call) -> None:
+    args = call.arguments()
+    compiled = torch.compile(lambda *v: call.operator(*v) * 2, fullgraph=True, backend="aot_eager")
+    check(evaluate(compiled, args, call.positions(args), torch.float32), call, args)
+
+
+@one_call_each
+def test_compiles_with_inductor(call: Call) -> None:
+    args = call.arguments()
+    compiled = torch.compile(lambda *v: call.operator(*v) * 2, fullgraph=True)
+    check(evaluate(compiled, args, call.positions(args), torch.float32), call, args)
+
+
+@one_call_each
+def test_dynamic_shapes_compile_once(call: Call) -> None:
+    counter = torch._dynamo.testing.CompileCounterWithBackend("aot_eager")
+    layer = Layer(call, call.arguments())
+    compiled = torch.compile(layer, fullgraph=True, dynamic=True, backend=counter)
+    for repeat in (7, 3, 5):  # the first unlike any other size, which would make the two one symbol
+        inputs = [t.requires_grad_() for t in layer.inputs(repeat)]
+        output = compiled(*inputs)
+        grads = torch.autograd.grad(output.square().sum(), inputs)
+        expected = layer(*inputs)
+        for one, other in zip(grads, torch.autograd.grad(expected.square().sum(), inputs), strict=True):
+            assert torch.equal(one, other)
+        assert torch.equal(output, expected)
+    assert counter.frame_count == 1
+
+
+@one_call_each
+@pytest.mark.parametrize("strict", [False, True], ids=["non-strict", "strict"])
+def test_exports_as_one_node_with_a_dynamic_batch(call: Call, strict: bool) -> None:
+    layer = Layer(call, call.arguments())
+    batch = torch.export.Dim("batch", min=1, max=64)
+    inputs = layer.inputs(2)
+    program = torch.export.export(layer, inputs, dynamic_shapes=((({0: batch},) * len(inputs)),), strict=strict)
+    for graph in (program, program.run_decompositions()):
+        targets = [node.target for node in graph.graph.nodes if "deformkit" in str(node.target)]
+        assert targets == [call.operator.overload]
+        for repeat in (1, 3):
+            assert torch.equal(graph.module()(*layer.inputs(repeat)), layer(*layer.inputs(repeat)))
+
+
+@one_call_each
+def test_compiled_transforms(call: Call) -> None:
+    args = call.arguments(torch.float64)
+    positions = call.positions(args)
+    values = tuple(args[i] for i in positions)
+    directions = tuple(call.arguments(torch.float64, seed=1)[i] for i in positions)
+
+    def transforms(function: Any) -> dict[str, Any]:
+        def loss(*values: Tensor) -> Tensor:
+            full = list(args)
+            for i, value in zip(positions, values, strict=True):
+                full[i] = value
+            return function(*full).square().mean()
+
+        gradient = torch.func.grad(loss, argnums=tuple(range(len(values))))
+
+        def along(*values: Tensor) -> Any:
+            return torch.func.jvp(loss, values, directions)
+
+        def per_sample(*values: Tensor) -> Any:
+            return torch.func.vmap(gradient)(*(torch.stack([v, 2 * v]) for v in values))
+
+        return {"grad": gradient, "jvp": along, "per sample": per_sample}
+
+    truth = transforms(call.operator.reference)
+    for name, function in transforms(call.operator).items():
+        compiled = torch.compile(function, fullgraph=True, backend="aot_eager")
+        results = torch.utils._pytree.tree_leaves(compiled(*values))
+        expected = torch.utils._pytree.tree_leaves(truth[name](*values))
+        for one, other in zip(results, expected, strict=True):
+            assert other.any()
+            assert_close(one, other, name=f"compiled {name}")
+
+
+@one_call_each
+def test_compiled_vmap_keeps_the_operator(call: Call) -> None:
+    counter = torch._dynamo.testing.EagerAndRecordGraphs()
+    layer = Layer(call, call.arguments(torch.float64))
+    stacked = [torch.stack([t, t * 0.5]) for t in layer.inputs()]
+    compiled = torch.compile(torch.func.vmap(layer), fullgraph=True, backend=counter)
+    truth = torch.stack([layer(*layer.inputs()), layer(*(t * 0.5 for t in layer.inputs()))])
+    assert_close(compiled(*stacked), truth)
+    assert "deformkit" in counter.graphs[0].code
+
+
+@one_call_each
+def test_compiled_under_autocast(call: Call) -> None:
+    args = call.arguments()
+
+    def function(*values: Any) -> Tensor:
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            return call.operator(*values)
+
+    expected = evaluate(function, args, call.positions(args), torch.bfloat16)
+    compiled = torch.compile(function, fullgraph=True, backend="aot_eager")
+    for one, other in zip(evaluate(compiled, args, call.positions(args), torch.bfloat16), expected, strict=True):
+        assert one.dtype == other.dtype
+        assert torch.equal(one, other)
