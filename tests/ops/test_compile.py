@@ -18,7 +18,7 @@ def _fresh_compiler() -> None:
 
 
 class Layer(torch.nn.Module):
-    """The operator with its first tensor, its coordinates and whatever else the batch runs over given; the rest kept."""
+    """The operator as a module: what the batch runs over is given to it, the rest it keeps."""
 
     def __init__(self, call: Call, args: list[Any]) -> None:
         super().__init__()
