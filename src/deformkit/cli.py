@@ -1,0 +1,74 @@
+"""The command line: ``deformkit doctor | bench | demo``."""
+
+import importlib
+import sys
+from typing import Annotated
+
+import torch
+import typer
+from rich.console import Console
+from rich.table import Table
+
+from . import __version__, bench, doctor
+
+app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_show_locals=False)
+
+
+def _version(wanted: bool) -> None:
+    if wanted:
+        print(__version__)
+        raise typer.Exit
+
+
+@app.callback()
+def _options(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version and exit.")
+    ] = False,
+) -> None:
+    """Deformable operators for PyTorch in one, two and three dimensions."""
+
+
+@app.command("doctor")
+def _doctor() -> None:
+    """Print what runs here and test it, as a block to paste into a bug report."""
+    diagnosis = doctor.diagnose()
+    print(diagnosis.text)
+    raise typer.Exit(not diagnosis.healthy)
+
+
+@app.command("bench")
+def _bench(
+    seconds: Annotated[float, typer.Option(min=0.0, help="How long to time each call.")] = 0.5,
+    threads: Annotated[int | None, typer.Option(min=1, help="How many threads torch may use.")] = None,
+) -> None:
+    """Time a few calls against the reference and the plain convolution; benchmarks/run.py is the full benchmark."""
+    if threads is not None:
+        torch.set_num_threads(threads)
+    console = Console()
+    table = Table("case", "", "time", "reference", "plain")
+    for column in table.columns[2:]:
+        column.justify = "right"
+    with console.status("timing") as status:
+        for case, what, timings in bench.quick(seconds):
+            status.update(f"timing {case}")
+            ours = timings["deformkit"].median
+            ratios = [
+                f"{timings[name].median / ours:.2f}x" if name in timings else "" for name in ("reference", "plain")
+            ]
+            table.add_row(case.name, what, f"{1e3 * ours:.2f} ms", *ratios)
+    console.print(table)
+    console.print(f"{doctor.processor()}, {torch.get_num_threads()} threads, torch {torch.__version__}; medians.")
+    console.print("reference, plain: the time of the reference, and of the plain counterpart, over ours.")
+
+
+@app.command("demo")
+def _demo() -> None:
+    """Train a small network with deformable layers beside a plain one, and draw where it looks."""
+    try:
+        importlib.import_module(f"{__package__}.demo").main()
+    except ModuleNotFoundError as error:
+        if error.name is None or error.name.startswith(f"{__package__}"):
+            raise
+        print(f"deformkit: the demo needs {error.name}; pip install 'deformkit[demo]' brings it", file=sys.stderr)
+        raise typer.Exit(1) from None

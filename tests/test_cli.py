@@ -1,0 +1,73 @@
+"""The command line."""
+
+import subprocess
+import sys
+from types import SimpleNamespace
+
+import pytest
+from typer.testing import CliRunner
+
+import deformkit
+from deformkit import __main__, cli, doctor
+from deformkit.ops.deform_conv import cases
+
+run = CliRunner().invoke
+
+
+def test_version() -> None:
+    assert run(cli.app, ["--version"]).output.strip() == deformkit.__version__
+
+
+def test_commands_are_listed() -> None:
+    output = run(cli.app, ["--help"]).output
+    for command in ("doctor", "bench", "demo"):
+        assert command in output
+
+
+@pytest.mark.parametrize("healthy", [True, False])
+def test_doctor_prints_its_report_and_fails_with_the_self_test(monkeypatch: pytest.MonkeyPatch, healthy: bool) -> None:
+    monkeypatch.setattr(doctor, "diagnose", lambda: doctor.Diagnosis("the | report", healthy))
+    result = run(cli.app, ["doctor"])
+    assert result.output == "the | report\n"
+    assert result.exit_code == (0 if healthy else 1)
+
+
+def test_bench(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cases, "BENCHMARKS", cases.CASES)
+    result = run(cli.app, ["bench", "--seconds", "0"])
+    assert result.exit_code == 0, result.output
+    assert result.output.count("forward + backward") == 3
+
+
+def test_demo_is_called(monkeypatch: pytest.MonkeyPatch) -> None:
+    calls = []
+    monkeypatch.setitem(sys.modules, "deformkit.demo", SimpleNamespace(main=lambda: calls.append(1)))
+    assert run(cli.app, ["demo"]).exit_code == 0
+    assert calls == [1]
+
+
+def test_demo_without_its_extra(monkeypatch: pytest.MonkeyPatch) -> None:
+    def main() -> None:
+        raise ModuleNotFoundError("No module named 'sklearn'", name="sklearn")
+
+    monkeypatch.setitem(sys.modules, "deformkit.demo", SimpleNamespace(main=main))
+    result = run(cli.app, ["demo"])
+    assert result.exit_code == 1
+    assert result.output.splitlines() == ["deformkit: the demo needs sklearn; pip install 'deformkit[demo]' brings it"]
+
+
+@pytest.mark.parametrize("missing", ["typer", "rich"])
+def test_without_the_extra_one_line_is_said(monkeypatch: pytest.MonkeyPatch, missing: str) -> None:
+    for name in [name for name in sys.modules if name.split(".")[0] == missing]:
+        monkeypatch.delitem(sys.modules, name)
+    monkeypatch.setitem(sys.modules, missing, None)
+    monkeypatch.delitem(sys.modules, "deformkit.cli")
+    monkeypatch.delattr(deformkit, "cli")
+    with pytest.raises(SystemExit) as stop:
+        __main__.main()
+    assert stop.value.code == f"deformkit: the command line needs {missing}; pip install 'deformkit[cli]' brings it"
+
+
+def test_module_is_a_command() -> None:
+    done = subprocess.run([sys.executable, "-m", "deformkit", "--version"], capture_output=True, text=True)
+    assert (done.returncode, done.stdout.strip()) == (0, deformkit.__version__)
