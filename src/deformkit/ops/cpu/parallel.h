@@ -10,9 +10,9 @@
 
 namespace deformkit {
 
-// Runs f(scratch, 0) ... f(scratch, items - 1) on torch's threads, with one scratch = make() for each thread. What an item
-// computes must not depend on who computes it: work is cut by shape, and so results have the same bits on any number of
-// threads.
+// Runs f(scratch, 0) ... f(scratch, items - 1) on torch's threads, with one scratch = make() for each thread. What an
+// item computes must not depend on who computes it: work is cut by shape, and so results have the same bits on any
+// number of threads.
 template <typename M, typename F>
 void each(int64_t items, const M& make, const F& f) {
   std::atomic<int64_t> next{0};
@@ -58,10 +58,9 @@ struct Matrix {
 
   Tensor view() const {
     const std::array<int64_t, 2> sizes{rows, columns}, strides{row_stride, column_stride};
-    return torch::stable::from_blob(
-        const_cast<A*>(data), {sizes.data(), 2}, {strides.data(), 2},
-        torch::stable::Device(torch::headeronly::DeviceType::CPU),
-        std::is_same_v<A, double> ? ScalarType::Double : ScalarType::Float);
+    return torch::stable::from_blob(const_cast<A*>(data), {sizes.data(), 2}, {strides.data(), 2},
+                                    torch::stable::Device(torch::headeronly::DeviceType::CPU),
+                                    std::is_same_v<A, double> ? ScalarType::Double : ScalarType::Float);
   }
 };
 
@@ -69,7 +68,8 @@ struct Matrix {
 inline bool linear(const Tensor& x, const Tensor& w, Tensor* result) {
   using torch::stable::detail::from;
   std::array<StableIValue, 6> stack{
-      from(x), from(w), from(std::nullopt), from(std::string("none")), from(std::vector<int64_t>{}), from(std::nullopt)};
+      from(x),           from(w), from(std::nullopt), from(std::string("none")), from(std::vector<int64_t>{}),
+      from(std::nullopt)};
   if (torch_call_dispatcher("mkldnn::_linear_pointwise", "", stack.data(), TORCH_ABI_VERSION) != 0) return false;
   *result = torch::stable::detail::to<Tensor>(stack[0]);
   return true;

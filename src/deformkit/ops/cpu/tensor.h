@@ -140,4 +140,33 @@ void read_run(const Map& map, int64_t batch, int64_t channel, int64_t position, 
   });
 }
 
+// A contiguous tensor of any dtype that runs of A are written to.
+class Sink {
+ public:
+  explicit Sink(const Tensor& tensor) : data_(tensor.mutable_data_ptr()), dtype_(tensor.scalar_type()) {}
+
+  // Stores `count` values from element `at` on; with `add`, adds them to what is there.
+  template <typename A>
+  void write(int64_t at, const A* values, int64_t count, bool add = false) const {
+    dispatch_dtype(dtype_, [&]<typename T>() {
+      T* out = static_cast<T*>(data_) + at;
+      if (add) {
+        for (int64_t i = 0; i < count; ++i) out[i] = store<T>(load<A>(out[i]) + values[i]);
+      } else {
+        for (int64_t i = 0; i < count; ++i) out[i] = store<T>(values[i]);
+      }
+    });
+  }
+
+  template <typename T>
+  T* data() const {
+    return static_cast<T*>(data_);
+  }
+  ScalarType dtype() const { return dtype_; }
+
+ private:
+  void* data_;
+  ScalarType dtype_;
+};
+
 }  // namespace deformkit

@@ -1,24 +1,29 @@
-// Deformable convolution on the CPU: gather the samples of a block of positions into columns that stay in cache, then one
-// matrix product per block. The formula is in op.py, the sampler in sample/.
+// Deformable convolution on the CPU: gather the samples of a block of positions into columns that stay in cache, then
+// one matrix product per block. The formula is in op.py, the sampler in sample/.
 //
-//   K taps   P positions of a block   S channels of a slice   columns [P, K, S] (one such part for each group in the slice)
-
-#include "sample/field.h"
+//   K taps   P positions of a block   S channels of a slice   columns [P, K, S] (one such part for each group in the
+//   slice)
 
 #include <string>
 #include <tuple>
+
+#include "sample/field.h"
 
 namespace deformkit {
 namespace {
 
 constexpr int64_t mib = 1 << 20;
-constexpr int64_t column_bytes = 640 * 1024;     // of one block: what stays in a core's second-level cache
-constexpr int64_t field_bytes = 16 * mib;        // of the laid-out field that one round of work uses
-constexpr int64_t grad_field_bytes = 8 * mib;    // of one slice of it in the backward, of which a thread holds two
-constexpr int64_t partial_bytes = 16 * mib;      // of gradients that await the other slices' share
-constexpr int64_t narrow = 8;                    // with fewer channels a group, no matrix product
+constexpr int64_t column_bytes = 640 * 1024;   // of one block: what stays in a core's second-level cache
+constexpr int64_t field_bytes = 16 * mib;      // of the laid-out field that one round of work uses
+constexpr int64_t grad_field_bytes = 8 * mib;  // of one slice of it in the backward, of which a thread holds two
+constexpr int64_t partial_bytes = 16 * mib;    // of gradients that await the other slices' share
+constexpr int64_t slice_channels = 32;         // that one item of the backward owns
+constexpr int64_t weight_shares = 8;           // into which the sum for the weight's gradient is cut, at most
+constexpr int64_t narrow = 8;                  // with fewer channels a group, no matrix product
 
-int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
+int64_t ceil_div(int64_t a, int64_t b) {
+  return (a + b - 1) / b;
+}
 
 // Everything that the shapes say.
 template <int N>
@@ -58,9 +63,9 @@ struct Problem {
     groups = channels / group_channels;
     STD_TORCH_CHECK(out_channels > 0 && out_channels % groups == 0, "weight's output channels must divide into groups");
     offset_groups = map[1] / (taps * N);
-    STD_TORCH_CHECK(map[0] == batch && offset_groups > 0 && map[1] == offset_groups * taps * N &&
-                        channels % offset_groups == 0,
-                    "offset's batch or channels do not fit");
+    STD_TORCH_CHECK(
+        map[0] == batch && offset_groups > 0 && map[1] == offset_groups * taps * N && channels % offset_groups == 0,
+        "offset's batch or channels do not fit");
     if (mask) {
       const auto factors = sizes_of(*mask);
       STD_TORCH_CHECK(mask->dim() == N + 2 && factors[0] == batch && factors[1] == offset_groups * taps &&
@@ -89,17 +94,20 @@ struct Problem {
   }
 
   int64_t channels_per_offset_group() const { return channels / offset_groups; }
-  bool depthwise() const { return group_channels < narrow; }
+  int64_t group_rows() const { return out_channels / groups; }
+  bool is_narrow() const { return group_channels < narrow; }
 };
 
-// Channels of one convolution group inside a slice. Their columns [P, taps, channels] start at P * taps * (begin - slice).
+// Channels of one convolution group inside a slice, or all of the slice's when the groups are narrow. Their columns
+// [P, taps, channels] start at P * taps * (begin - slice).
 struct Part {
   int64_t group, begin, channels;
 };
 
-// Channels that share both their columns and their offsets.
+// Channels that share both their columns and their offsets; whether they are the slice's first and last with them.
 struct Piece {
   int64_t part, offset_group, begin, channels;
+  bool first, last;
 };
 
 // A range of channels that is worked on at a time.
@@ -116,11 +124,13 @@ Slice make_slice(const Problem<N>& problem, int64_t begin, int64_t end) {
   Slice slice{begin, end, {}, {}};
   const int64_t per_group = problem.group_channels, per_offset = problem.channels_per_offset_group();
   for (int64_t c = begin; c < end;) {
-    const int64_t group = c / per_group, past = std::min(end, (group + 1) * per_group);
+    const int64_t group = c / per_group, past = problem.is_narrow() ? end : std::min(end, (group + 1) * per_group);
     slice.parts.push_back({group, c, past - c});
     for (; c < past;) {
       const int64_t next = std::min(past, (c / per_offset + 1) * per_offset);
-      slice.pieces.push_back({static_cast<int64_t>(slice.parts.size()) - 1, c / per_offset, c, next - c});
+      const int64_t part_index = static_cast<int64_t>(slice.parts.size()) - 1;
+      slice.pieces.push_back({part_index, c / per_offset, c, next - c, c == begin || c % per_offset == 0,
+                              next == end || next % per_offset == 0});
       c = next;
     }
   }
@@ -154,22 +164,27 @@ struct Unit {
   int64_t positions() const { return end - begin; }
 };
 
-// [out channels of the group, taps, channels] for every part of the slice, one after the other.
+// For every part of the slice [rows, taps, channels], one after the other: rows are the output channels of its group,
+// and of each channel's own group when the groups are narrow.
+template <typename A, int N, typename F>
+void for_weight(const Problem<N>& problem, const Slice& slice, const F& f) {
+  const int64_t rows = problem.group_rows(), depth = problem.group_channels;
+  int64_t packed = 0;
+  for (const Part& part : slice.parts)
+    for (int64_t r = 0; r < rows; ++r)
+      for (int64_t k = 0; k < problem.taps; ++k)
+        for (int64_t c = part.begin; c < part.begin + part.channels; ++c)
+          f(packed++, ((c / depth * rows + r) * depth + c % depth) * problem.taps + k);
+}
+
 template <typename A, int N>
 Buffer<A> pack_weight(const Problem<N>& problem, const Tensor& weight, const Slice& slice) {
-  const int64_t rows = problem.out_channels / problem.groups;
-  Buffer<A> packed(rows * problem.taps * slice.channels());
+  Buffer<A> result(problem.group_rows() * problem.taps * slice.channels());
   dispatch_dtype(weight.scalar_type(), [&]<typename T>() {
     const T* source = static_cast<const T*>(weight.data_ptr());
-    A* out = packed.get();
-    for (const Part& part : slice.parts)
-      for (int64_t o = part.group * rows; o < (part.group + 1) * rows; ++o)
-        for (int64_t k = 0; k < problem.taps; ++k)
-          for (int64_t c = 0; c < part.channels; ++c)
-            *out++ = load<A>(
-                source[(o * problem.group_channels + part.begin % problem.group_channels + c) * problem.taps + k]);
+    for_weight<A>(problem, slice, [&](int64_t packed, int64_t own) { result[packed] = load<A>(source[own]); });
   });
-  return packed;
+  return result;
 }
 
 // What one thread needs to gather a block.
@@ -185,8 +200,13 @@ struct Points {
   const A* shift[N];
 
   explicit Points(int64_t block)
-      : cells(block), origins(N * block), shifts(N * block), factors(block),
-        where(sizeof(Index) == 8 ? block << N : 1), corners(sizeof(Index) == 8 ? 2 * (block << N) : 1), capacity(block) {
+      : cells(block),
+        origins(N * block),
+        shifts(N * block),
+        factors(block),
+        where(sizeof(Index) == 8 ? block << N : 1),
+        corners(sizeof(Index) == 8 ? 2 * (block << N) : 1),
+        capacity(block) {
     for (int axis = 0; axis < N; ++axis) {
       origin[axis] = origins.get() + axis * block;
       shift[axis] = shifts.get() + axis * block;
@@ -238,7 +258,9 @@ std::vector<Unit<N>> make_units(const Problem<N>& problem, const Map& offset, in
   std::vector<Unit<N>> units;
   for (int64_t b = 0; b < problem.batch; ++b)
     for (int64_t u = 0; u < cuts; ++u)
-      units.push_back({b, problem.out_size[0] * u / cuts * line, problem.out_size[0] * (u + 1) / cuts * line,
+      units.push_back({b,
+                       problem.out_size[0] * u / cuts * line,
+                       problem.out_size[0] * (u + 1) / cuts * line,
                        {problem.size, 0, problem.size[0]}});
   if (cuts == 1) return units;
 
@@ -273,44 +295,64 @@ std::vector<Unit<N>> make_units(const Problem<N>& problem, const Map& offset, in
   return units;
 }
 
+template <int N>
+std::vector<Unit<N>> whole_units(const Problem<N>& problem) {
+  std::vector<Unit<N>> units;
+  for (int64_t b = 0; b < problem.batch; ++b)
+    units.push_back({b, 0, problem.positions, {problem.size, 0, problem.size[0]}});
+  return units;
+}
+
+// How many positions to take at a time, so that their columns stay in cache.
 int64_t block_positions(int64_t bytes_per_position, int64_t most) {
   const int64_t block = column_bytes / bytes_per_position / 16 * 16;
   return std::min(std::clamp<int64_t>(block, 32, 512), most);
 }
 
-// The columns of one block, for every part of the slice.
-template <typename A, int N, typename Index>
-void gather_block(const Problem<N>& problem, const Map& input, const Map& offset, const std::optional<Map>& mask,
-                  const Unit<N>& unit, const Slice& slice, const A* rows, int64_t begin, int64_t points,
-                  Points<A, N, Index>& scratch, A* columns) {
+// One call: its tensors as the kernels read them.
+template <int N>
+struct Call {
+  Problem<N> problem;
+  Map input, offset;
+  Tensor weight;
+  std::optional<Map> mask;
+
+  Call(Problem<N> p, const Tensor& input_, const Tensor& offset_, const Tensor& weight_,
+       const std::optional<Tensor>& mask_)
+      : problem(std::move(p)), input(input_), offset(offset_), weight(torch::stable::contiguous(weight_)) {
+    if (mask_) mask.emplace(*mask_);
+  }
+};
+
+// Calls f(tap, piece, factor, rows, width) with the cells of one block located, for every tap and every piece of the
+// slice; `rows` is the field to sample, with `width` channels. A field too large to lay out comes channel by channel,
+// as the corners of these points alone.
+template <typename A, int N, typename Index, typename F>
+void for_cells(const Call<N>& call, const Unit<N>& unit, const Slice& slice, const A* rows, int64_t begin,
+               int64_t points, Points<A, N, Index>& scratch, const F& f) {
+  const Problem<N>& problem = call.problem;
   scratch.start(problem, begin, points);
-  const int64_t width = slice.channels();
   int64_t group = -1;
-  for (size_t first = 0, next; first < slice.pieces.size(); first = next) {
+  for (size_t first = 0, next = 0; first < slice.pieces.size(); first = next) {
     group = slice.pieces[first].offset_group;
-    for (next = first; next < slice.pieces.size() && slice.pieces[next].offset_group == group;) ++next;
-    for (int64_t t = 0; t < problem.taps; ++t) {
-      const A* factor = scratch.read_factor(problem, unit, mask, group, t, begin, points);
-      const auto place = [&](const Piece& piece) {
-        const Part& part = slice.parts[piece.part];
-        return columns + points * problem.taps * (part.begin - slice.begin) + t * part.channels + piece.begin - part.begin;
-      };
+    while (next < slice.pieces.size() && slice.pieces[next].offset_group == group) ++next;
+    for (int64_t tap = 0; tap < problem.taps; ++tap) {
+      const A* factor = scratch.read_factor(problem, unit, call.mask, group, tap, begin, points);
       if constexpr (sizeof(Index) == 4) {
-        scratch.locate(problem, unit, offset, group, t, begin, points, static_cast<Index>(unit.window.positions()));
-        for (size_t i = first; i < next; ++i) {
-          const Piece& piece = slice.pieces[i];
-          gather(scratch.cells, points, rows + piece.begin - slice.begin, width, piece.channels, factor, place(piece),
-                 problem.taps * slice.parts[piece.part].channels);
-        }
+        scratch.locate(problem, unit, call.offset, group, tap, begin, points,
+                       static_cast<Index>(unit.window.positions()));
+        for (size_t i = first; i < next; ++i)
+          f(tap, slice.pieces[i], factor, rows + slice.pieces[i].begin - slice.begin, slice.channels());
       } else {
         for (size_t i = first; i < next; ++i) {
-          const Piece& piece = slice.pieces[i];
-          for (int64_t c = 0; c < piece.channels; ++c) {
-            scratch.locate(problem, unit, offset, group, t, begin, points, -1);
-            compact(input, unit.batch, piece.begin + c, points, scratch.cells, scratch.where.get(),
+          for (int64_t c = 0; c < slice.pieces[i].channels; ++c) {
+            const Piece& piece = slice.pieces[i];
+            const Piece one{
+                piece.part, group, piece.begin + c, 1, piece.first && c == 0, piece.last && c + 1 == piece.channels};
+            scratch.locate(problem, unit, call.offset, group, tap, begin, points, -1);
+            compact(call.input, unit.batch, one.begin, points, scratch.cells, scratch.where.get(),
                     scratch.corners.get());
-            gather(scratch.cells, points, scratch.corners.get(), 1, 1, factor, place(piece) + c,
-                   problem.taps * slice.parts[piece.part].channels);
+            f(tap, one, factor, scratch.corners.get(), 1);
           }
         }
       }
@@ -318,7 +360,14 @@ void gather_block(const Problem<N>& problem, const Map& input, const Map& offset
   }
 }
 
-// Lays out the windows of some units, each followed by its row of zeros.
+// Where the columns of a piece and tap start in those of a block.
+template <int N>
+int64_t column_of(const Problem<N>& problem, const Slice& slice, const Piece& piece, int64_t tap, int64_t points) {
+  const Part& part = slice.parts[piece.part];
+  return points * problem.taps * (part.begin - slice.begin) + tap * part.channels + piece.begin - part.begin;
+}
+
+// Lays out the windows of units[first, last), each followed by its row of zeros; returns where each starts.
 template <typename A, int N>
 std::vector<int64_t> pack_units(const Map& input, const std::vector<Unit<N>>& units, size_t first, size_t last,
                                 const Slice& slice, Buffer<A>& rows) {
@@ -339,37 +388,62 @@ std::vector<int64_t> pack_units(const Map& input, const std::vector<Unit<N>>& un
   return place;
 }
 
-template <typename T, int N, typename Index>
-void forward(const Problem<N>& problem, const Map& input, const Map& offset, const Tensor& weight,
-             const std::optional<Tensor>& bias, const std::optional<Map>& mask, T* output) {
-  using A = Sum<T>;
-  const int64_t group_rows = problem.out_channels / problem.groups, channels = problem.channels;
-  const bool direct = sizeof(Index) == 8;
-  const auto units = make_units<A, N>(problem, offset, direct ? 0 : channels * sizeof(A), field_bytes, problem.positions);
+// The output of one block, for one part: f(output channel, its values), the bias not yet added.
+template <typename A, int N, typename F>
+void multiply(const Problem<N>& problem, const Part& part, const A* weight, const A* columns, int64_t points,
+              const F& f) {
+  const int64_t rows = problem.group_rows(), depth = problem.taps * part.channels;
+  if (!problem.is_narrow()) {
+    const Tensor result =
+        product(Matrix<A>{weight, rows, depth, depth}, Matrix<A>{columns, points, depth, depth}.transposed());
+    A* values = static_cast<A*>(result.mutable_data_ptr());
+    for (int64_t r = 0; r < rows; ++r) f(part.group * rows + r, values + r * points);
+    return;
+  }
+  const int64_t channels = part.channels, per_group = problem.group_channels;
+  Buffer<A> sums(points * channels), line(points);
+  for (int64_t r = 0; r < rows; ++r) {
+    const A* w = weight + r * depth;
+    for (int64_t i = 0; i < points; ++i) {
+      A* sum = sums.get() + i * channels;
+      const A* column = columns + i * depth;
+      std::fill_n(sum, channels, A(0));
+      for (int64_t k = 0; k < problem.taps; ++k) {
+#pragma omp simd
+        for (int64_t c = 0; c < channels; ++c) sum[c] += w[k * channels + c] * column[k * channels + c];
+      }
+    }
+    for (int64_t c = 0; c < channels;) {
+      const int64_t group = (part.begin + c) / per_group,
+                    next = std::min(channels, (group + 1) * per_group - part.begin);
+      std::fill_n(line.get(), points, A(0));
+      for (; c < next; ++c)
+        for (int64_t i = 0; i < points; ++i) line[i] += sums[i * channels + c];
+      f(group * rows + r, line.get());
+    }
+  }
+}
 
+template <typename A, int N, typename Index>
+void forward(const Call<N>& call, const std::vector<Unit<N>>& units, const std::vector<A>& bias, const Sink& output) {
+  const Problem<N>& problem = call.problem;
+  constexpr bool direct = sizeof(Index) == 8;
   for (size_t first = 0, last; first < units.size(); first = last) {
     // As many units as their fields fit; if not even one does, it goes in slices of channels.
     int64_t positions = 0;
     for (last = first; last < units.size(); ++last) {
       const int64_t more = direct ? 1 : units[last].window.positions() + 1;
-      if (last > first && (positions + more) * channels * int64_t(sizeof(A)) > field_bytes) break;
+      if (last > first && (positions + more) * problem.channels * int64_t(sizeof(A)) > field_bytes) break;
       positions += more;
     }
-    const int64_t width =
-        std::clamp<int64_t>(2 * field_bytes / (positions * static_cast<int64_t>(sizeof(A))), 1, channels);
-    const auto slices = make_slices(problem, width >= channels ? channels : width);
-    // A half output cannot hold the sums of some of the slices.
-    const bool sums = slices.size() > 1 && !std::is_same_v<T, A>;
-    (void)sums;
-
-    for (size_t s = 0; s < slices.size(); ++s) {
-      const Slice& slice = slices[s];
-      const Buffer<A> packed_weight = pack_weight<A>(problem, weight, slice);
+    const int64_t room = 2 * field_bytes / (positions * static_cast<int64_t>(sizeof(A)));
+    for (const Slice& slice : make_slices(problem, std::clamp<int64_t>(room, 1, problem.channels))) {
+      const Buffer<A> weight = pack_weight<A>(problem, call.weight, slice);
       Buffer<A> rows;
-      std::vector<int64_t> place;
-      if (!direct) place = pack_units(input, units, first, last, slice, rows);
-      const int64_t block =
-          block_positions(problem.taps * slice.channels() * static_cast<int64_t>(sizeof(A)), problem.positions);
+      std::vector<int64_t> place(last - first);
+      if (!direct) place = pack_units(call.input, units, first, last, slice, rows);
+      const int64_t depth = problem.taps * slice.channels();
+      const int64_t block = block_positions(depth * static_cast<int64_t>(sizeof(A)), problem.positions);
       std::vector<std::pair<size_t, int64_t>> blocks;
       for (size_t u = first; u < last; ++u)
         for (int64_t p = units[u].begin; p < units[u].end; p += block) blocks.emplace_back(u, p);
@@ -378,45 +452,369 @@ void forward(const Problem<N>& problem, const Map& input, const Map& offset, con
         Points<A, N, Index> points;
         Buffer<A> columns;
       };
-      const auto make = [&] {
-        return Scratch{Points<A, N, Index>(block), Buffer<A>(block * problem.taps * slice.channels())};
-      };
+      const auto make = [&] { return Scratch{Points<A, N, Index>(block), Buffer<A>(block * depth)}; };
       each(static_cast<int64_t>(blocks.size()), make, [&](Scratch& scratch, int64_t item) {
         const auto [u, begin] = blocks[item];
         const Unit<N>& unit = units[u];
         const int64_t points = std::min(block, unit.end - begin);
-        gather_block(problem, input, offset, mask, unit, slice, direct ? nullptr : rows.get() + place[u - first], begin,
-                     points, scratch.points, scratch.columns.get());
-        const A* w = packed_weight.get();
+        A* const columns = scratch.columns.get();
+        for_cells(call, unit, slice, rows.get() + place[u - first], begin, points, scratch.points,
+                  [&](int64_t tap, const Piece& piece, const A* factor, const A* field, int64_t width) {
+                    gather(scratch.points.cells, points, field, width, piece.channels, factor,
+                           columns + column_of(problem, slice, piece, tap, points),
+                           problem.taps * slice.parts[piece.part].channels);
+                  });
+        const A* w = weight.get();
         for (const Part& part : slice.parts) {
-          const int64_t depth = problem.taps * part.channels;
-          const A* columns = scratch.columns.get() + points * problem.taps * (part.begin - slice.begin);
-          const auto put = [&](int64_t o, const auto& value) {
-            T* line = output + (unit.batch * problem.out_channels + part.group * group_rows + o) * problem.positions + begin;
-            const bool start = slice.begin == 0 || part.begin % problem.group_channels == 0;
-            const A add = start && bias ? load<A>(static_cast<const T*>(bias->data_ptr())[part.group * group_rows + o]) : A(0);
-            for (int64_t i = 0; i < points; ++i)
-              line[i] = store<T>((start ? add : load<A>(line[i])) + value(i));
-          };
-          if (problem.depthwise()) {
-            for (int64_t o = 0; o < group_rows; ++o) {
-              put(o, [&](int64_t i) {
-                A sum = 0;
-                for (int64_t d = 0; d < depth; ++d) sum += w[o * depth + d] * columns[i * depth + d];
-                return sum;
-              });
-            }
-          } else {
-            const Tensor block_output =
-                product(Matrix<A>{w, group_rows, depth, depth}, Matrix<A>{columns, points, depth, depth}.transposed());
-            const A* values = static_cast<const A*>(block_output.data_ptr());
-            for (int64_t o = 0; o < group_rows; ++o) put(o, [&](int64_t i) { return values[o * points + i]; });
-          }
-          w += group_rows * depth;
+          const bool start = part.begin % problem.group_channels == 0;
+          multiply(problem, part, w, columns + points * problem.taps * (part.begin - slice.begin), points,
+                   [&](int64_t o, A* values) {
+                     if (start && !bias.empty())
+                       for (int64_t i = 0; i < points; ++i) values[i] += bias[o];
+                     output.write((unit.batch * problem.out_channels + o) * problem.positions + begin, values, points,
+                                  !start);
+                   });
+          w += problem.group_rows() * problem.taps * part.channels;
         }
       });
     }
   }
+}
+
+// What the backward is asked for and where it goes; an absent one is not asked for.
+struct Gradients {
+  std::optional<Sink> input, offset, weight, bias, mask;
+
+  bool by_point() const { return offset || mask; }
+};
+
+// For every slice, which of the slices with the same offset group it is, for that group; and how many there are in all.
+// Where there are several, each leaves its share of the gradients by offset and mask, added later in this order.
+struct Shares {
+  std::vector<std::vector<int64_t>> ordinal;  // [slice][offset group], -1: not in the slice
+  std::vector<int64_t> slices;                // [offset group]
+
+  Shares(const std::vector<Slice>& all, int64_t offset_groups) : slices(offset_groups, 0) {
+    for (const Slice& slice : all) {
+      ordinal.emplace_back(offset_groups, -1);
+      for (const Piece& piece : slice.pieces)
+        if (piece.first) ordinal.back()[piece.offset_group] = slices[piece.offset_group]++;
+    }
+  }
+
+  // Elements of shares for one position and tap.
+  int64_t held(int axes) const {
+    int64_t result = 0;
+    for (int64_t n : slices) result += n > 1 ? n * (axes + 1) : 0;
+    return result;
+  }
+};
+
+// The gradients by offset and mask of a run of positions: lines of N coordinates and the factor, `pitch` apart.
+template <typename A, int N>
+void write_by_point(const Problem<N>& problem, int64_t batch, int64_t group, int64_t tap, int64_t begin, int64_t points,
+                    const A* lines, int64_t pitch, const Gradients& gradients) {
+  const int64_t channel = (batch * problem.offset_groups + group) * problem.taps + tap;
+  if (gradients.offset)
+    for (int axis = 0; axis < N; ++axis)
+      gradients.offset->write((channel * N + axis) * problem.positions + begin, lines + axis * pitch, points);
+  if (gradients.mask) gradients.mask->write(channel * problem.positions + begin, lines + N * pitch, points);
+}
+
+template <typename A, int N, typename Index>
+struct BackwardScratch {
+  Points<A, N, Index> points;
+  Buffer<A> rows, grad_rows, columns, grad_output, turned, by_point, more_by_point;
+};
+
+// [rows, points] as [points, rows].
+template <typename A>
+void turn(const A* from, int64_t rows, int64_t points, A* to) {
+  for (int64_t first = 0; first < rows; first += 16)
+    for (int64_t i = 0; i < points; ++i)
+      for (int64_t r = first; r < std::min(first + 16, rows); ++r) to[i * rows + r] = from[r * points + i];
+}
+
+// The gradient by the columns of one part of one block: weight transposed times the output's.
+template <typename A, int N>
+Tensor grad_columns_of(const Call<N>& call, const Part& part, const A* weight, const A* grad_output, int64_t points,
+                       Buffer<A>& turned) {
+  const Problem<N>& problem = call.problem;
+  const int64_t rows = problem.group_rows(), depth = problem.taps * part.channels, channels = part.channels;
+  if (!problem.is_narrow()) {
+    turn(grad_output, rows, points, turned.get());
+    return product(Matrix<A>{turned.get(), points, rows, rows}, Matrix<A>{weight, rows, depth, depth});
+  }
+  const std::array<int64_t, 2> size{points, depth};
+  Tensor result =
+      torch::stable::empty({size.data(), 2}, std::is_same_v<A, double> ? ScalarType::Double : ScalarType::Float);
+  A* out = static_cast<A*>(result.mutable_data_ptr());
+  std::fill_n(out, points * depth, A(0));
+  for (int64_t r = 0; r < rows; ++r)
+    for (int64_t i = 0; i < points; ++i) {
+      const A* grad = grad_output + (r * points + i) * channels;
+      for (int64_t k = 0; k < problem.taps; ++k) {
+        const A* w = weight + r * depth + k * channels;
+        A* column = out + i * depth + k * channels;
+#pragma omp simd
+        for (int64_t c = 0; c < channels; ++c) column[c] += w[c] * grad[c];
+      }
+    }
+  return result;
+}
+
+// sum += the gradient by the weight of one part, from one block.
+template <typename A, int N>
+void add_grad_weight(const Problem<N>& problem, const Part& part, const A* grad_output, const A* columns,
+                     int64_t points, A* sum) {
+  const int64_t rows = problem.group_rows(), depth = problem.taps * part.channels, channels = part.channels;
+  if (!problem.is_narrow()) {
+    const Tensor result =
+        product(Matrix<A>{grad_output, rows, points, points}, Matrix<A>{columns, points, depth, depth});
+    const A* values = static_cast<const A*>(result.data_ptr());
+    for (int64_t i = 0; i < rows * depth; ++i) sum[i] += values[i];
+    return;
+  }
+  for (int64_t r = 0; r < rows; ++r)
+    for (int64_t i = 0; i < points; ++i) {
+      const A* grad = grad_output + (r * points + i) * channels;
+      for (int64_t k = 0; k < problem.taps; ++k) {
+        const A* column = columns + i * depth + k * channels;
+        A* out = sum + r * depth + k * channels;
+#pragma omp simd
+        for (int64_t c = 0; c < channels; ++c) out[c] += grad[c] * column[c];
+      }
+    }
+}
+
+// The output's gradient for one part and block: [rows, points], or [rows, points, channels] when the groups are narrow.
+template <typename A, int N>
+void read_grad_output(const Call<N>& call, const Map& grad_output, const Part& part, int64_t batch, int64_t begin,
+                      int64_t points, A* out, Buffer<A>& line) {
+  const Problem<N>& problem = call.problem;
+  const int64_t rows = problem.group_rows();
+  for (int64_t r = 0; r < rows; ++r) {
+    if (!problem.is_narrow()) {
+      read_run(grad_output, batch, part.group * rows + r, begin, points, out + r * points);
+      continue;
+    }
+    for (int64_t c = 0; c < part.channels; ++c) {
+      const int64_t group = (part.begin + c) / problem.group_channels;
+      read_run(grad_output, batch, group * rows + r, begin, points, line.get());
+      for (int64_t i = 0; i < points; ++i) out[(r * points + i) * part.channels + c] = line[i];
+    }
+  }
+}
+
+template <typename A, int N, typename Index>
+void backward(const Call<N>& call, const Map& grad_output, const std::vector<Unit<N>>& units,
+              const std::vector<Slice>& slices, bool whole, const Gradients& gradients) {
+  const Problem<N>& problem = call.problem;
+  constexpr bool direct = sizeof(Index) == 8;
+  const int64_t rows = problem.group_rows(), field = count<N>(problem.size), slice_count = slices.size();
+  const bool by_columns = gradients.input || gradients.by_point();
+  const Shares shares(slices, problem.offset_groups);
+  const int64_t held = gradients.by_point() ? shares.held(N) * problem.taps : 0;
+
+  int64_t widest = 0, parts = 1, window = 0;
+  for (const Slice& slice : slices) {
+    widest = std::max(widest, slice.channels());
+    parts = std::max<int64_t>(parts, slice.parts.size());
+  }
+  for (const Unit<N>& unit : units) window = std::max(window, unit.window.positions() + 1);
+  const int64_t depth = widest * problem.taps;
+  const int64_t block = block_positions(2 * depth * static_cast<int64_t>(sizeof(A)), problem.positions);
+  const int64_t grad_values = (problem.is_narrow() ? rows * widest : rows * parts) * block;
+
+  std::vector<Buffer<A>> weights;
+  if (by_columns)
+    for (const Slice& slice : slices) weights.push_back(pack_weight<A>(problem, call.weight, slice));
+  const int64_t weight_size = problem.out_channels * problem.group_channels * problem.taps;
+  const int64_t sums = std::clamp<int64_t>(std::min({ceil_div(weight_shares, slice_count), problem.batch,
+                                                     field_bytes / (weight_size * static_cast<int64_t>(sizeof(A)))}),
+                                           1, weight_shares);
+  std::vector<Buffer<A>> weight_sums;
+  if (gradients.weight) {
+    for (int64_t i = 0; i < sums * slice_count; ++i) {
+      const int64_t size = rows * problem.taps * slices[i % slice_count].channels();
+      weight_sums.emplace_back(size);
+      std::fill_n(weight_sums.back().get(), size, A(0));
+    }
+  }
+
+  const auto make = [&] {
+    using Values = Buffer<A>;
+    return BackwardScratch<A, N, Index>{Points<A, N, Index>(block),
+                                        Values(direct ? 1 : window * widest),
+                                        Values(direct ? 1 : window * widest),
+                                        Values(block * depth),
+                                        Values(grad_values),
+                                        Values(problem.is_narrow() ? block : rows * block),
+                                        Values((N + 1) * block),
+                                        Values((N + 1) * block)};
+  };
+
+  for (size_t first = 0, last; first < units.size(); first = last) {
+    std::vector<int64_t> place{0};  // of each unit's shares
+    for (last = first; last < units.size() && (whole || last == first); ++last) {
+      const int64_t more = held * units[last].positions();
+      if (last > first && (place.back() + more) * int64_t(sizeof(A)) > partial_bytes) break;
+      place.push_back(place.back() + more);
+    }
+    const Buffer<A> held_shares(place.back());
+    // Where a unit's shares of an offset group start, of `ordinal`'s slice, for one tap.
+    const auto share = [&](size_t unit, int64_t group, int64_t ordinal, int64_t tap) {
+      int64_t before = 0;
+      for (int64_t g = 0; g < group; ++g) before += shares.slices[g] > 1 ? shares.slices[g] : 0;
+      return held_shares.get() + place[unit - first] +
+             ((before + ordinal) * problem.taps + tap) * (N + 1) * units[unit].positions();
+    };
+
+    const int64_t batches = std::min<int64_t>(sums, last - first);
+    each(batches * slice_count, make, [&](BackwardScratch<A, N, Index>& scratch, int64_t item) {
+      const int64_t own = item % slice_count, share_of_batch = item / slice_count;
+      const Slice& slice = slices[own];
+      const int64_t width = slice.channels(), units_here = last - first;
+      for (size_t u = first + units_here * share_of_batch / batches;
+           u < first + units_here * (share_of_batch + 1) / batches; ++u) {
+        const Unit<N>& unit = units[u];
+        if (!direct) {
+          if (gradients.weight || gradients.by_point())
+            pack(call.input, unit.batch, slice.begin, width, unit.window, 0, unit.window.positions(),
+                 scratch.rows.get());
+          if (gradients.input) std::fill_n(scratch.grad_rows.get(), (unit.window.positions() + 1) * width, A(0));
+        }
+        for (int64_t begin = unit.begin; begin < unit.end; begin += block) {
+          const int64_t points = std::min(block, unit.end - begin);
+          std::vector<Tensor> grad_columns;
+          std::vector<const A*> by_part;
+          A* grads = scratch.grad_output.get();
+          const A* w = by_columns ? weights[own].get() : nullptr;
+          for (const Part& part : slice.parts) {
+            read_grad_output(call, grad_output, part, unit.batch, begin, points, grads, scratch.turned);
+            if (by_columns) {
+              grad_columns.push_back(grad_columns_of(call, part, w, grads, points, scratch.turned));
+              by_part.push_back(static_cast<const A*>(grad_columns.back().data_ptr()));
+              w += rows * problem.taps * part.channels;
+            }
+            grads += rows * points * (problem.is_narrow() ? part.channels : 1);
+          }
+
+          for_cells(call, unit, slice, scratch.rows.get(), begin, points, scratch.points,
+                    [&](int64_t tap, const Piece& piece, const A* factor, const A* field_rows, int64_t field_width) {
+                      const Part& part = slice.parts[piece.part];
+                      const int64_t in_part = tap * part.channels + piece.begin - part.begin;
+                      A* const by_point = (piece.first ? scratch.by_point : scratch.more_by_point).get();
+                      A* const corners = scratch.points.corners.get() + (direct ? block << N : 0);
+                      Walk<A, N> walked{};
+                      walked.rows = field_rows;
+                      walked.width = field_width;
+                      walked.channels = piece.channels;
+                      walked.pitch = problem.taps * part.channels;
+                      if (by_columns) walked.grad_columns = by_part[piece.part] + in_part;
+                      if (gradients.weight)
+                        walked.columns = scratch.columns.get() + column_of(problem, slice, piece, tap, points);
+                      if (gradients.input)
+                        walked.grad_rows = direct ? corners : scratch.grad_rows.get() + piece.begin - slice.begin;
+                      if (gradients.offset)
+                        for (int axis = 0; axis < N; ++axis) walked.grad_shift[axis] = by_point + axis * block;
+                      if (gradients.mask) walked.grad_factor = by_point + N * block;
+                      if (direct && gradients.input) std::fill_n(corners, points << N, A(0));
+                      walk(scratch.points.cells, points, factor, walked);
+
+                      if (direct && gradients.input) {
+                        A* plane =
+                            gradients.input->template data<A>() + (unit.batch * problem.channels + piece.begin) * field;
+                        for (int64_t i = 0; i < points << N; ++i)
+                          if (scratch.points.where[i] >= 0) plane[scratch.points.where[i]] += corners[i];
+                      }
+                      if (!gradients.by_point()) return;
+                      A* const total = scratch.by_point.get();
+                      if (!piece.first)
+                        for (int64_t i = 0; i < (N + 1) * block; ++i) total[i] += by_point[i];
+                      if (!piece.last) return;
+                      const int64_t group = piece.offset_group;
+                      if (shares.slices[group] > 1) {
+                        A* out = share(u, group, shares.ordinal[own][group], tap) + begin - unit.begin;
+                        for (int line = 0; line <= N; ++line)
+                          std::copy_n(total + line * block, points, out + line * unit.positions());
+                      } else {
+                        write_by_point(problem, unit.batch, group, tap, begin, points, total, block, gradients);
+                      }
+                    });
+
+          if (gradients.weight) {
+            const A* grad = scratch.grad_output.get();
+            A* sum = weight_sums[share_of_batch * slice_count + own].get();
+            for (const Part& part : slice.parts) {
+              add_grad_weight(problem, part, grad,
+                              scratch.columns.get() + points * problem.taps * (part.begin - slice.begin), points, sum);
+              grad += rows * points * (problem.is_narrow() ? part.channels : 1);
+              sum += rows * problem.taps * part.channels;
+            }
+          }
+        }
+        if (gradients.input && !direct)
+          unpack(scratch.grad_rows.get(), width, unit.window, *gradients.input,
+                 (unit.batch * problem.channels + slice.begin) * field, !whole);
+      }
+    });
+
+    if (held > 0) {
+      each(static_cast<int64_t>(last - first) * problem.offset_groups * problem.taps, [&](int64_t item) {
+        const int64_t tap = item % problem.taps, group = item / problem.taps % problem.offset_groups;
+        const size_t u = first + item / problem.taps / problem.offset_groups;
+        if (shares.slices[group] == 1) return;
+        const int64_t points = units[u].positions();
+        A* total = share(u, group, 0, tap);
+        for (int64_t ordinal = 1; ordinal < shares.slices[group]; ++ordinal) {
+          const A* more = share(u, group, ordinal, tap);
+          for (int64_t i = 0; i < (N + 1) * points; ++i) total[i] += more[i];
+        }
+        write_by_point(problem, units[u].batch, group, tap, units[u].begin, points, total, points, gradients);
+      });
+    }
+  }
+
+  if (gradients.weight) {
+    each(slice_count, [&](int64_t own) {
+      A* total = weight_sums[own].get();
+      const int64_t size = rows * problem.taps * slices[own].channels();
+      for (int64_t share_of_batch = 1; share_of_batch < sums; ++share_of_batch)
+        for (int64_t i = 0; i < size; ++i) total[i] += weight_sums[share_of_batch * slice_count + own][i];
+      dispatch_dtype(gradients.weight->dtype(), [&]<typename T>() {
+        T* out = gradients.weight->template data<T>();
+        for_weight<A>(problem, slices[own], [&](int64_t packed, int64_t at) { out[at] = store<T>(total[packed]); });
+      });
+    });
+  }
+}
+
+// sum over batch and positions, for every output channel.
+template <typename A>
+void sum_bias(const Map& grad_output, int64_t batch, int64_t out_channels, const Sink& out) {
+  each(out_channels, [&](int64_t o) {
+    constexpr int64_t run = 1024;
+    A values[run];
+    double total = 0;
+    for (int64_t b = 0; b < batch; ++b)
+      for (int64_t p = 0; p < grad_output.positions; p += run) {
+        const int64_t points = std::min(run, grad_output.positions - p);
+        read_run(grad_output, b, o, p, points, values);
+        A sum = 0;
+#pragma omp simd reduction(+ : sum)
+        for (int64_t i = 0; i < points; ++i) sum += values[i];
+        total += static_cast<double>(sum);
+      }
+    out.write(o, &total, 1);
+  });
+}
+
+template <int N>
+int64_t largest_window(const std::vector<Unit<N>>& units) {
+  int64_t result = 0;
+  for (const Unit<N>& unit : units) result = std::max(result, unit.window.positions());
+  return result;
 }
 
 Tensor deform_conv(const Tensor& input, const Tensor& offset, const Tensor& weight, const std::optional<Tensor>& bias,
@@ -424,26 +822,116 @@ Tensor deform_conv(const Tensor& input, const Tensor& offset, const Tensor& weig
                    const std::vector<int64_t>& dilation, const std::optional<Tensor>& mask,
                    const std::string& boundary) {
   Tensor output;
-  dispatch_axes(input.dim() - 2, [&]<int N>() {
-    const Problem<N> problem(input, offset, weight, bias, stride, padding, dilation, mask, boundary);
+  const auto run = [&]<typename A, int N>() {
+    const Call<N> call({input, offset, weight, bias, stride, padding, dilation, mask, boundary}, input, offset, weight,
+                       mask);
+    const Problem<N>& problem = call.problem;
     std::vector<int64_t> size{problem.batch, problem.out_channels};
     size.insert(size.end(), problem.out_size.begin(), problem.out_size.end());
     output = torch::stable::new_empty(input, size);
     if (problem.batch == 0) return;
-    const Map input_map(input), offset_map(offset);
-    const Tensor dense_weight = torch::stable::contiguous(weight);
-    const std::optional<Tensor> dense_bias = bias ? std::optional(torch::stable::contiguous(*bias)) : std::nullopt;
-    const std::optional<Map> mask_map = mask ? std::optional<Map>(*mask) : std::nullopt;
-    dispatch_dtype(input.scalar_type(), [&]<typename T>() {
-      T* out = static_cast<T*>(output.data_ptr());
-      if (problem.wide) {
-        forward<T, N, int64_t>(problem, input_map, offset_map, dense_weight, dense_bias, mask_map, out);
-      } else {
-        forward<T, N, int32_t>(problem, input_map, offset_map, dense_weight, dense_bias, mask_map, out);
-      }
-    });
+    std::vector<A> values;
+    if (bias) {
+      values.resize(problem.out_channels);
+      const Tensor dense = torch::stable::contiguous(*bias);
+      dispatch_dtype(dense.scalar_type(), [&]<typename T>() {
+        for (size_t o = 0; o < values.size(); ++o) values[o] = load<A>(static_cast<const T*>(dense.data_ptr())[o]);
+      });
+    }
+    const int64_t bytes = sizeof(A);
+    const auto units = make_units<A>(problem, call.offset, problem.channels * bytes, field_bytes, problem.positions);
+    const int64_t window = largest_window(units) * bytes;
+    // Sums over slices of the channels do not pass through a half output.
+    const bool sliced = problem.wide || window * problem.channels > 2 * field_bytes;
+    const auto sum_dtype = std::is_same_v<A, double> ? ScalarType::Double : ScalarType::Float;
+    Tensor sums = sliced ? torch::stable::new_empty(input, size, sum_dtype) : output;
+    if (problem.wide || window > 2 * field_bytes) {
+      forward<A, N, int64_t>(call, whole_units(problem), values, Sink(sums));
+    } else {
+      forward<A, N, int32_t>(call, units, values, Sink(sums));
+    }
+    if (sliced) torch::stable::copy_(output, sums);
+  };
+  dispatch_axes(input.dim() - 2, [&]<int N>() {
+    input.scalar_type() == ScalarType::Double ? run.template operator()<double, N>()
+                                              : run.template operator()<float, N>();
   });
   return output;
+}
+
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> deform_conv_backward(
+    const Tensor& grad_output, const Tensor& input, const Tensor& offset, const Tensor& weight,
+    const std::optional<Tensor>& bias, const std::vector<int64_t>& stride, const std::vector<int64_t>& padding,
+    const std::vector<int64_t>& dilation, const std::optional<Tensor>& mask, const std::string& boundary,
+    const std::vector<bool>& output_mask) {
+  STD_TORCH_CHECK(output_mask.size() == 5, "output_mask must have 5 values");
+  std::array<Tensor, 5> results;
+  const std::array<std::optional<Tensor>, 5> like{input, offset, weight, bias, mask};
+  const auto run = [&]<typename A, int N>() {
+    const Call<N> call({input, offset, weight, bias, stride, padding, dilation, mask, boundary}, input, offset, weight,
+                       mask);
+    const Problem<N>& problem = call.problem;
+    const auto size = sizes_of(grad_output);
+    STD_TORCH_CHECK(grad_output.dim() == N + 2 && size[0] == problem.batch && size[1] == problem.out_channels &&
+                        std::equal(problem.out_size.begin(), problem.out_size.end(), size.begin() + 2),
+                    "grad_output must have the output's shape");
+    STD_TORCH_CHECK(grad_output.scalar_type() == input.scalar_type(), "grad_output must have input's dtype");
+
+    for (int i = 0; i < 5; ++i) {
+      const std::vector<int64_t> shape = output_mask[i] && like[i] ? sizes_of(*like[i]) : std::vector<int64_t>{0};
+      results[i] = torch::stable::new_empty(like[i] ? *like[i] : input, shape);
+    }
+    if (problem.batch == 0) {
+      for (Tensor& result : results) torch::stable::zero_(result);
+      return;
+    }
+    const Map grad_map(grad_output);
+    const bool input_wanted = output_mask[0], offset_wanted = output_mask[1], weight_wanted = output_mask[2];
+    const bool mask_wanted = output_mask[4] && mask;
+    if (output_mask[3] && bias) sum_bias<A>(grad_map, problem.batch, problem.out_channels, Sink(results[3]));
+    if (!(input_wanted || offset_wanted || weight_wanted || mask_wanted)) return;
+
+    // Windows of the field, and shares of the gradients by point, of bounded size.
+    const int64_t bytes = sizeof(A), narrowest = std::min<int64_t>(slice_channels, problem.channels);
+    const int64_t share_bytes = problem.taps * (N + 1) * bytes * (problem.channels / narrowest + problem.offset_groups);
+    auto units = make_units<A>(problem, call.offset, narrowest * bytes, grad_field_bytes,
+                               std::max<int64_t>(partial_bytes / share_bytes, 1));
+    const int64_t window = largest_window(units) * bytes;
+    const bool direct = problem.wide || window > grad_field_bytes;
+    if (direct) units = whole_units(problem);
+    const bool whole = static_cast<int64_t>(units.size()) == problem.batch && !direct;
+    const int64_t width = direct ? slice_channels : std::clamp<int64_t>(grad_field_bytes / window, 1, slice_channels);
+
+    // What comes from several windows adds up in A, not in a half gradient.
+    const auto sum_dtype = std::is_same_v<A, double> ? ScalarType::Double : ScalarType::Float;
+    Tensor grad_input = results[0];
+    if (input_wanted && !whole) {
+      grad_input = torch::stable::new_zeros(input, sizes_of(input), sum_dtype);
+    }
+    Gradients gradients;
+    if (input_wanted) gradients.input.emplace(grad_input);
+    if (offset_wanted) gradients.offset.emplace(results[1]);
+    if (weight_wanted) gradients.weight.emplace(results[2]);
+    if (mask_wanted) gradients.mask.emplace(results[4]);
+    const auto slices = make_slices(problem, width);
+    if (direct) {
+      backward<A, N, int64_t>(call, grad_map, units, slices, whole, gradients);
+    } else {
+      backward<A, N, int32_t>(call, grad_map, units, slices, whole, gradients);
+    }
+    if (input_wanted && !whole) {
+      if (input.scalar_type() == sum_dtype) {
+        results[0] = grad_input;
+      } else {
+        torch::stable::copy_(results[0], grad_input);
+      }
+    }
+  };
+  dispatch_axes(input.dim() - 2, [&]<int N>() {
+    input.scalar_type() == ScalarType::Double ? run.template operator()<double, N>()
+                                              : run.template operator()<float, N>();
+  });
+  return {results[0], results[1], results[2], results[3], results[4]};
 }
 
 }  // namespace
@@ -451,4 +939,5 @@ Tensor deform_conv(const Tensor& input, const Tensor& offset, const Tensor& weig
 
 STABLE_TORCH_LIBRARY_IMPL(deformkit, CPU, m) {
   m.impl("deform_conv", TORCH_BOX(&deformkit::deform_conv));
+  m.impl("deform_conv_backward", TORCH_BOX(&deformkit::deform_conv_backward));
 }

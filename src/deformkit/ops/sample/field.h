@@ -29,22 +29,24 @@ void pack(const Map& field, int64_t batch, int64_t channel, int64_t channels, co
   if (end == window.positions()) std::fill_n(rows + end * channels, channels, A(0));
 }
 
-// Adds (or, with `replace`, stores) rows laid out as by pack() to `out`, [channels, field positions].
-template <typename T, typename A, int N>
-void unpack(const A* rows, int64_t channels, const Window<N>& window, bool replace, T* out) {
+// Stores rows laid out as by pack() in `out`, [channels, field positions] from element `at` on, or adds them to it.
+template <typename A, int N>
+void unpack(const A* rows, int64_t channels, const Window<N>& window, const Sink& out, int64_t at, bool add) {
   const int64_t positions = window.positions(), plane = count<N>(window.size);
-  out += window.first * window.inner();
-  for (int64_t first = 0; first < positions; first += tile) {
-    const int64_t last = std::min(first + tile, positions);
-    for (int64_t c = 0; c < channels; ++c) {
-      T* line = out + c * plane;
-      if (replace) {
-        for (int64_t p = first; p < last; ++p) line[p] = store<T>(rows[p * channels + c]);
-      } else {
-        for (int64_t p = first; p < last; ++p) line[p] = store<T>(load<A>(line[p]) + rows[p * channels + c]);
+  dispatch_dtype(out.dtype(), [&]<typename T>() {
+    T* target = out.data<T>() + at + window.first * window.inner();
+    for (int64_t first = 0; first < positions; first += tile) {
+      const int64_t last = std::min(first + tile, positions);
+      for (int64_t c = 0; c < channels; ++c) {
+        T* line = target + c * plane;
+        if (add) {
+          for (int64_t p = first; p < last; ++p) line[p] = store<T>(load<A>(line[p]) + rows[p * channels + c]);
+        } else {
+          for (int64_t p = first; p < last; ++p) line[p] = store<T>(rows[p * channels + c]);
+        }
       }
     }
-  }
+  });
 }
 
 // For a field too large to lay out: the corners of these points alone, one channel, as a field of their own. The cells
@@ -92,12 +94,12 @@ void gather(const Cells<A, N, Index>& cells, int64_t points, const A* rows, int6
 // What walk() is asked for; a null pointer asks for nothing.
 template <typename A, int N>
 struct Walk {
-  const A* rows;         // the field, as by pack()
-  const A* grad_columns; // gradient of the loss by the samples, `pitch` apart
-  A* columns;            // the samples, times factor
-  A* grad_rows;          // += gradient by the field
-  A* grad_shift[N];      // gradient by the shift; null in the first: not asked
-  A* grad_factor;        // gradient by the factor
+  const A* rows;          // the field, as by pack()
+  const A* grad_columns;  // gradient of the loss by the samples, `pitch` apart
+  A* columns;             // the samples, times factor
+  A* grad_rows;           // += gradient by the field
+  A* grad_shift[N];       // gradient by the shift; null in the first: not asked
+  A* grad_factor;         // gradient by the factor
   int64_t pitch, width, channels;
 };
 

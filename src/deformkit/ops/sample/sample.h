@@ -45,8 +45,8 @@ class Cells {
   Index* index(int corner) const { return indices_.get() + corner * capacity_; }
 
   // base[axis][i] + shift[axis][i] in units of grid cells; rows of the window are counted from its first.
-  void locate(const Window<N>& window, bool border, int64_t points, const Index* const (&origin)[N],
-              const Axes<N>& tap, const A* const (&shift)[N], Index outside) {
+  void locate(const Window<N>& window, bool border, int64_t points, const Index* const (&origin)[N], const Axes<N>& tap,
+              const A* const (&shift)[N], Index outside) {
     constexpr Index nowhere = std::numeric_limits<Index>::min() / 4;
     constexpr A far = sizeof(Index) == 4 ? A(1 << 30) : A(int64_t(1) << 40);
     int64_t step = window.positions() / (window.last - window.first);
