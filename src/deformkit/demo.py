@@ -218,14 +218,24 @@ def picture(looks: list[Look], out: str | Path, title: str) -> None:
     for axis in axes.flat:
         axis.set_axis_off()
     for axis, seen in zip(axes.flat, looks, strict=False):
-        axis.imshow(seen.image, cmap="gray", vmin=0, vmax=1.3, interpolation="bilinear")
+        axis.imshow(seen.image.numpy(), cmap="gray", vmin=0, vmax=1.3, interpolation="bilinear")
         share = len(seen.points) // len(TAPS)
         shade = [colour for colour in TAPS for _ in range(share)]
         axis.scatter(
-            *seen.undeformed.unique(dim=0).flip(1).T, s=7, facecolors="none", edgecolors=UNDEFORMED, linewidths=0.4
+            *seen.undeformed.unique(dim=0).flip(1).T.numpy(),
+            s=7,
+            facecolors="none",
+            edgecolors=UNDEFORMED,
+            linewidths=0.4,
         )
-        axis.scatter(*seen.points.flip(1).T, s=(3 * seen.weights).clamp(0.5, 12), c=shade, alpha=0.75, linewidths=0)
-        axis.plot(*seen.position.flip(0), marker="+", color="white", markersize=9, markeredgewidth=1.2)
+        axis.scatter(
+            *seen.points.flip(1).T.numpy(),
+            s=(3 * seen.weights).clamp(0.5, 12).numpy(),
+            c=shade,
+            alpha=0.75,
+            linewidths=0,
+        )
+        axis.plot(*seen.position.flip(0).tolist(), marker="+", color="white", markersize=9, markeredgewidth=1.2)
         axis.set(xlim=(-0.5, CANVAS - 0.5), ylim=(CANVAS - 0.5, -0.5))
         right = seen.predicted == seen.label
         text = f"{seen.label}" if right else f"{seen.label}, taken for {seen.predicted}"

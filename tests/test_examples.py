@@ -1,0 +1,22 @@
+"""Every file in examples/ runs."""
+
+import inspect
+import runpy
+from pathlib import Path
+
+import pytest
+
+EXAMPLES = sorted((Path(__file__).parents[1] / "examples").glob("*.py"))
+
+
+def test_there_are_examples() -> None:
+    assert len(EXAMPLES) >= 3
+
+
+@pytest.mark.parametrize("path", EXAMPLES, ids=lambda path: path.stem)
+def test_example(path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    main = runpy.run_path(str(path))["main"]
+    assert "steps" in inspect.signature(main).parameters, "an example takes the number of its steps"
+    main(steps=2)
+    printed = capsys.readouterr().out
+    assert printed and "nan" not in printed
