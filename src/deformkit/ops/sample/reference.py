@@ -22,31 +22,33 @@ def sample(field: Tensor, base: Tensor, shift: Tensor, boundary: str) -> Tensor:
         boundary: ``"zeros"``: a corner outside the field counts 0. ``"border"``: the point is clamped into the field.
 
     Returns:
-        ``[G, C, *points]`` in the dtype of ``shift``. A NaN coordinate gives NaN; plus or minus infinity is outside.
-        On a grid line the derivative is the one to the right.
+        ``[G, C, *points]`` in the dtype of ``shift``. A NaN coordinate gives NaN, and NaN as the gradient of all the
+        point's coordinates; it reads nothing of the field. Plus or minus infinity is outside. On a grid line the
+        derivative is the one to the right.
     """
     groups, channels, *size = field.shape
     points = shift.shape[1:-1]
     flat = field.flatten(2).to(shift.dtype)
 
-    undefined = torch.where(shift.isnan(), shift, 0.0)
+    undefined = shift.isnan().any(-1)
     lower, fraction = [], []
     for axis, length in enumerate(size):
         # Two cells beyond the field nothing changes any more; the clamp keeps infinity out of the arithmetic.
         least, most = (0, length - 1) if boundary == "border" else (-2, length)
         first = base[..., axis]
-        distance = torch.where(shift[..., axis].isnan(), 0.0, shift[..., axis])
+        distance = torch.where(undefined, 0.0, shift[..., axis])
         low, high = (least - first).to(distance.dtype), (most - first).to(distance.dtype)
         distance = torch.where(distance < low, low, torch.where(distance > high, high, distance))
         whole = distance.detach().floor()
         lower.append(first + whole.to(torch.int64))
         fraction.append(distance - whole)
 
-    result = (undefined * undefined).sum(-1).unsqueeze(1)
+    mark = torch.where(undefined, torch.nan, 0.0).unsqueeze(-1)
+    result = (torch.where(undefined.unsqueeze(-1), shift, 0.0) * mark).sum(-1).unsqueeze(1)
     for corner in product((0, 1), repeat=len(size)):
         weight = torch.ones_like(fraction[0])
         index = torch.zeros_like(lower[0])
-        inside = torch.ones_like(index, dtype=torch.bool)
+        inside = ~undefined
         for axis, (upper, length) in enumerate(zip(corner, size, strict=True)):
             coordinate = lower[axis] + upper
             if boundary == "border":
