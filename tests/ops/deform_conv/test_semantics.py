@@ -1,0 +1,222 @@
+"""What deformable convolution promises at the edges: undefined, infinite and far points, empty and large calls."""
+
+import subprocess
+import sys
+from typing import Any
+
+import pytest
+import torch
+from close import assert_close, assert_equal
+from rooms import CALLS, Call, double, evaluate
+from torch import Tensor
+
+import deformkit as dk
+from deformkit.ops._library import operators
+from deformkit.ops.deform_conv.cases import CASES, Case
+
+FUNCTIONS = {1: dk.deform_conv1d, 2: dk.deform_conv2d, 3: dk.deform_conv3d}
+NAMES = ["output", "input", "offset", "weight", "bias", "mask"]
+OURS = [call for call in CALLS if call.operator.name == "deform_conv"]
+every_case = pytest.mark.parametrize("call", OURS, ids=lambda c: c.case.name)
+boundaries = pytest.mark.parametrize("boundary", ["zeros", "border"])
+PLAIN = {
+    1: Case("1d", 2, 4, (9,), 6, (3,), padding=1, groups=2, offset_groups=2),
+    2: Case("2d", 2, 4, (5, 6), 6, (3, 3), padding=1, groups=2, offset_groups=2),
+    3: Case("3d", 2, 4, (3, 4, 3), 6, (2, 3, 2), padding=1, groups=2, offset_groups=2),
+}
+
+
+def results(named: dict[str, Any], dtype: torch.dtype = torch.float32) -> dict[str, Tensor]:
+    """Output and gradients by name."""
+    names, values = list(named), list(named.values())
+    positions = [i for i, v in enumerate(values) if isinstance(v, Tensor)]
+    function = FUNCTIONS[named["input"].dim() - 2]
+    found = evaluate(lambda *v: function(**dict(zip(names, v, strict=True))), values, positions, dtype)
+    return dict(zip(["output", *(names[i] for i in positions)], found, strict=True))
+
+
+def check_against_reference(call: Call, args: list[Any]) -> None:
+    positions = call.positions(args)
+    dtype = args[0].dtype
+    actual, reference = (evaluate(f, args, positions, dtype) for f in (call.operator, call.operator.reference))
+    truth = evaluate(call.operator.reference, double(args), positions, dtype)
+    for i, trio in zip([None, *positions], zip(actual, truth, reference, strict=True), strict=True):
+        assert_close(*trio, name="output" if i is None else f"gradient of {call.operator.arguments[i]}")
+
+
+# Undefined and infinite
+
+
+@boundaries
+def test_nan_offset_is_visible_and_local(axes: int, boundary: str) -> None:
+    named = {**PLAIN[axes].arguments(), "boundary": boundary}
+    clean = results(named)
+    place = (1, -1, *[1] * axes)  # the last tap of the last offset group, its last coordinate
+    named["offset"][place] = torch.nan
+    marked = results(named)
+
+    output = torch.zeros_like(clean["output"], dtype=torch.bool)
+    output[(1, slice(3, 6), *[1] * axes)] = True  # the second group's channels, which alone read that point
+    offset = torch.zeros_like(clean["offset"], dtype=torch.bool)
+    offset[(1, slice(-axes, None), *[1] * axes)] = True
+    mask = torch.zeros_like(clean["mask"], dtype=torch.bool)
+    mask[(1, -1, *[1] * axes)] = True
+    weight = torch.zeros_like(clean["weight"], dtype=torch.bool)
+    weight[(slice(3, 6), slice(None), *[-1] * axes)] = True
+    nothing = {name: torch.zeros_like(clean[name], dtype=torch.bool) for name in ("input", "bias")}
+    expected = {"output": output, "offset": offset, "mask": mask, "weight": weight, **nothing}
+    for name, where in expected.items():
+        assert torch.equal(marked[name].isnan(), where), name
+        if name not in ("input", "weight"):
+            assert_equal(marked[name][~where], clean[name][~where], name)
+
+
+@every_case
+@pytest.mark.parametrize("special", [torch.nan, torch.inf, -torch.inf, 1e30, -1e30, 3e9, -3e9, 2.0**31, -(2.0**31)])
+def test_special_offsets_agree_with_the_reference(call: Call, special: float) -> None:
+    args = call.arguments()
+    where = torch.rand(args[1].shape) < 0.1
+    args[1] = torch.where(where, special, args[1])
+    check_against_reference(call, args)
+
+
+@pytest.mark.parametrize("far", [torch.inf, -torch.inf, 1e30, -1e30, 1e5, -1e5])
+def test_a_far_point_contributes_nothing(axes: int, far: float) -> None:
+    named = PLAIN[axes].arguments()
+    named["offset"][:, axes - 1 :: axes] = far
+    found = results(named)
+    bias = named["bias"].reshape(-1, *[1] * axes).expand_as(found["output"])
+    assert_equal(found["output"], bias)
+    for name in ("input", "offset", "weight", "mask"):
+        assert not found[name].any(), name
+
+
+@pytest.mark.parametrize("far", [torch.inf, -torch.inf, 1e30, -1e30, 1e5, -1e5])
+def test_a_far_point_reads_the_border(axes: int, far: float) -> None:
+    named = {**PLAIN[axes].arguments(), "boundary": "border"}
+    named["offset"].fill_(far)
+    found = results(named)
+    corner = named["input"][(slice(None), slice(None), *[slice(-1, None) if far > 0 else slice(0, 1)] * axes)]
+    named["input"] = corner.expand_as(named["input"])
+    named["offset"].zero_()
+    assert_close(found["output"], FUNCTIONS[axes](**{k: _double(v) for k, v in named.items()}))
+    assert not found["offset"].any()
+
+
+def _double(value: Any) -> Any:
+    return value.double() if isinstance(value, Tensor) else value
+
+
+@pytest.mark.parametrize("poison", [torch.nan, torch.inf])
+def test_a_corner_outside_does_not_leak(axes: int, poison: float) -> None:
+    """Poison on the border of the field: points outside, whose corners would be clamped onto it, do not see it."""
+    named = PLAIN[axes].arguments()
+    field = torch.full_like(named["input"], poison)
+    field[(slice(None), slice(None), *[slice(1, -1)] * axes)] = 0.0
+    named["input"] = field
+    named["offset"].fill_(-100.0)
+    found = results(named)
+    for name in ("output", "input", "offset", "weight", "mask"):
+        assert found[name].isfinite().all(), name
+
+
+def test_poison_is_seen_where_it_is_read(axes: int) -> None:
+    """A corner in the field counts even with weight 0, as in grid_sample: only what is outside is skipped."""
+    named = PLAIN[axes].arguments()
+    named.update(offset=torch.zeros_like(named["offset"]), mask=None)
+    named["input"][(0, 0, *[2] * axes)] = torch.inf
+    found = FUNCTIONS[axes](**named)
+    expected = operators["deform_conv"].reference(*(named[name] for name in operators["deform_conv"].arguments))
+    assert torch.equal(found.isfinite(), expected.isfinite())
+    assert not found[0].isfinite().all() and found[1].isfinite().all()
+
+
+@every_case
+def test_on_grid_lines_as_the_reference(call: Call) -> None:
+    args = call.arguments()
+    args[1] = args[1].round()
+    check_against_reference(call, args)
+    args[1] = torch.zeros_like(args[1])
+    check_against_reference(call, args)
+
+
+def test_a_zero_offset_at_the_padding_can_start_to_learn(axes: int) -> None:
+    """At exactly -1 the derivative is the right-hand one: the first tap of a padded layer at zero offset is there."""
+    input = torch.full((1, 1, *[4] * axes), 3.0)
+    offset = torch.zeros(1, axes, *[6] * axes, requires_grad=True)
+    FUNCTIONS[axes](input, offset, torch.ones(1, 1, *[1] * axes), padding=1).sum().backward()
+    for axis in range(axes):
+        line = offset.grad[0, axis].movedim(axis, -1)[(*[2] * (axes - 1), slice(None))]
+        assert line.tolist() == [3, 0, 0, 0, -3, 0]  # at -1, 0, 1, 2, 3 and, at the far end, 4
+
+
+# Empty and small
+
+
+@boundaries
+def test_batch_zero_forward_and_backward(axes: int, boundary: str, dtype: torch.dtype) -> None:
+    named = PLAIN[axes].arguments(dtype)
+    shapes = {name: v.shape for name, v in named.items() if isinstance(v, Tensor)}
+    named.update({name: named[name][:0] for name in ("input", "offset", "mask")}, boundary=boundary)
+    found = results(named, dtype)
+    assert found["output"].shape == (0, 6, *shapes["offset"][2:])
+    for name in ("input", "offset", "mask"):
+        assert found[name].shape == (0, *shapes[name][1:])
+    for name in ("weight", "bias"):
+        assert_equal(found[name], torch.zeros(shapes[name], dtype=dtype))
+
+
+def test_batch_zero_under_vmap(axes: int) -> None:
+    named = PLAIN[axes].arguments()
+    empty = {name: named[name][:0] for name in ("input", "offset", "mask")}
+    function = torch.func.vmap(lambda x: FUNCTIONS[axes](**{**named, **empty, "input": x}))
+    assert function(torch.zeros(3, *empty["input"].shape)).shape[:3] == (3, 0, 6)
+
+
+@pytest.mark.parametrize("batch", [1, 7, 11, 13])
+def test_any_batch_size(batch: int) -> None:
+    """More elements than the weight's gradient has partial sums, and numbers that divide nothing."""
+    for case in (CASES[0], CASES[5], CASES[10]):
+        call = Call(operators["deform_conv"], Case(**{**case.__dict__, "batch": batch}))
+        check_against_reference(call, call.arguments())
+
+
+# The same bits
+
+
+@every_case
+def test_same_bits_at_any_number_of_threads(call: Call, dtype: torch.dtype) -> None:
+    args = call.arguments(dtype)
+    found = []
+    for threads in (1, 2, 3):
+        torch.set_num_threads(threads)
+        found.append(evaluate(call.operator, args, call.positions(args), dtype))
+    for other in found[1:]:
+        for name, one, two in zip(NAMES, found[0], other, strict=False):
+            assert_equal(one, two, name)
+
+
+# Memory
+
+
+CRASH = """
+import torch, deformkit as dk
+torch.manual_seed(0)
+wild = [torch.nan, torch.inf, -torch.inf, 1e38, -1e38, 2.0**31, -2.0**31, 2.0**63, -2.0**63, -1.0, 1e5, -1e5]
+for axes, function in ((1, dk.deform_conv1d), (2, dk.deform_conv2d), (3, dk.deform_conv3d)):
+    for dtype in (torch.float32, torch.float64, torch.bfloat16, torch.float16):
+        for boundary in ("zeros", "border"):
+            for value in wild:
+                input = torch.randn(2, 24, *[5] * axes, dtype=dtype, requires_grad=True)
+                weight = torch.randn(4, 12, *[3] * axes, dtype=dtype, requires_grad=True)
+                offset = torch.randn(2, 2 * axes * 3**axes, *[5] * axes, dtype=dtype)
+                offset = torch.where(torch.rand(offset.shape) < 0.5, torch.tensor(value).to(dtype), offset)
+                offset.requires_grad_()
+                function(input, offset, weight, padding=1, boundary=boundary).sum().backward()
+print("survived")
+"""
+
+
+def test_wild_offsets_do_not_crash() -> None:
+    done = subprocess.run([sys.executable, "-c", CRASH], capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stdout) == (0, "survived\n"), done.stderr
