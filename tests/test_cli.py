@@ -2,13 +2,13 @@
 
 import subprocess
 import sys
-from types import SimpleNamespace
+from pathlib import Path
 
 import pytest
 from typer.testing import CliRunner
 
 import deformkit
-from deformkit import __main__, cli, doctor
+from deformkit import __main__, cli, demo, doctor
 from deformkit.ops.deform_conv import cases
 
 run = CliRunner().invoke
@@ -41,19 +41,17 @@ def test_bench(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_demo_is_called(monkeypatch: pytest.MonkeyPatch) -> None:
     calls = []
-    monkeypatch.setitem(sys.modules, "deformkit.demo", SimpleNamespace(main=lambda: calls.append(1)))
+    monkeypatch.setattr(demo, "main", lambda *args: calls.append(args))
     assert run(cli.app, ["demo"]).exit_code == 0
-    assert calls == [1]
+    assert run(cli.app, ["demo", "--seeds", "2", "--epochs", "4", "--out", "a.svg", "--steps", "7"]).exit_code == 0
+    assert calls == [(3, 25, Path("warped_digits.png"), None), (2, 4, Path("a.svg"), 7)]
 
 
 def test_demo_without_its_extra(monkeypatch: pytest.MonkeyPatch) -> None:
-    def main() -> None:
-        raise ModuleNotFoundError("No module named 'sklearn'", name="sklearn")
-
-    monkeypatch.setitem(sys.modules, "deformkit.demo", SimpleNamespace(main=main))
+    monkeypatch.setattr(demo, "find_spec", lambda name: None)
     result = run(cli.app, ["demo"])
-    assert result.exit_code == 1
-    assert result.output.splitlines() == ["deformkit: the demo needs sklearn; pip install 'deformkit[demo]' brings it"]
+    assert result.exit_code != 0
+    assert str(result.exception) == "deformkit: the demo needs rich; pip install 'deformkit[demo]' brings it"
 
 
 @pytest.mark.parametrize("missing", ["typer", "rich"])

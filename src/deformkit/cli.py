@@ -1,7 +1,6 @@
 """The command line: ``deformkit doctor | bench | demo``."""
 
-import importlib
-import sys
+from pathlib import Path
 from typing import Annotated
 
 import torch
@@ -9,7 +8,7 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from . import __version__, bench, doctor
+from . import __version__, bench, demo, doctor
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_show_locals=False)
 
@@ -63,12 +62,11 @@ def _bench(
 
 
 @app.command("demo")
-def _demo() -> None:
+def _demo(
+    seeds: Annotated[int, typer.Option(min=1, help="How many repetitions.")] = 3,
+    epochs: Annotated[int, typer.Option(min=1, help="How often each training image is seen.")] = 25,
+    out: Annotated[Path, typer.Option(help="Where the picture goes: .png, .pdf or .svg.")] = Path("warped_digits.png"),
+    steps: Annotated[int | None, typer.Option(min=1, help="How many batches, in place of epochs.")] = None,
+) -> None:
     """Train a small network with deformable layers beside a plain one, and draw where it looks."""
-    try:
-        importlib.import_module(f"{__package__}.demo").main()
-    except ModuleNotFoundError as error:
-        if error.name is None or error.name.startswith(f"{__package__}"):
-            raise
-        print(f"deformkit: the demo needs {error.name}; pip install 'deformkit[demo]' brings it", file=sys.stderr)
-        raise typer.Exit(1) from None
+    demo.main(seeds, epochs, out, steps)

@@ -266,7 +266,7 @@ def picture(looks: list[Look], out: str | Path, title: str) -> None:
 
 
 def main(
-    seeds: int = 3, epochs: int = 30, out: str | Path = "warped_digits.png", steps: int | None = None
+    seeds: int = 3, epochs: int = 25, out: str | Path = "warped_digits.png", steps: int | None = None
 ) -> list[Any]:
     """Train both networks for each seed, print how they did, and draw where the deformable one looks.
 
@@ -353,7 +353,8 @@ def _table(results: list[list[Result]]) -> Any:
     for seed, (plain, deformable, difference) in enumerate(rows):
         table.add_row(f"seed {seed}", f"{plain:.1f} %", f"{deformable:.1f} %", f"{difference:+.1f} points")
     table.add_section()
-    spreads = [f"{mean(column):.1f} ± {_spread(column):.1f}" for column in zip(*rows, strict=True)]
+    columns = list(zip(*rows, strict=True))
+    spreads = [f"{mean(values):{sign}.1f} ± {_spread(values):.1f}" for values, sign in zip(columns, "  +", strict=True)]
     table.add_row("mean ± spread", *spreads)
     table.add_section()
     seconds = [mean(pair[i].seconds for pair in results) for i in (0, 1)]
