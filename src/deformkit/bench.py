@@ -80,7 +80,7 @@ def without_gradients(call: Callable[[], Tensor]) -> Callable[[], object]:
     """``call`` as in inference."""
 
     def run() -> Tensor:
-        with torch.inference_mode():
+        with torch.no_grad():
             return call()
 
     return run

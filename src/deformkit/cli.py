@@ -50,7 +50,7 @@ def _bench(
         column.justify = "right"
     with console.status("timing") as status:
         for case, what, timings in bench.quick(seconds):
-            status.update(f"timing {case}")
+            status.update(f"timed {case}")
             ours = timings["deformkit"].median
             ratios = [
                 f"{timings[name].median / ours:.2f}x" if name in timings else "" for name in ("reference", "plain")

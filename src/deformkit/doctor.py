@@ -23,6 +23,7 @@ DTYPES = (torch.float32, torch.bfloat16)
 
 # What rounding alone may cost, relative to the largest value of a result.
 _FLOOR = {torch.float32: 4e-6, torch.bfloat16: 1.6e-2}
+_FAILURES_SHOWN = 12
 _SPEAKING_VARIABLES = ("ATEN_CPU_CAPABILITY", "MKL_NUM_THREADS", "OMP_NUM_THREADS", "TRITON_INTERPRET")
 
 
@@ -74,14 +75,14 @@ def diagnose() -> Diagnosis:
         f"Self-test against the float64 reference, values and gradients: {verdict}, {seconds:.1f} s. "
         "The figure is the worst error, relative to the largest value.",
         _table(["operator", "device", *map(_short, DTYPES)], list(_verdicts(checks))),
-        *("\n".join(f"- {check.name}: {check.problem}" for check in failed) for _ in failed[:1]),
+        *(["\n".join(_failures(failed))] if failed else []),
     ]
     return Diagnosis("\n\n".join(sections), healthy=not failed)
 
 
 def devices() -> list[str]:
     """The kinds of device to speak of: the CPU, CUDA, and another accelerator where there is one."""
-    accelerator = torch.accelerator.current_accelerator()
+    accelerator = torch.accelerator.current_accelerator(check_available=True)
     return list(dict.fromkeys(["cpu", "cuda", *([accelerator.type] if accelerator else [])]))
 
 
@@ -209,8 +210,15 @@ def _badness(error: float) -> tuple[bool, float]:
     return error != error, error
 
 
+def _failures(failed: Sequence[Check]) -> Iterator[str]:
+    for check in failed[:_FAILURES_SHOWN]:
+        yield f"- {check.name}: {check.problem}"
+    if len(failed) > _FAILURES_SHOWN:
+        yield f"- and {len(failed) - _FAILURES_SHOWN} more"
+
+
 def _present(device: str) -> bool:
-    accelerator = torch.accelerator.current_accelerator()
+    accelerator = torch.accelerator.current_accelerator(check_available=True)
     return device == "cpu" or (accelerator is not None and accelerator.type == device)
 
 

@@ -1,0 +1,90 @@
+"""Peak memory of one call beyond its inputs, outputs and gradients.
+
+Each figure comes from a process of its own, which this file is when run as a program. It makes the inputs; makes the
+same call once on a tiny case, so that libraries, threads and their buffers are there; resets the kernel's high-water
+mark of resident memory; makes the call; and reads the mark. What the mark rose by, less the output and, with backward,
+the cotangent and the gradients, is the workspace: true pages, whatever allocated them. glibc is told to map every block
+above 64 KiB by itself, so that memory freed earlier is given back instead of being reused unseen. Linux only.
+"""
+
+import gc
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from measure import PASSES
+from rivals import ABSENT, RIVALS, Unfit
+
+from deformkit.ops.deform_conv.cases import BENCHMARKS, CASES, Case
+
+HUGE = [
+    Case("2d 64x1024x1024", 1, 64, (1024, 1024), 64, (3, 3), padding=1),
+    Case("2d 256x128x128 B8", 8, 256, (128, 128), 256, (3, 3), padding=1),
+    Case("1d k5 L200000", 4, 64, (200000,), 64, (5,), padding=2, modulated=False),
+    Case("3d 32x64x128x128", 1, 32, (64, 128, 128), 32, (3, 3, 3), padding=1),
+]
+MIB = 2**20
+_SEPARATE_BLOCKS = {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536"}
+
+
+def rows(cases: Iterable[Any], names: Iterable[str], threads: int) -> Iterator[dict[str, Any]]:
+    for case in cases:
+        for what in PASSES:
+            found = {name: _child(case, name, what, threads) for name in names}
+            yield {"case": case.name, "sizes": str(case), "pass": what, "rivals": found}
+
+
+def _child(case: Any, name: str, what: str, threads: int) -> dict[str, Any]:
+    if name in ABSENT:
+        return {"skipped": "not installed"}
+    done = subprocess.run(
+        [sys.executable, str(Path(__file__)), case.name, name, what, str(threads)],
+        env={**os.environ, **_SEPARATE_BLOCKS},
+        capture_output=True,
+        text=True,
+    )
+    if done.returncode:
+        return {"skipped": f"failed: {(done.stderr.strip().splitlines() or [str(done.returncode)])[-1]}"}
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+def _measure(case: Any, name: str, what: str) -> dict[str, Any]:
+    tiny = next(small for small in CASES if small.axes == case.axes and small.padding)
+    try:
+        _once(RIVALS[name](tiny, tiny.arguments()), what)
+        call = RIVALS[name](case, case.arguments())
+    except Unfit as reason:
+        return {"skipped": str(reason)}
+    gc.collect()
+    Path("/proc/self/clear_refs").write_text("5")
+    before = _resident("VmRSS")
+    kept = _once(call, what)
+    rise = _resident("VmHWM") - before
+    expected = sum(tensor.untyped_storage().nbytes() for tensor in kept)
+    return {"workspace": max(0, rise - expected), "kept": expected}
+
+
+def _once(call: Any, what: str) -> list[torch.Tensor]:
+    if what == PASSES[0]:
+        with torch.no_grad():
+            return [call.run()]
+    output = call.run()
+    weights = torch.ones_like(output)
+    return [output, weights, *torch.autograd.grad(output, list(call.leaves.values()), weights)]
+
+
+def _resident(field: str) -> int:
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(field))
+
+
+if __name__ == "__main__":
+    wanted, rival, which, count = sys.argv[1:]
+    torch.set_num_threads(int(count))
+    chosen = next(case for case in [*BENCHMARKS, *HUGE, *CASES] if case.name == wanted)
+    print(json.dumps(_measure(chosen, rival, which)))

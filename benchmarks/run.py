@@ -1,0 +1,114 @@
+"""Benchmarks of the operators: ``python benchmarks/run.py [section ...] [--save]``; see README.md beside this file."""
+
+import argparse
+import json
+import os
+import platform
+import sys
+from collections.abc import Iterator
+from datetime import datetime, timezone
+from importlib import metadata
+from typing import Any
+
+import growth
+import measure
+import memory
+import overhead
+import table
+import torch
+from rivals import ABSENT, OURS, RIVALS
+
+from deformkit import __version__, _kernels, doctor
+from deformkit.ops.deform_conv.cases import BENCHMARKS, CASES, Case
+
+GROWING = [
+    Case("2d 64x48x48", 1, 64, (48, 48), 64, (3, 3), padding=1),
+    Case("1d k5 L2048", 1, 128, (2048,), 128, (5,), padding=2, modulated=False),
+]
+REMEMBERING = (OURS, "plain", "torchvision", "dc1d")
+
+
+def main() -> None:
+    options = _options()
+    if options.threads:
+        torch.set_num_threads(options.threads)
+    for section in options.sections or table.SECTIONS:
+        document = {"section": section, **origin(), "rows": []}
+        for row in _rows(section, options):
+            print(f"{section}: {row['sizes']}, {row['pass']}", file=sys.stderr, flush=True)
+            document["rows"].append(row)
+        print(table.page([document]).split("\n", 4)[-1], flush=True)
+        if options.save:
+            table.RESULTS.mkdir(exist_ok=True)
+            (table.RESULTS / f"{section}.json").write_text(json.dumps(document, indent=1) + "\n")
+    if options.save:
+        table.PAGE.write_text(table.page(table.load()))
+
+
+def origin() -> dict[str, Any]:
+    """Where and with what the figures came about."""
+    selection = _kernels.selection
+    versions = {"python": platform.python_version(), "torch": torch.__version__, "deformkit": __version__}
+    present = {name: metadata.version(name) for name in ("torchvision", "dc1d") if name not in ABSENT}
+    return {
+        "date": datetime.now(timezone.utc).date().isoformat(),
+        "machine": {
+            "processor": doctor.processor(),
+            "cores": os.cpu_count(),
+            "threads": torch.get_num_threads(),
+            "capability": selection.capability,
+            "kernels": selection.isa or "none (the reference answers)",
+            "system": f"{platform.system()} {platform.machine()}",
+        },
+        "versions": {**versions, **present},
+        "absent": ABSENT,
+    }
+
+
+def _rows(section: str, options: argparse.Namespace) -> Iterator[dict[str, Any]]:
+    def chosen(cases: list[Any]) -> list[Any]:
+        return [case for case in cases if options.case in case.name]
+
+    seconds = 0.0 if options.tiny else options.seconds
+    tiny = [next(case for case in CASES if case.axes == axes) for axes in (1, 2, 3)]
+    cases = chosen(tiny if options.tiny else BENCHMARKS)
+    if section == "conv":
+        yield from measure.rows(cases, options.rivals or list(RIVALS), seconds)
+    elif section == "half":
+        yield from measure.half_rows(cases, seconds)
+    elif section == "memory":
+        huge = [] if options.tiny else chosen(memory.HUGE)
+        yield from memory.rows([*cases, *huge], options.rivals or REMEMBERING, torch.get_num_threads())
+    elif section == "growth":
+        for case in chosen(tiny[:1] if options.tiny else GROWING):
+            yield from growth.size_rows(case, seconds)
+        yield from growth.thread_rows(cases, seconds)
+    else:
+        yield from overhead.rows(chosen(overhead.SMALL), seconds)
+
+
+def _options() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description="Benchmarks of deformkit's operators.")
+    parser.add_argument("sections", nargs="*", metavar="section", help=f"of {', '.join(table.SECTIONS)}; default: all")
+    parser.add_argument("--case", default="", help="only cases with this in their name")
+    parser.add_argument(
+        "--rivals", type=lambda names: [OURS, *names.split(",")], help="only these, separated by commas"
+    )
+    parser.add_argument("--seconds", type=float, default=2.0, help="how long to time each call")
+    parser.add_argument("--threads", type=int, help="how many threads torch may use")
+    parser.add_argument("--tiny", action="store_true", help="tiny cases: whether everything runs, not how fast")
+    parser.add_argument("--save", action="store_true", help=f"write {table.RESULTS.name}/ and docs/{table.PAGE.name}")
+    options = parser.parse_args()
+    for section in options.sections:
+        if section not in table.SECTIONS:
+            parser.error(f"no section {section}; there are {', '.join(table.SECTIONS)}")
+    for name in options.rivals or []:
+        if name not in RIVALS:
+            parser.error(f"no rival {name}; there are {', '.join(RIVALS)}")
+    if options.tiny and options.save:
+        parser.error("figures of tiny cases are not worth saving")
+    return options
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,69 @@
+"""What is aimed at, table by table: for each rival two numbers, forward and forward + backward.
+
+For ``plain`` the number is the most that ours may take of its time; for every other rival, how many times faster ours
+has to be. A table meets a target by its geometric mean.
+"""
+
+from dataclasses import dataclass
+
+# A slow reference that the compiler made faster is what one would try first.
+COMPILED = (3.0, 3.0)
+
+
+@dataclass(frozen=True)
+class Table:
+    title: str
+    cases: tuple[str, ...]
+    targets: dict[str, tuple[float, float]]
+
+
+TABLES = [
+    Table(
+        "deform_conv2d with mask, 3x3",
+        (
+            "2d 64x128x128",
+            "2d 128x64x64",
+            "2d 256x56x84",
+            "2d 256x32x32",
+            "2d 512x25x42",
+            "2d 64x180x320 og8",
+        ),
+        {"torchvision": (12, 28), "plain": (1.2, 1.2), "compiled": COMPILED},
+    ),
+    Table(
+        "deform_conv2d with mask, 7x7",
+        ("2d k7 64x64x64",),
+        {"torchvision": (8, 15), "plain": (1.25, 1.25), "compiled": COMPILED},
+    ),
+    Table(
+        "deform_conv1d, long kernel",
+        ("1d k16 d3 L128",),
+        {"dc1d": (4, 4), "plain": (0.8, 1.0), "compiled": COMPILED},
+    ),
+    Table("deform_conv1d", ("1d k5 L1024",), {"dc1d": (5, 5), "plain": (1.25, 1.25), "compiled": COMPILED}),
+    Table(
+        "deform_conv1d, depthwise, offsets per channel",
+        ("1d depthwise",),
+        {"dc1d": (25, 15), "compiled": COMPILED},
+    ),
+    Table(
+        "deform_conv3d with mask, 3x3x3",
+        ("3d 32x16x32x32", "3d 64x8x28x28"),
+        {"reference": (10, 10), "plain": (2, 2), "compiled": COMPILED},
+    ),
+]
+
+HALF = 1.5
+"""The most that half precision may take of float32's time."""
+
+WORKSPACE = 64 * 2**20
+"""Bytes beyond inputs, outputs and gradients, at any size."""
+
+LINEAR = 0.10
+"""How far time may stray from growing with the work, from 2 to 16 times."""
+
+THREADS = 1.8
+"""How much faster two threads are than one."""
+
+OVERHEAD = {"without gradients": 30e-6, "with gradients": 80e-6}
+"""Seconds of a small call over its kernel."""
