@@ -1,0 +1,163 @@
+"""Deformable convolution at sizes where a kernel cuts its work, and where an index needs 64 bits."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from close import assert_close, assert_equal
+from rooms import Call, double, evaluate
+
+import deformkit as dk
+from deformkit import _kernels
+from deformkit.ops._library import operators
+from deformkit.ops.deform_conv.cases import Case
+
+OPERATOR = operators["deform_conv"]
+
+# Fields of more than 16 MB of which few points are read, near the grid or anywhere; then many points of small fields.
+LARGE = [
+    Case("1d-long", 1, 8, (600_000,), 3, (2,), stride=97),
+    Case("1d-long-wild", 1, 8, (600_000,), 3, (2,), stride=97, offset_std=1e5),
+    Case("1d-long-border", 2, 2, (1_300_000,), 2, (3,), stride=500, offset_std=30.0, boundary="border"),
+    Case("2d-large", 1, 34, (400, 391), 5, (1, 2), stride=4, padding=1, groups=1, offset_groups=2),
+    Case("2d-large-wild", 1, 34, (400, 391), 6, (2, 1), stride=5, groups=2, offset_groups=17, offset_std=300.0),
+    Case("2d-large-border", 2, 20, (300, 500), 4, (1, 1), stride=(3, 7), offset_std=100.0, boundary="border"),
+    Case("2d-large-depthwise", 1, 36, (390, 330), 36, (2, 2), stride=5, groups=36, offset_groups=36),
+    Case("3d-large", 1, 33, (40, 61, 60), 4, (1, 2, 2), stride=(2, 3, 3), groups=1, offset_groups=3),
+    Case("3d-large-wild", 1, 33, (40, 61, 60), 3, (2, 1, 1), stride=4, groups=3, offset_groups=1, offset_std=40.0),
+    Case("1d-blocks", 3, 48, (3001,), 20, (5,), padding=2, groups=2, offset_groups=2),
+    Case("2d-blocks", 2, 72, (37, 41), 40, (3, 3), padding=1, groups=2, offset_groups=3),
+    Case("2d-blocks-depthwise", 1, 130, (31, 33), 130, (3, 3), padding=1, groups=130, offset_groups=2),
+    Case("2d-one-position", 3, 100, (3, 3), 70, (3, 3)),
+    Case("2d-many-images", 19, 10, (9, 8), 9, (3, 2), padding=1),
+    Case("3d-blocks", 1, 40, (9, 12, 11), 16, (3, 3, 3), padding=1),
+]
+each_large = pytest.mark.parametrize("case", LARGE, ids=lambda case: case.name)
+
+
+@each_large
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
+def test_values_and_gradients(case: Case, dtype: torch.dtype) -> None:
+    args = Call(OPERATOR, case).arguments(dtype)
+    positions = [i for i in OPERATOR.differentiable if args[i] is not None]
+    actual = evaluate(OPERATOR, args, positions, dtype)
+    reference = evaluate(OPERATOR.reference, args, positions, dtype)
+    truth = evaluate(OPERATOR.reference, double(args), positions, dtype)
+    for i, results in zip([None, *positions], zip(actual, truth, reference, strict=True), strict=True):
+        assert_close(*results, name="output" if i is None else f"gradient of {OPERATOR.arguments[i]}")
+
+
+@each_large
+def test_same_bits_at_any_number_of_threads_and_in_any_batch(case: Case) -> None:
+    args = Call(OPERATOR, case).arguments()
+    positions = [i for i in OPERATOR.differentiable if args[i] is not None]
+    found = []
+    for threads in (1, 2, 3):
+        torch.set_num_threads(threads)
+        found.append(evaluate(OPERATOR, args, positions, torch.float32))
+    for one, *others in zip(*found, strict=True):
+        for other in others:
+            assert_equal(one, other)
+    if case.batch > 1:
+        last = [v[-1:] if i in OPERATOR.batched and v is not None else v for i, v in enumerate(args)]
+        assert_equal(OPERATOR(*last), found[0][0][-1:])
+
+
+class Peak:
+    """The most memory, in MiB, that this process has held beyond what it held at the start."""
+
+    def __init__(self) -> None:
+        try:
+            Path("/proc/self/clear_refs").write_text("5")
+            self.start = self._read()
+        except OSError:
+            pytest.skip("the peak of memory can be reset on Linux only")
+
+    def _read(self) -> int:
+        status = Path("/proc/self/status").read_text()
+        return int(status.split("VmHWM:")[1].split()[0]) // 1024
+
+    def so_far(self) -> int:
+        return self._read() - self.start
+
+
+@pytest.mark.parametrize(
+    ("channels", "size", "stride"),
+    [
+        (1, (2**31 + 64,), (2**27,)),
+        (32, (2**26 + 64,), (2**22,)),
+        (1, (2**16 + 64, 2**15), (2**12, 2**15)),
+        (1, (2**11 + 64, 2**10, 2**10), (2**7, 2**10, 2**10)),
+    ],
+    ids=["1d", "1d-channels", "2d", "3d"],
+)
+def test_more_than_2_to_the_31_elements(channels: int, size: tuple[int, ...], stride: tuple[int, ...]) -> None:
+    """All elements are one element in memory: an index that overflows reads elsewhere, or is taken for outside."""
+    axes = len(size)
+    value = 1.5
+    input = torch.full((1, 1, *[1] * axes), value, dtype=torch.float16).expand(1, channels, *size)
+    assert input.numel() > 2**31
+    count = 17
+    offset = torch.zeros(1, axes, count, *[1] * (axes - 1))
+    offset[0, 0, -2:, ...] = torch.tensor([0.25, 63.5]).reshape(-1, *[1] * (axes - 1))
+    offset.requires_grad_()
+    weight = torch.full((1, channels, *[1] * axes), 2.0, dtype=torch.float16, requires_grad=True)
+    peak = Peak()
+    function = {1: dk.deform_conv1d, 2: dk.deform_conv2d, 3: dk.deform_conv3d}[axes]
+    output = function(input, offset, weight, stride=stride)
+    whole = channels * 2.0 * value
+    assert output.flatten().tolist() == [whole] * (count - 1) + [whole / 2]
+    output.sum().backward()
+    assert offset.grad[0, 0].flatten().tolist() == [0.0] * (count - 1) + [-whole]
+    assert weight.grad.flatten().tolist() == [value * (count - 0.5)] * channels
+    assert peak.so_far() < 300, "memory that grows with the input"
+
+
+WITH_ISA = """
+import sys, torch
+from close import assert_close
+from deformkit import _kernels
+from rooms import CALLS, double, evaluate
+assert _kernels.selection.isa == sys.argv[1], _kernels.selection
+for call in CALLS:
+    for dtype in (torch.float32, torch.float64, torch.float16, torch.bfloat16):
+        args = call.arguments(dtype)
+        positions = call.positions(args)
+        actual, reference = (evaluate(f, args, positions, dtype) for f in (call.operator, call.operator.reference))
+        truth = evaluate(call.operator.reference, double(args), positions, dtype)
+        for results in zip(actual, truth, reference):
+            assert_close(*results, name=f"{call} in {dtype}")
+"""
+
+
+@pytest.mark.parametrize("isa", ["avx2", "baseline"])
+def test_every_instruction_set(isa: str) -> None:
+    """The libraries for lesser processors, which torch can be told that this is."""
+    if _kernels.selection.isa in ("baseline", isa):
+        pytest.skip(f"the suite itself runs the {_kernels.selection.isa} library")
+    environment = {
+        **os.environ,
+        "ATEN_CPU_CAPABILITY": {"avx2": "avx2", "baseline": "default"}[isa],
+        "PYTHONPATH": os.pathsep.join(sys.path),
+    }
+    command: list[Any] = [sys.executable, "-c", WITH_ISA, isa]
+    done = subprocess.run(command, capture_output=True, text=True, check=False, env=environment)
+    assert done.returncode == 0, done.stderr
+
+
+def test_workspace_does_not_grow_with_the_image() -> None:
+    """Columns of all positions would take 324 MB here, and twice that in the backward."""
+    input = torch.randn(1, 16, 750, 750)
+    offset = torch.zeros(1, 18, 750, 750)
+    weight = torch.randn(16, 16, 3, 3)
+    peak = Peak()
+    output = OPERATOR(input, offset, weight, None, [1, 1], [1, 1], [1, 1], None, "zeros")
+    backward = operators["deform_conv_backward"]
+    args = (input, offset, weight, None, [1, 1], [1, 1], [1, 1], None, "zeros")
+    grads = backward(output, *args, [True, True, True, False, False])
+    kept = sum(t.numel() * t.element_size() for t in (output, *grads)) // 2**20
+    assert peak.so_far() - kept < 150
