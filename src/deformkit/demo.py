@@ -297,8 +297,9 @@ def main(
 
     console = Console()
     console.print(
-        f"Scanned digits, warped at random. The same network with plain and deformable layers, {seeds} seeds each; "
-        f"for a seed the same images, order and initial weights. {torch.get_num_threads()} threads."
+        "Scanned digits, warped at random: a small network with plain and with deformable layers. Both start from the same "
+        "weights and see the same images in the same order, as often. "
+        f"Seeds: {seeds}. Threads: {torch.get_num_threads()}."
     )
     results: list[list[Result]] = []
     with torch.random.fork_rng(devices=[]), _progress(console) as progress:
@@ -314,7 +315,9 @@ def main(
                 pair.append(result)
             results.append(pair)
     console.print(_table(results))
-    console.print("mean ± sample standard deviation; the difference in parameters is what predicts offsets and masks")
+    console.print(
+        "Spread: sample standard deviation. The parameters that the deformable network has more predict offsets and masks."
+    )
 
     chosen = [int((data.test_labels == digit).nonzero()[0]) for digit in range(10)]
     looks = [look(pair[1].network, data.test_images[i], int(data.test_labels[i])) for i in chosen]
@@ -354,15 +357,14 @@ def _table(results: list[list[Result]]) -> Any:
         table.add_row(f"seed {seed}", f"{plain:.1f} %", f"{deformable:.1f} %", f"{difference:+.1f} points")
     table.add_section()
     columns = list(zip(*rows, strict=True))
-    spreads = [f"{mean(values):{sign}.1f} ± {_spread(values):.1f}" for values, sign in zip(columns, "  +", strict=True)]
-    table.add_row("mean ± spread", *spreads)
-    table.add_section()
+    if len(rows) > 1:
+        spreads = [
+            f"{mean(column):{sign}.1f} ± {stdev(column):.1f}" for column, sign in zip(columns, "--+", strict=True)
+        ]
+        table.add_row("mean ± spread", *spreads)
+        table.add_section()
     seconds = [mean(pair[i].seconds for pair in results) for i in (0, 1)]
     table.add_row("time to train", *(f"{value:.1f} s" for value in seconds), f"{seconds[1] / seconds[0]:.2f}x")
     counts = [result.parameters for result in results[0]]
     table.add_row("parameters", *(f"{count:,}" for count in counts), f"{counts[1] / counts[0]:.2f}x")
     return table
-
-
-def _spread(values: Sequence[float]) -> float:
-    return stdev(values) if len(values) > 1 else 0.0

@@ -140,6 +140,15 @@ void read_run(const Map& map, int64_t batch, int64_t channel, int64_t position, 
   });
 }
 
+// As read_run(), into `buffer` only where the elements are not already there as they should be.
+template <typename A>
+const A* view_run(const Map& map, int64_t batch, int64_t channel, int64_t position, int64_t count, A* buffer) {
+  const bool same = map.dtype() == (std::is_same_v<A, double> ? ScalarType::Double : ScalarType::Float);
+  if (same && (map.position_stride == 1 || count == 1)) return map.at<A>(batch, channel, position);
+  read_run(map, batch, channel, position, count, buffer);
+  return buffer;
+}
+
 // A contiguous tensor of any dtype that runs of A are written to.
 class Sink {
  public:

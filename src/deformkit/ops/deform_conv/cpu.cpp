@@ -197,7 +197,6 @@ struct Points {
   Buffer<A> corners;
   int64_t capacity;
   const Index* origin[N];
-  const A* shift[N];
 
   explicit Points(int64_t block)
       : cells(block),
@@ -207,10 +206,7 @@ struct Points {
         where(sizeof(Index) == 8 ? block << N : 1),
         corners(sizeof(Index) == 8 ? 2 * (block << N) : 1),
         capacity(block) {
-    for (int axis = 0; axis < N; ++axis) {
-      origin[axis] = origins.get() + axis * block;
-      shift[axis] = shifts.get() + axis * block;
-    }
+    for (int axis = 0; axis < N; ++axis) origin[axis] = origins.get() + axis * block;
   }
 
   // stride * o - padding of `points` output positions.
@@ -231,19 +227,17 @@ struct Points {
     }
   }
 
-  void locate(const Problem<N>& problem, const Unit<N>& unit, const Map& offset, int64_t offset_group, int64_t tap,
-              int64_t begin, int64_t points, Index outside) {
-    const int64_t channel = (offset_group * problem.taps + tap) * N;
+  // Locates the cells of one tap; returns its factors, if there are any.
+  const A* locate(const Problem<N>& problem, const Unit<N>& unit, const Map& offset, const std::optional<Map>& mask,
+                  int64_t offset_group, int64_t tap, int64_t begin, int64_t points, Index outside) {
+    const int64_t channel = offset_group * problem.taps + tap;
+    const A* shift[N];
     for (int axis = 0; axis < N; ++axis)
-      read_run(offset, unit.batch, channel + axis, begin, points, shifts.get() + axis * capacity);
-    cells.locate(unit.window, problem.border, points, origin, problem.tap[tap], shift, outside);
-  }
-
-  const A* read_factor(const Problem<N>& problem, const Unit<N>& unit, const std::optional<Map>& mask,
-                       int64_t offset_group, int64_t tap, int64_t begin, int64_t points) {
-    if (!mask) return nullptr;
-    read_run(*mask, unit.batch, offset_group * problem.taps + tap, begin, points, factors.get());
-    return factors.get();
+      shift[axis] =
+          view_run(offset, unit.batch, channel * N + axis, begin, points, shifts.get() + axis * capacity);
+    const A* factor = mask ? view_run(*mask, unit.batch, channel, begin, points, factors.get()) : nullptr;
+    cells.locate(unit.window, problem.border, points, origin, problem.tap[tap], shift, factor, outside);
+    return factor;
   }
 };
 
@@ -337,10 +331,9 @@ void for_cells(const Call<N>& call, const Unit<N>& unit, const Slice& slice, con
     group = slice.pieces[first].offset_group;
     while (next < slice.pieces.size() && slice.pieces[next].offset_group == group) ++next;
     for (int64_t tap = 0; tap < problem.taps; ++tap) {
-      const A* factor = scratch.read_factor(problem, unit, call.mask, group, tap, begin, points);
       if constexpr (sizeof(Index) == 4) {
-        scratch.locate(problem, unit, call.offset, group, tap, begin, points,
-                       static_cast<Index>(unit.window.positions()));
+        const auto outside = static_cast<Index>(unit.window.positions());
+        const A* factor = scratch.locate(problem, unit, call.offset, call.mask, group, tap, begin, points, outside);
         for (size_t i = first; i < next; ++i)
           f(tap, slice.pieces[i], factor, rows + slice.pieces[i].begin - slice.begin, slice.channels());
       } else {
@@ -349,7 +342,7 @@ void for_cells(const Call<N>& call, const Unit<N>& unit, const Slice& slice, con
             const Piece& piece = slice.pieces[i];
             const Piece one{
                 piece.part, group, piece.begin + c, 1, piece.first && c == 0, piece.last && c + 1 == piece.channels};
-            scratch.locate(problem, unit, call.offset, group, tap, begin, points, -1);
+            const A* factor = scratch.locate(problem, unit, call.offset, call.mask, group, tap, begin, points, -1);
             compact(call.input, unit.batch, one.begin, points, scratch.cells, scratch.where.get(),
                     scratch.corners.get());
             f(tap, one, factor, scratch.corners.get(), 1);
@@ -459,8 +452,8 @@ void forward(const Call<N>& call, const std::vector<Unit<N>>& units, const std::
         const int64_t points = std::min(block, unit.end - begin);
         A* const columns = scratch.columns.get();
         for_cells(call, unit, slice, rows.get() + place[u - first], begin, points, scratch.points,
-                  [&](int64_t tap, const Piece& piece, const A* factor, const A* field, int64_t width) {
-                    gather(scratch.points.cells, points, field, width, piece.channels, factor,
+                  [&](int64_t tap, const Piece& piece, const A*, const A* field, int64_t width) {
+                    gather(scratch.points.cells, points, field, width, piece.channels,
                            columns + column_of(problem, slice, piece, tap, points),
                            problem.taps * slice.parts[piece.part].channels);
                   });

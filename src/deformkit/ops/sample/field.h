@@ -69,26 +69,46 @@ void compact(const Map& field, int64_t batch, int64_t channel, int64_t points, c
   });
 }
 
-// columns[i * pitch ...] = sample at point i of `channels` channels, times factor[i] if given.
+// Calls f(number of channels) with a constant for the usual numbers, so that loops over them unroll; with 0 for others.
+template <typename F>
+void dispatch_channels(int64_t channels, const F& f) {
+  switch (channels) {
+    case 8:
+      return f(std::integral_constant<int, 8>{});
+    case 16:
+      return f(std::integral_constant<int, 16>{});
+    case 32:
+      return f(std::integral_constant<int, 32>{});
+    case 64:
+      return f(std::integral_constant<int, 64>{});
+    default:
+      return f(std::integral_constant<int, 0>{});
+  }
+}
+
+// columns[i * pitch ...] = the sample at point i, of `channels` channels.
 template <typename A, int N, typename Index>
 void gather(const Cells<A, N, Index>& cells, int64_t points, const A* rows, int64_t width, int64_t channels,
-            const A* factor, A* columns, int64_t pitch) {
+            A* columns, int64_t pitch) {
   constexpr int corners = 1 << N;
-  for (int64_t i = 0; i < points; ++i) {
-    A weight[corners];
-    const A* row[corners];
-    for (int corner = 0; corner < corners; ++corner) {
-      weight[corner] = factor ? cells.weight(corner)[i] * factor[i] : cells.weight(corner)[i];
-      row[corner] = rows + static_cast<int64_t>(cells.index(corner)[i]) * width;
-    }
-    A* column = columns + i * pitch;
+  dispatch_channels(channels, [&](auto constant) {
+    const int64_t last = constant.value > 0 ? constant.value : channels;
+    for (int64_t i = 0; i < points; ++i) {
+      A weight[corners];
+      const A* row[corners];
+      for (int corner = 0; corner < corners; ++corner) {
+        weight[corner] = cells.weight(corner)[i];
+        row[corner] = rows + static_cast<int64_t>(cells.index(corner)[i]) * width;
+      }
+      A* const column = columns + i * pitch;
 #pragma omp simd
-    for (int64_t c = 0; c < channels; ++c) {
-      A sum = weight[0] * row[0][c];
-      for (int corner = 1; corner < corners; ++corner) sum += weight[corner] * row[corner][c];
-      column[c] = sum;
+      for (int64_t c = 0; c < last; ++c) {
+        A sum = weight[0] * row[0][c];
+        for (int corner = 1; corner < corners; ++corner) sum += weight[corner] * row[corner][c];
+        column[c] = sum;
+      }
     }
-  }
+  });
 }
 
 // What walk() is asked for; a null pointer asks for nothing.
@@ -96,66 +116,51 @@ template <typename A, int N>
 struct Walk {
   const A* rows;          // the field, as by pack()
   const A* grad_columns;  // gradient of the loss by the samples, `pitch` apart
-  A* columns;             // the samples, times factor
+  A* columns;             // the samples
   A* grad_rows;           // += gradient by the field
-  A* grad_shift[N];       // gradient by the shift; null in the first: not asked
+  A* grad_shift[N];       // gradient by the shift
   A* grad_factor;         // gradient by the factor
   int64_t pitch, width, channels;
+
+  bool by_point() const { return grad_shift[0] || grad_factor; }
 };
 
 // The one backward walk over the corners: samples again, and the gradient by field, point and factor.
-template <bool kColumns, bool kPoint, bool kField, typename A, int N, typename Index>
-void walk_as(const Cells<A, N, Index>& cells, int64_t points, const A* factor, const Walk<A, N>& w) {
-  constexpr int corners = 1 << N;
+template <bool kColumns, bool kPoint, bool kField, int kChannels, typename A, int N, typename Index>
+void walk_as(const Cells<A, N, Index>& cells, int64_t points, const Walk<A, N>& w) {
+  constexpr int corners = 1 << N, most = corners < 4 ? corners : 4;
+  const int64_t channels = kChannels > 0 ? kChannels : w.channels;
   for (int64_t i = 0; i < points; ++i) {
-    const A scale = factor ? factor[i] : A(1);
-    A weight[corners], dots[corners] = {};
+    A weight[corners];
     int64_t at[corners];
     for (int corner = 0; corner < corners; ++corner) {
-      weight[corner] = cells.weight(corner)[i] * scale;
+      weight[corner] = cells.weight(corner)[i];
       at[corner] = static_cast<int64_t>(cells.index(corner)[i]) * w.width;
     }
     const A* const grad = w.grad_columns + i * w.pitch;
-    A* const column = w.columns + i * w.pitch;
     if constexpr (kColumns || kPoint) {
-      if constexpr (N == 1) {
-        A d0 = 0, d1 = 0;
-        const A *const r0 = w.rows + at[0], *const r1 = w.rows + at[1];
-#pragma omp simd reduction(+ : d0, d1)
-        for (int64_t c = 0; c < w.channels; ++c) {
-          if constexpr (kPoint) d0 += grad[c] * r0[c], d1 += grad[c] * r1[c];
-          if constexpr (kColumns) column[c] = weight[0] * r0[c] + weight[1] * r1[c];
-        }
-        dots[0] = d0, dots[1] = d1;
-      } else {
-        for (int half = 0; half < corners; half += 4) {
-          A d0 = 0, d1 = 0, d2 = 0, d3 = 0;
-          const A *const r0 = w.rows + at[half], *const r1 = w.rows + at[half + 1];
-          const A *const r2 = w.rows + at[half + 2], *const r3 = w.rows + at[half + 3];
-          const A w0 = weight[half], w1 = weight[half + 1], w2 = weight[half + 2], w3 = weight[half + 3];
+      A* const column = w.columns + i * w.pitch;
+      for (int from = 0; from < corners; from += most) {
+        A d0 = 0, d1 = 0, d2 = 0, d3 = 0;
+        const A *const r0 = w.rows + at[from], *const r1 = w.rows + at[from + 1];
+        const A *const r2 = w.rows + at[from + most - 2], *const r3 = w.rows + at[from + most - 1];
+        const A w0 = weight[from], w1 = weight[from + 1], w2 = weight[from + most - 2], w3 = weight[from + most - 1];
 #pragma omp simd reduction(+ : d0, d1, d2, d3)
-          for (int64_t c = 0; c < w.channels; ++c) {
-            if constexpr (kPoint) {
-              d0 += grad[c] * r0[c], d1 += grad[c] * r1[c];
-              d2 += grad[c] * r2[c], d3 += grad[c] * r3[c];
-            }
-            if constexpr (kColumns) {
-              const A sum = w0 * r0[c] + w1 * r1[c] + w2 * r2[c] + w3 * r3[c];
-              column[c] = half == 0 ? sum : column[c] + sum;
-            }
+        for (int64_t c = 0; c < channels; ++c) {
+          if constexpr (kPoint) {
+            d0 += grad[c] * r0[c], d1 += grad[c] * r1[c];
+            if constexpr (most == 4) d2 += grad[c] * r2[c], d3 += grad[c] * r3[c];
           }
-          dots[half] = d0, dots[half + 1] = d1, dots[half + 2] = d2, dots[half + 3] = d3;
+          if constexpr (kColumns) {
+            A sum = w0 * r0[c] + w1 * r1[c];
+            if constexpr (most == 4) sum += w2 * r2[c] + w3 * r3[c];
+            column[c] = from == 0 ? sum : column[c] + sum;
+          }
         }
-      }
-    }
-    if constexpr (kPoint) {
-      if (w.grad_shift[0]) {
-        for (int axis = 0; axis < N; ++axis) w.grad_shift[axis][i] = scale * cells.slope(axis, i, dots);
-      }
-      if (w.grad_factor) {
-        A sum = 0;
-        for (int corner = 0; corner < corners; ++corner) sum += cells.weight(corner)[i] * dots[corner];
-        w.grad_factor[i] = sum;
+        if constexpr (kPoint) {
+          cells.dot(from)[i] = d0, cells.dot(from + 1)[i] = d1;
+          if constexpr (most == 4) cells.dot(from + 2)[i] = d2, cells.dot(from + 3)[i] = d3;
+        }
       }
     }
     if constexpr (kField) {
@@ -164,31 +169,39 @@ void walk_as(const Cells<A, N, Index>& cells, int64_t points, const A* factor, c
         A* const row = w.grad_rows + at[corner];
         const A by = weight[corner];
 #pragma omp simd
-        for (int64_t c = 0; c < w.channels; ++c) row[c] += by * grad[c];
+        for (int64_t c = 0; c < channels; ++c) row[c] += by * grad[c];
       }
     }
   }
 }
 
+// `factor` is the one that the cells were located with.
 template <typename A, int N, typename Index>
 void walk(const Cells<A, N, Index>& cells, int64_t points, const A* factor, const Walk<A, N>& w) {
-  const int asked = (w.columns ? 4 : 0) + (w.grad_shift[0] || w.grad_factor ? 2 : 0) + (w.grad_rows ? 1 : 0);
+  const int asked = (w.columns ? 4 : 0) + (w.by_point() ? 2 : 0) + (w.grad_rows ? 1 : 0);
   switch (asked) {
+    case 0:
+      return;
     case 1:
-      return walk_as<false, false, true>(cells, points, factor, w);
+      return walk_as<false, false, true, 0>(cells, points, w);
     case 2:
-      return walk_as<false, true, false>(cells, points, factor, w);
+      walk_as<false, true, false, 0>(cells, points, w);
+      break;
     case 3:
-      return walk_as<false, true, true>(cells, points, factor, w);
+      walk_as<false, true, true, 0>(cells, points, w);
+      break;
     case 4:
-      return walk_as<true, false, false>(cells, points, factor, w);
+      return walk_as<true, false, false, 0>(cells, points, w);
     case 5:
-      return walk_as<true, false, true>(cells, points, factor, w);
+      return walk_as<true, false, true, 0>(cells, points, w);
     case 6:
-      return walk_as<true, true, false>(cells, points, factor, w);
+      walk_as<true, true, false, 0>(cells, points, w);
+      break;
     default:
-      return walk_as<true, true, true>(cells, points, factor, w);
+      dispatch_channels(w.channels,
+                        [&](auto constant) { walk_as<true, true, true, constant.value>(cells, points, w); });
   }
+  cells.slopes(points, factor, w.grad_shift, w.grad_factor);
 }
 
 }  // namespace deformkit

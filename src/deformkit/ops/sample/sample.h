@@ -5,6 +5,8 @@
 #include <algorithm>
 #include <array>
 #include <cmath>
+#include <limits>
+#include <utility>
 
 #include "cpu/parallel.h"
 
@@ -18,6 +20,12 @@ int64_t count(const Axes<N>& size) {
   int64_t result = 1;
   for (int64_t s : size) result *= s;
   return result;
+}
+
+// The share of a corner along one axis.
+template <bool upper, typename A>
+inline A side(A fraction) {
+  return upper ? fraction : 1 - fraction;
 }
 
 // The rows [first, last) of a field of `size`, along its first axis, with the other axes whole.
@@ -37,16 +45,20 @@ class Cells {
  public:
   static constexpr int corners = 1 << N;
 
+  // Whether a corner is the upper one along an axis; the last axis varies fastest.
+  static constexpr bool is_upper(int corner, int axis) { return corner >> (N - 1 - axis) & 1; }
+
   explicit Cells(int64_t capacity)
-      : capacity_(capacity), reals_((N + corners) * capacity), indices_((2 * N + corners) * capacity) {}
+      : capacity_(capacity), reals_((N + 2 * corners) * capacity), indices_((2 * N + corners) * capacity) {}
 
   A* fraction(int axis) const { return reals_.get() + axis * capacity_; }
   A* weight(int corner) const { return reals_.get() + (N + corner) * capacity_; }
   Index* index(int corner) const { return indices_.get() + corner * capacity_; }
 
-  // base[axis][i] + shift[axis][i] in units of grid cells; rows of the window are counted from its first.
-  void locate(const Window<N>& window, bool border, int64_t points, const Index* const (&origin)[N], const Axes<N>& tap,
-              const A* const (&shift)[N], Index outside) {
+  // The points origin[axis][i] + tap[axis] + shift[axis][i], in units of grid cells; rows of the window are counted from
+  // its first. Weights are times factor[i], if given.
+  void locate(const Window<N>& window, bool border, int64_t points, const Index* const (&origin)[N],
+              const Axes<N>& tap, const A* const (&shift)[N], const A* factor, Index outside) {
     constexpr Index nowhere = std::numeric_limits<Index>::min() / 4;
     constexpr A far = sizeof(Index) == 4 ? A(1 << 30) : A(int64_t(1) << 40);
     int64_t step = window.positions() / (window.last - window.first);
@@ -80,40 +92,92 @@ class Cells {
         above[i] = (number & (high >= least) & (high < past)) ? (high - least) * stride : nowhere;
       }
     }
+    weigh(std::make_integer_sequence<int, corners>{}, points, outside);
+    if (!factor) return;
     for (int corner = 0; corner < corners; ++corner) {
       A* const w = weight(corner);
-      Index* const at = index(corner);
+      const Index* const at = index(corner);
+      // An infinite factor stays away from what is outside.
 #pragma omp simd
-      for (int64_t i = 0; i < points; ++i) {
-        A product = 1;
-        Index sum = 0;
-        for (int axis = 0; axis < N; ++axis) {
-          const A part = reals_.get()[axis * capacity_ + i];
-          const bool high = corner >> (N - 1 - axis) & 1;
-          product *= high ? part : 1 - part;
-          sum += indices_.get()[(corners + (high ? N : 0) + axis) * capacity_ + i];
-        }
-        w[i] = product;
-        at[i] = sum < 0 ? outside : sum;
-      }
+      for (int64_t i = 0; i < points; ++i) w[i] *= at[i] == outside ? A(0) : factor[i];
     }
   }
 
-  // d sample / d shift[axis], from the scalar products of the corners' rows with one gradient.
-  A slope(int axis, int64_t i, const A (&dots)[corners]) const {
-    A sum = 0;
-    for (int corner = 0; corner < corners; ++corner) {
-      A factor = corner >> (N - 1 - axis) & 1 ? dots[corner] : -dots[corner];
-      for (int other = 0; other < N; ++other) {
-        const A part = fraction(other)[i];
-        if (other != axis) factor *= corner >> (N - 1 - other) & 1 ? part : 1 - part;
-      }
-      sum += factor;
+  // dot(corner)[i]: the scalar product of a corner's row with a gradient, for slopes().
+  A* dot(int corner) const { return reals_.get() + (N + corners + corner) * capacity_; }
+
+  // From the dots, d sample / d shift[axis] times factor, and the sample itself: each where it is not null.
+  void slopes(int64_t points, const A* factor, A* const (&grad_shift)[N], A* sample) const {
+    if (grad_shift[0]) slope<0>(points, factor, grad_shift[0]);
+    if constexpr (N > 1) {
+      if (grad_shift[0]) slope<1>(points, factor, grad_shift[1]);
     }
-    return sum;
+    if constexpr (N > 2) {
+      if (grad_shift[0]) slope<2>(points, factor, grad_shift[2]);
+    }
+    if (sample) slope<N>(points, nullptr, sample);
   }
 
  private:
+  template <int... all>
+  void weigh(std::integer_sequence<int, all...>, int64_t points, Index outside) {
+    (weigh_corner<all>(points, outside), ...);
+  }
+
+  template <int corner>
+  void weigh_corner(int64_t points, Index outside) {
+    // Axes that are not there repeat the first.
+    constexpr bool up0 = is_upper(corner, 0), up1 = is_upper(corner, N > 1), up2 = is_upper(corner, N > 2 ? 2 : 0);
+    const A *const f0 = fraction(0), *const f1 = fraction(N > 1), *const f2 = fraction(N > 2 ? 2 : 0);
+    const Index* const s0 = up0 ? upper(0) : lower(0);
+    const Index* const s1 = up1 ? upper(N > 1) : lower(N > 1);
+    const Index* const s2 = up2 ? upper(N > 2 ? 2 : 0) : lower(N > 2 ? 2 : 0);
+    A* const w = weight(corner);
+    Index* const at = index(corner);
+#pragma omp simd
+    for (int64_t i = 0; i < points; ++i) {
+      A product = side<up0>(f0[i]);
+      Index sum = s0[i];
+      if constexpr (N > 1) product *= side<up1>(f1[i]), sum += s1[i];
+      if constexpr (N > 2) product *= side<up2>(f2[i]), sum += s2[i];
+      w[i] = product * (sum < 0 ? A(0) : A(1));
+      at[i] = sum < 0 ? outside : sum;
+    }
+  }
+
+  // Between a lower and an upper value along one axis: their difference if it is `axis`, else the interpolation.
+  template <bool differ>
+  static A between(A low, A high, A part) {
+    return differ ? high - low : low * (1 - part) + high * part;
+  }
+
+  template <int axis>
+  void slope(int64_t points, const A* factor, A* out) const {
+    const A *const f0 = fraction(0), *const f1 = fraction(N > 1), *const f2 = fraction(N > 2 ? 2 : 0);
+    const A *const d0 = dot(0), *const d1 = dot(1), *const d2 = dot(N > 1 ? 2 : 0), *const d3 = dot(N > 1 ? 3 : 0);
+    const A *const d4 = dot(N > 2 ? 4 : 0), *const d5 = dot(N > 2 ? 5 : 0);
+    const A *const d6 = dot(N > 2 ? 6 : 0), *const d7 = dot(N > 2 ? 7 : 0);
+#pragma omp simd
+    for (int64_t i = 0; i < points; ++i) {
+      A sum;
+      if constexpr (N == 1) {
+        sum = between<axis == 0>(d0[i], d1[i], f0[i]);
+      } else {
+        const A near = between<axis == N - 1>(d0[i], d1[i], N == 2 ? f1[i] : f2[i]);
+        const A far = between<axis == N - 1>(d2[i], d3[i], N == 2 ? f1[i] : f2[i]);
+        sum = between<axis == N - 2>(near, far, N == 2 ? f0[i] : f1[i]);
+        if constexpr (N == 3) {
+          const A near2 = between<axis == 2>(d4[i], d5[i], f2[i]), far2 = between<axis == 2>(d6[i], d7[i], f2[i]);
+          sum = between<axis == 0>(sum, between<axis == 1>(near2, far2, f1[i]), f0[i]);
+        }
+      }
+      out[i] = sum;
+    }
+    if (!factor) return;
+#pragma omp simd
+    for (int64_t i = 0; i < points; ++i) out[i] *= factor[i];
+  }
+
   Index* lower(int axis) const { return indices_.get() + (corners + axis) * capacity_; }
   Index* upper(int axis) const { return indices_.get() + (corners + N + axis) * capacity_; }
 
