@@ -1,7 +1,7 @@
 """The demonstration: the same small network with plain and with deformable layers, on warped handwritten digits."""
 
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from functools import partial
 from importlib.util import find_spec
@@ -297,8 +297,8 @@ def main(
 
     console = Console()
     console.print(
-        "Scanned digits, warped at random: a small network with plain and with deformable layers. Both start from the same "
-        "weights and see the same images in the same order, as often. "
+        "Scanned digits, warped at random: a small network with plain and with deformable layers. Both start from the "
+        "same weights and see the same images in the same order, as often. "
         f"Seeds: {seeds}. Threads: {torch.get_num_threads()}."
     )
     results: list[list[Result]] = []
@@ -316,7 +316,8 @@ def main(
             results.append(pair)
     console.print(_table(results))
     console.print(
-        "Spread: sample standard deviation. The parameters that the deformable network has more predict offsets and masks."
+        "Spread: sample standard deviation. What the deformable network has more of parameters predicts its offsets "
+        "and masks."
     )
 
     chosen = [int((data.test_labels == digit).nonzero()[0]) for digit in range(10)]
