@@ -46,7 +46,7 @@ def main() -> None:
 
 
 def origin() -> dict[str, Any]:
-    """Where and with what the figures came about."""
+    """Where and with what the figures come about; the load is that of whatever else ran before."""
     selection = _kernels.selection
     versions = {"python": platform.python_version(), "torch": torch.__version__, "deformkit": __version__}
     present = {name: metadata.version(name) for name in ("torchvision", "dc1d") if name not in ABSENT}
@@ -58,6 +58,7 @@ def origin() -> dict[str, Any]:
             "threads": torch.get_num_threads(),
             "capability": selection.capability,
             "kernels": selection.isa or "none (the reference answers)",
+            "load": round(os.getloadavg()[0], 2),
             "system": f"{platform.system()} {platform.machine()}",
         },
         "versions": {**versions, **present},

@@ -173,8 +173,8 @@ def _origin(document: dict[str, Any]) -> str:
     installed = ", ".join(f"{name} {version}" for name, version in document["versions"].items())
     absent = f" Not installed: {', '.join(document['absent'])}." if document["absent"] else ""
     return (
-        f"*{machine['processor']}, {machine['cores']} cores, {machine['threads']} threads, kernels: "
-        f"{machine['kernels']}; {installed}; {document['date']}.{absent}*"
+        f"*{machine['processor']}, {machine['cores']} cores, {machine['threads']} threads, load before "
+        f"{machine['load']}, kernels: {machine['kernels']}; {installed}; {document['date']}.{absent}*"
     )
 
 

@@ -57,7 +57,9 @@ class Operator:
         self.overload = getattr(getattr(torch.ops, NAMESPACE), self.name).default
         self.arguments = [argument.name for argument in self.overload._schema.arguments]
         self.reference = reference
-        self.tensors = [i for i, argument in enumerate(self.overload._schema.arguments) if "Tensor" in str(argument.type)]
+        self.tensors = [
+            i for i, argument in enumerate(self.overload._schema.arguments) if "Tensor" in str(argument.type)
+        ]
         self.differentiable = [self.arguments.index(name) for name in differentiable]
         self.coordinates: list[int] = []
         self.batched = {self.arguments.index(name) for name in batched}
@@ -74,8 +76,8 @@ class Operator:
 
     def __call__(self, *args: Any) -> Any:
         """Run the operator: through the dispatcher, or through an autograd.Function where a transform needs one."""
-        # A custom operator raises under torch.func.grad and returns zeros under torch.func.jvp; a Function does neither,
-        # but the compiler rejects a Function with a forward-mode rule: there the transform goes through the reference.
+        # A custom operator raises under torch.func.grad and returns zeros under torch.func.jvp; a Function does
+        # neither. But the compiler rejects a Function with a forward-mode rule: there a transform takes the reference.
         if torch.compiler.is_compiling():
             return self.reference(*args) if _differentiating() else self.overload(*args)
         if _transforming():
@@ -100,7 +102,9 @@ class Operator:
         wanted = [ctx.needs_input_grad[i] for i in self.differentiable]
         result: list[Tensor | None] = [None] * len(self.arguments)
         if any(grad is not None for grad in grads) and any(wanted):
-            for i, grad in zip(self.differentiable, self._gradient(self, self._restore(ctx), grads, wanted), strict=True):
+            for i, grad in zip(
+                self.differentiable, self._gradient(self, self._restore(ctx), grads, wanted), strict=True
+            ):
                 result[i] = grad
         return tuple(result)
 
@@ -146,7 +150,9 @@ def define(
     def fake_backward(grad_output: Tensor, *args: Any) -> tuple[Tensor, ...]:
         *inputs, output_mask = args
         return tuple(
-            torch.empty_like(inputs[i], memory_format=torch.contiguous_format) if asked else inputs[i].new_empty(0)
+            torch.empty_like(inputs[i], memory_format=torch.contiguous_format)
+            if asked
+            else inputs[i].new_empty(0)
             if inputs[i] is not None
             else grad_output.new_empty(0)
             for i, asked in zip(forward.differentiable, output_mask, strict=True)
@@ -163,9 +169,11 @@ def define(
         results = backward(grads[0], *args, wanted)
         return [grad if yes else None for grad, yes in zip(results, wanted, strict=True)]
 
-    def double_gradient(op: Operator, args: list[Any], grads: Sequence[Tensor | None], wanted: list[bool]) -> Sequence[Any]:
+    def double_gradient(
+        op: Operator, args: list[Any], grads: Sequence[Tensor | None], wanted: list[bool]
+    ) -> Sequence[Any]:
         asked = [i for i, yes in zip(op.differentiable, wanted, strict=True) if yes]
-        outputs, pull_back = torch.func.vjp(_at(reference_backward, args, asked), *(args[i] for i in asked))
+        outputs, pull_back = _vjp(_at(reference_backward, args, asked), *(args[i] for i in asked))
         cotangents = tuple(torch.zeros_like(o) if g is None else g for o, g in zip(outputs, grads, strict=True))
         results = iter(pull_back(cotangents))
         return [next(results) if yes else None for yes in wanted]
@@ -180,8 +188,9 @@ def define(
         gradient=gradient,
     )
     without_batch = [i for i, name in enumerate(differentiable) if name not in batched]
+    results = ", ".join(["Tensor"] * len(differentiable))
     backward = Operator(
-        f"{name}_backward(Tensor grad_output, {arguments}, bool[] output_mask) -> ({', '.join(['Tensor'] * len(differentiable))})",
+        f"{name}_backward(Tensor grad_output, {arguments}, bool[] output_mask) -> ({results})",
         reference=reference_backward,
         fake=fake_backward,
         differentiable=["grad_output", *differentiable],
@@ -195,20 +204,19 @@ def define(
 
 
 def _register_autocast(op: Operator) -> None:
-    cast = [i for i in op.tensors if i not in op.coordinates]
     for device_type, key in _AUTOCAST.items():
+        library.impl(op.name, partial(_autocast, op, device_type, DispatchKeySet(key)), key.name)
 
-        def kernel(*args: Any, _device_type: str = device_type, _keys: DispatchKeySet = DispatchKeySet(key)) -> Tensor:
-            values = list(args)
-            dtype = torch.get_autocast_dtype(_device_type)
-            if all(args[i] is None or args[i].dtype != torch.float64 for i in cast):
-                for i in cast:
-                    if args[i] is not None and args[i].is_floating_point():
-                        values[i] = args[i].to(dtype)
-            with torch._C._ExcludeDispatchKeyGuard(_keys):
-                return op.overload(*values)
 
-        library.impl(op.name, kernel, key.name)
+def _autocast(op: Operator, device_type: str, keys: DispatchKeySet, *args: Any) -> Tensor:
+    cast = [i for i in op.tensors if i not in op.coordinates and args[i] is not None]
+    values = list(args)
+    if all(args[i].dtype != torch.float64 for i in cast):
+        for i in cast:
+            if args[i].is_floating_point():
+                values[i] = args[i].to(torch.get_autocast_dtype(device_type))
+    with torch._C._ExcludeDispatchKeyGuard(keys):
+        return op.overload(*values)
 
 
 def _function(op: Operator) -> type[torch.autograd.Function]:
@@ -237,8 +245,8 @@ def _function(op: Operator) -> type[torch.autograd.Function]:
             # The derivative along a direction is the gradient of the (linear) pull-back with respect to its cotangent.
             args = op._restore(ctx)
             moved = [i for i in op.differentiable if tangents[i] is not None]
-            outputs, pull_back = torch.func.vjp(_at(op.reference, args, moved), *(args[i] for i in moved))
-            _, push_forward = torch.func.vjp(pull_back, _each(outputs, torch.zeros_like))
+            outputs, pull_back = _vjp(_at(op.reference, args, moved), *(args[i] for i in moved))
+            _, push_forward = _vjp(pull_back, _each(outputs, torch.zeros_like))
             return push_forward(tuple(tangents[i] for i in moved))[0]
 
     Function.__name__ = op.name
@@ -253,7 +261,9 @@ def _transforming() -> bool:
 def _differentiating() -> bool:
     """Whether a transform other than vmap is active; asked while the compiler traces, which enters them as it goes."""
     levels = torch._C._functorch.get_interpreter_stack() or []
-    return forward_ad._current_level >= 0 or any(level.key() != torch._C._functorch.TransformType.Vmap for level in levels)
+    return forward_ad._current_level >= 0 or any(
+        level.key() != torch._C._functorch.TransformType.Vmap for level in levels
+    )
 
 
 def _at(function: Callable[..., Any], args: Sequence[Any], positions: Sequence[int]) -> Callable[..., Any]:
@@ -272,10 +282,14 @@ def _each(value: Any, function: Callable[[Tensor], Tensor]) -> Any:
     return function(value) if isinstance(value, Tensor) else tuple(function(part) for part in value)
 
 
+def _vjp(function: Callable[..., Any], *values: Any) -> tuple[Any, Callable[..., Any]]:
+    return torch.func.vjp(function, *values)  # type: ignore[return-value]  # with has_aux there would be a third
+
+
 def _pull_back(function: Callable[..., Tensor], values: Sequence[Tensor], cotangent: Tensor) -> Sequence[Tensor]:
     """The gradients of ``function`` at ``values``; differentiable again inside a transform of torch.func."""
     if torch._C._are_functorch_transforms_active():
-        return torch.func.vjp(function, *values)[1](cotangent)
+        return _vjp(function, *values)[1](cotangent)
     # As a kernel: the dispatcher has switched autograd off on the way here.
     included, excluded = torch._C._dispatch_tls_local_include_set(), torch._C._dispatch_tls_local_exclude_set()
     with torch._C._ForceDispatchKeyGuard(included, excluded - _AUTOGRAD_KEYS), torch.enable_grad():

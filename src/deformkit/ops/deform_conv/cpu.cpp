@@ -13,7 +13,7 @@ namespace deformkit {
 namespace {
 
 constexpr int64_t mib = 1 << 20;
-constexpr int64_t column_bytes = 640 * 1024;   // of one block: what stays in a core's second-level cache
+constexpr int64_t column_bytes = 5 * mib / 2;  // of one block: what stays in cache
 constexpr int64_t field_bytes = 16 * mib;      // of the laid-out field that one round of work uses
 constexpr int64_t grad_field_bytes = 8 * mib;  // of one slice of it in the backward, of which a thread holds two
 constexpr int64_t partial_bytes = 16 * mib;    // of gradients that await the other slices' share
@@ -164,17 +164,23 @@ struct Unit {
   int64_t positions() const { return end - begin; }
 };
 
-// For every part of the slice [rows, taps, channels], one after the other: rows are the output channels of its group,
-// and of each channel's own group when the groups are narrow.
-template <typename A, int N, typename F>
+// Calls f(packed, row) for every run of a slice's weights that stays together: row is [channels, taps] of the weight
+// from element `row` on, and packed is where its transpose, [taps, channels], starts among the slice's. Every part is
+// [rows, taps, channels], one after the other: rows are the output channels of its group, and of each channel's own
+// group when the groups are narrow.
+template <int N, typename F>
 void for_weight(const Problem<N>& problem, const Slice& slice, const F& f) {
   const int64_t rows = problem.group_rows(), depth = problem.group_channels;
   int64_t packed = 0;
   for (const Part& part : slice.parts)
-    for (int64_t r = 0; r < rows; ++r)
-      for (int64_t k = 0; k < problem.taps; ++k)
-        for (int64_t c = part.begin; c < part.begin + part.channels; ++c)
-          f(packed++, ((c / depth * rows + r) * depth + c % depth) * problem.taps + k);
+    for (int64_t r = 0; r < rows; ++r) {
+      for (int64_t c = part.begin, next; c < part.begin + part.channels; c = next) {
+        next = std::min(part.begin + part.channels, (c / depth + 1) * depth);
+        f(packed + c - part.begin, ((c / depth * rows + r) * depth + c % depth) * problem.taps, next - c,
+          part.channels);
+      }
+      packed += problem.taps * part.channels;
+    }
 }
 
 template <typename A, int N>
@@ -182,7 +188,11 @@ Buffer<A> pack_weight(const Problem<N>& problem, const Tensor& weight, const Sli
   Buffer<A> result(problem.group_rows() * problem.taps * slice.channels());
   dispatch_dtype(weight.scalar_type(), [&]<typename T>() {
     const T* source = static_cast<const T*>(weight.data_ptr());
-    for_weight<A>(problem, slice, [&](int64_t packed, int64_t own) { result[packed] = load<A>(source[own]); });
+    for_weight(problem, slice, [&](int64_t packed, int64_t row, int64_t channels, int64_t pitch) {
+      for (int64_t c = 0; c < channels; ++c)
+        for (int64_t k = 0; k < problem.taps; ++k)
+          result[packed + k * pitch + c] = load<A>(source[row + c * problem.taps + k]);
+    });
   });
   return result;
 }
@@ -233,8 +243,7 @@ struct Points {
     const int64_t channel = offset_group * problem.taps + tap;
     const A* shift[N];
     for (int axis = 0; axis < N; ++axis)
-      shift[axis] =
-          view_run(offset, unit.batch, channel * N + axis, begin, points, shifts.get() + axis * capacity);
+      shift[axis] = view_run(offset, unit.batch, channel * N + axis, begin, points, shifts.get() + axis * capacity);
     const A* factor = mask ? view_run(*mask, unit.batch, channel, begin, points, factors.get()) : nullptr;
     cells.locate(unit.window, problem.border, points, origin, problem.tap[tap], shift, factor, outside);
     return factor;
@@ -520,14 +529,6 @@ struct BackwardScratch {
   Buffer<A> rows, grad_rows, columns, grad_output, turned, by_point, more_by_point;
 };
 
-// [rows, points] as [points, rows].
-template <typename A>
-void turn(const A* from, int64_t rows, int64_t points, A* to) {
-  for (int64_t first = 0; first < rows; first += 16)
-    for (int64_t i = 0; i < points; ++i)
-      for (int64_t r = first; r < std::min(first + 16, rows); ++r) to[i * rows + r] = from[r * points + i];
-}
-
 // The gradient by the columns of one part of one block: weight transposed times the output's.
 template <typename A, int N>
 Tensor grad_columns_of(const Call<N>& call, const Part& part, const A* weight, const A* grad_output, int64_t points,
@@ -535,7 +536,7 @@ Tensor grad_columns_of(const Call<N>& call, const Part& part, const A* weight, c
   const Problem<N>& problem = call.problem;
   const int64_t rows = problem.group_rows(), depth = problem.taps * part.channels, channels = part.channels;
   if (!problem.is_narrow()) {
-    turn(grad_output, rows, points, turned.get());
+    transpose(grad_output, rows, points, points, turned.get(), rows);
     return product(Matrix<A>{turned.get(), points, rows, rows}, Matrix<A>{weight, rows, depth, depth});
   }
   const std::array<int64_t, 2> size{points, depth};
@@ -777,7 +778,11 @@ void backward(const Call<N>& call, const Map& grad_output, const std::vector<Uni
         for (int64_t i = 0; i < size; ++i) total[i] += weight_sums[share_of_batch * slice_count + own][i];
       dispatch_dtype(gradients.weight->dtype(), [&]<typename T>() {
         T* out = gradients.weight->template data<T>();
-        for_weight<A>(problem, slices[own], [&](int64_t packed, int64_t at) { out[at] = store<T>(total[packed]); });
+        for_weight(problem, slices[own], [&](int64_t packed, int64_t row, int64_t channels, int64_t pitch) {
+          for (int64_t c = 0; c < channels; ++c)
+            for (int64_t k = 0; k < problem.taps; ++k)
+              out[row + c * problem.taps + k] = store<T>(total[packed + k * pitch + c]);
+        });
       });
     });
   }

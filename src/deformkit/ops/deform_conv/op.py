@@ -12,6 +12,8 @@ from . import reference
 
 Boundary = Literal["zeros", "border"]
 
+_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+
 
 def deform_conv1d(
     input: Tensor,
@@ -73,7 +75,8 @@ def deform_conv2d(
             clamped into the input.
 
     Returns:
-        ``[B, Cout, Hout, Wout]`` in the dtype of ``input``, ``Hout = (H + 2*padding - dilation*(kh-1) - 1) // stride + 1``.
+        ``[B, Cout, Hout, Wout]`` in the dtype of ``input``, where
+        ``Hout = (H + 2*padding - dilation*(kh-1) - 1) // stride + 1``.
         A NaN offset gives NaN in the outputs that read it, and in its gradients; an infinite one is outside.
 
     Raises:
@@ -150,6 +153,9 @@ def _check(
     boundary: str,
 ) -> list[int]:
     """Check every argument; return the output's spatial size."""
+    check_tensor("input", input)
+    if input.dtype not in _DTYPES:
+        raise TypeError(f"input has dtype {input.dtype}; it must be float16, bfloat16, float32 or float64")
     tensors = {"input": input, "offset": offset, "weight": weight, "bias": bias, "mask": mask}
     for name, value in tensors.items():
         if value is None and name in ("bias", "mask"):
@@ -162,11 +168,13 @@ def _check(
             raise TypeError(f"{name} has dtype {value.dtype}; it must be {input.dtype}, as input's")
         dim = {"bias": 1}.get(name, axes + 2)
         if value.dim() != dim:
-            raise ValueError(f"{name} has shape {list(value.shape)}; a {axes}-D deformable convolution needs {dim} axes")
-    if not input.is_floating_point():
-        raise TypeError(f"input has dtype {input.dtype}; it must be floating point")
-    if not offset.is_floating_point() or (offset.dtype == torch.float64) != (input.dtype == torch.float64):
-        raise TypeError(f"offset has dtype {offset.dtype}; with an input of {input.dtype} it must be {_offset_dtypes(input)}")
+            raise ValueError(
+                f"{name} has shape {list(value.shape)}; a {axes}-D deformable convolution needs {dim} axes"
+            )
+    if offset.dtype not in _DTYPES or (offset.dtype == torch.float64) != (input.dtype == torch.float64):
+        raise TypeError(
+            f"offset has dtype {offset.dtype}; with an input of {input.dtype} it must be {_offset_dtypes(input)}"
+        )
     if boundary not in ("zeros", "border"):
         raise ValueError(f'boundary is {boundary!r}; it must be "zeros" or "border"')
 
@@ -188,8 +196,9 @@ def _check(
     out_size = conv_output_size(size, kernel_size, stride, padding, dilation)
     if min(out_size) < 1:
         raise ValueError(
-            f"output size is {times(out_size)}, from input {times(size)}, kernel {times(kernel_size)}, stride "
-            f"{times(stride)}, padding {times(padding)}, dilation {times(dilation)}; it must be at least 1 on every axis"
+            f"output size is {times(out_size)}, from input {times(size)}, kernel {times(kernel_size)}, "
+            f"stride {times(stride)}, padding {times(padding)}, dilation {times(dilation)}; "
+            "it must be at least 1 on every axis"
         )
     taps = prod(kernel_size)
     per_group = taps * axes
@@ -243,8 +252,8 @@ def _output(
 
 
 _operator = define(
-    "deform_conv(Tensor input, Tensor offset, Tensor weight, Tensor? bias, int[] stride, int[] padding, int[] dilation, "
-    "Tensor? mask, str boundary) -> Tensor",
+    "deform_conv(Tensor input, Tensor offset, Tensor weight, Tensor? bias, int[] stride, int[] padding, "
+    "int[] dilation, Tensor? mask, str boundary) -> Tensor",
     reference=reference.deform_conv,
     fake=_output,
     differentiable=("input", "offset", "weight", "bias", "mask"),

@@ -1,31 +1,37 @@
 // A field laid out for sampling: the channels of one position side by side, so that a corner is one contiguous row.
 #pragma once
 
+#include "cpu/transpose.h"
 #include "sample/sample.h"
 
 namespace deformkit {
 
 constexpr int64_t tile = 64;
 
-// Rows of `channels` elements for every position of the window, then one row of zeros for what lies outside.
+// Rows of `channels` elements for the positions [begin, end) of the window; after its last, one row of zeros for what
+// lies outside.
 template <typename A, int N>
 void pack(const Map& field, int64_t batch, int64_t channel, int64_t channels, const Window<N>& window, int64_t begin,
           int64_t end, A* rows) {
   const int64_t from = window.first * window.inner();
-  dispatch_dtype(field.dtype(), [&]<typename T>() {
-    const T* source = field.at<T>(batch, channel, from);
-    const int64_t step = field.position_stride, jump = field.channel_stride;
-    for (int64_t first = begin; first < end; first += tile) {
-      const int64_t last = std::min(first + tile, end);
-      if (jump == 1) {
-        for (int64_t p = first; p < last; ++p)
-          for (int64_t c = 0; c < channels; ++c) rows[p * channels + c] = load<A>(source[p * step + c]);
-      } else {
-        for (int64_t c = 0; c < channels; ++c)
-          for (int64_t p = first; p < last; ++p) rows[p * channels + c] = load<A>(source[c * jump + p * step]);
+  if (field.channel_stride == 1) {
+    dispatch_dtype(field.dtype(), [&]<typename T>() {
+      for (int64_t p = begin; p < end; ++p) {
+        const T* source = field.at<T>(batch, channel, from + p);
+        for (int64_t c = 0; c < channels; ++c) rows[p * channels + c] = load<A>(source[c]);
+      }
+    });
+  } else {
+    A lines[8 * tile];
+    for (int64_t p = begin; p < end; p += tile) {
+      const int64_t points = std::min(tile, end - p);
+      for (int64_t c = 0; c < channels; c += 8) {
+        const int64_t some = std::min<int64_t>(8, channels - c);
+        for (int64_t i = 0; i < some; ++i) read_run(field, batch, channel + c + i, from + p, points, lines + i * tile);
+        transpose(lines, some, points, tile, rows + p * channels + c, channels);
       }
     }
-  });
+  }
   if (end == window.positions()) std::fill_n(rows + end * channels, channels, A(0));
 }
 
@@ -33,20 +39,16 @@ void pack(const Map& field, int64_t batch, int64_t channel, int64_t channels, co
 template <typename A, int N>
 void unpack(const A* rows, int64_t channels, const Window<N>& window, const Sink& out, int64_t at, bool add) {
   const int64_t positions = window.positions(), plane = count<N>(window.size);
-  dispatch_dtype(out.dtype(), [&]<typename T>() {
-    T* target = out.data<T>() + at + window.first * window.inner();
-    for (int64_t first = 0; first < positions; first += tile) {
-      const int64_t last = std::min(first + tile, positions);
-      for (int64_t c = 0; c < channels; ++c) {
-        T* line = target + c * plane;
-        if (add) {
-          for (int64_t p = first; p < last; ++p) line[p] = store<T>(load<A>(line[p]) + rows[p * channels + c]);
-        } else {
-          for (int64_t p = first; p < last; ++p) line[p] = store<T>(rows[p * channels + c]);
-        }
-      }
+  A lines[8 * tile];
+  for (int64_t p = 0; p < positions; p += tile) {
+    const int64_t points = std::min(tile, positions - p);
+    for (int64_t c = 0; c < channels; c += 8) {
+      const int64_t some = std::min<int64_t>(8, channels - c);
+      transpose(rows + p * channels + c, points, some, channels, lines, tile);
+      for (int64_t i = 0; i < some; ++i)
+        out.write(at + (c + i) * plane + window.first * window.inner() + p, lines + i * tile, points, add);
     }
-  });
+  }
 }
 
 // For a field too large to lay out: the corners of these points alone, one channel, as a field of their own. The cells
@@ -88,8 +90,8 @@ void dispatch_channels(int64_t channels, const F& f) {
 
 // columns[i * pitch ...] = the sample at point i, of `channels` channels.
 template <typename A, int N, typename Index>
-void gather(const Cells<A, N, Index>& cells, int64_t points, const A* rows, int64_t width, int64_t channels,
-            A* columns, int64_t pitch) {
+void gather(const Cells<A, N, Index>& cells, int64_t points, const A* rows, int64_t width, int64_t channels, A* columns,
+            int64_t pitch) {
   constexpr int corners = 1 << N;
   dispatch_channels(channels, [&](auto constant) {
     const int64_t last = constant.value > 0 ? constant.value : channels;

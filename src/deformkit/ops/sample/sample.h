@@ -55,10 +55,10 @@ class Cells {
   A* weight(int corner) const { return reals_.get() + (N + corner) * capacity_; }
   Index* index(int corner) const { return indices_.get() + corner * capacity_; }
 
-  // The points origin[axis][i] + tap[axis] + shift[axis][i], in units of grid cells; rows of the window are counted from
-  // its first. Weights are times factor[i], if given.
-  void locate(const Window<N>& window, bool border, int64_t points, const Index* const (&origin)[N],
-              const Axes<N>& tap, const A* const (&shift)[N], const A* factor, Index outside) {
+  // The points origin[axis][i] + tap[axis] + shift[axis][i], in units of grid cells; rows of the window are counted
+  // from its first. Weights are times factor[i], if given.
+  void locate(const Window<N>& window, bool border, int64_t points, const Index* const (&origin)[N], const Axes<N>& tap,
+              const A* const (&shift)[N], const A* factor, Index outside) {
     constexpr Index nowhere = std::numeric_limits<Index>::min() / 4;
     constexpr A far = sizeof(Index) == 4 ? A(1 << 30) : A(int64_t(1) << 40);
     int64_t step = window.positions() / (window.last - window.first);
