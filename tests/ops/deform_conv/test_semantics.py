@@ -166,6 +166,15 @@ def test_batch_zero_forward_and_backward(axes: int, boundary: str, dtype: torch.
         assert_equal(found[name], torch.zeros(shapes[name], dtype=dtype))
 
 
+@every_case
+def test_batch_zero_by_the_reference(call: Call) -> None:
+    args = call.arguments()
+    args = [v[:0] if i in call.operator.batched and v is not None else v for i, v in enumerate(args)]
+    found = [evaluate(f, args, call.positions(args), torch.float32) for f in (call.operator, call.operator.reference)]
+    for one, other in zip(*found, strict=True):
+        assert_equal(one, other)
+
+
 def test_batch_zero_under_vmap(axes: int) -> None:
     named = PLAIN[axes].arguments()
     empty = {name: named[name][:0] for name in ("input", "offset", "mask")}

@@ -38,7 +38,7 @@ def deform_conv(
     if mask is not None:
         columns = columns * mask.to(dtype).reshape(batch * offset_groups, 1, taps, *out_size)
 
-    columns = columns.reshape(batch, groups, group_channels, taps, -1)
+    columns = columns.reshape(batch, groups, group_channels, taps, prod(out_size))
     kernel = weight.to(dtype).reshape(groups, out_channels // groups, group_channels, taps)
     output = torch.einsum("bgckp,gock->bgop", columns, kernel).reshape(batch, out_channels, *out_size)
     if bias is not None:

@@ -56,7 +56,7 @@ def sample(field: Tensor, base: Tensor, shift: Tensor, boundary: str) -> Tensor:
             weight = weight * (fraction[axis] if upper else 1 - fraction[axis])
             inside = inside & (coordinate >= 0) & (coordinate < length)
             index = index * length + coordinate.clamp(0, length - 1)
-        where = index.reshape(groups, 1, -1).expand(-1, channels, -1)
+        where = index.flatten(1).unsqueeze(1).expand(-1, channels, -1)
         value = flat.gather(2, where).reshape(groups, channels, *points)
         inside = inside.unsqueeze(1)
         result = result + torch.where(inside, value, 0.0) * weight.unsqueeze(1)

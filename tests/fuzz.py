@@ -1,0 +1,210 @@
+"""Random calls of the operators: shapes, steps, dtypes, layouts, wild offsets, forward and backward.
+
+``python tests/fuzz.py --calls 10000 --library build/sanitize/deformkit_baseline.so`` runs them on that library instead
+of the one that deformkit would load. After a failure ``--seed N --calls 1`` repeats its call alone.
+"""
+
+import argparse
+import random
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from math import lcm
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+DTYPES = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
+WILD = (
+    *(torch.inf, -torch.inf, 1e30, -1e30, 1e5, -1e5, 3e9, -3e9),
+    *(2.0**31, -(2.0**31), 2.0**63, -(2.0**63), 0.0, -0.0, -1.0, 1.0, 0.5, 1e-30, 1e-45),
+)
+
+
+@dataclass
+class Call:
+    """Arguments of an operator, and whether one of its coordinates is NaN."""
+
+    operator: str
+    args: list[Any]
+    undefined: bool
+
+
+def deform_conv(draw: random.Random) -> Call:
+    """A call of deformable convolution that has an output."""
+    from deformkit.ops.deform_conv.cases import Case
+
+    axes = draw.choice((1, 2, 2, 3))
+
+    def each(least: int, most: int) -> tuple[int, ...]:
+        return tuple(draw.randint(least, most) for _ in range(axes))
+
+    kernel, stride, padding, dilation = each(1, 3), each(1, 3), each(0, 4), each(1, 3)
+    extra = each(0, {1: 40, 2: 10, 3: 4}[axes])
+    size = tuple(
+        max(1, d * (k - 1) + 1 - 2 * p) + e for k, p, d, e in zip(kernel, padding, dilation, extra, strict=True)
+    )
+    groups, offset_groups = draw.choice(((1, 1), (1, 3), (2, 1), (2, 4), (3, 2), (8, 8), (5, 1)))
+    channels = lcm(groups, offset_groups) * draw.choice((1, 2, 5, 16))
+    case = Case(
+        "fuzz",
+        draw.choice((0, 1, 1, 2, 3, 9)),
+        channels,
+        size,
+        groups * draw.choice((1, 2, 7)),
+        kernel,
+        stride,
+        padding,
+        dilation,
+        groups,
+        offset_groups,
+        modulated=draw.random() < 0.5,
+        bias=draw.random() < 0.5,
+        boundary=draw.choice(("zeros", "border")),
+        offset_std=draw.choice((0.0, 0.5, 2.0, 20.0)),
+    )
+    dtype = draw.choice(DTYPES)
+    named = case.arguments(dtype, seed=draw.getrandbits(30))
+    if dtype in (torch.float16, torch.bfloat16) and draw.random() < 0.5:
+        named["offset"] = named["offset"].float()
+    undefined = draw.random() < 0.2
+    named["offset"] = sprinkle(draw, named["offset"], (*WILD, torch.nan) if undefined else WILD)
+    return Call("deform_conv", list(named.values()), bool(named["offset"].isnan().any()))
+
+
+# One generator for each operator.
+GENERATORS: dict[str, Callable[[random.Random], Call]] = {"deform_conv": deform_conv}
+
+
+def sprinkle(draw: random.Random, values: Tensor, specials: tuple[float, ...]) -> Tensor:
+    """Replace some of ``values``, or none, or all."""
+    share = draw.choice((0.0, 0.0, 0.05, 0.5, 1.0))
+    which = torch.tensor(specials, dtype=torch.float64)[torch.randint(len(specials), values.shape)]
+    return torch.where(torch.rand(values.shape) < share, which.to(values.dtype), values)
+
+
+def relayout(draw: random.Random, value: Any) -> Any:
+    """The same values with other strides, or from the middle of a storage."""
+    if not isinstance(value, Tensor) or draw.random() < 0.5:
+        return value
+    order = list(range(value.dim()))
+    draw.shuffle(order)
+    back = [order.index(axis) for axis in range(value.dim())]
+    padded = torch.nn.functional.pad(value.permute(order), [draw.randint(0, 2), draw.randint(0, 2)], value=torch.nan)
+    start = padded.shape[-1] - value.shape[order[-1]]
+    low = draw.randint(0, start)
+    kept = padded.narrow(-1, low, value.shape[order[-1]]).permute(back)
+    return kept.copy_(value)
+
+
+def spoil(draw: random.Random, args: list[Any]) -> list[Any]:
+    """Change a shape, or drop or add a step: what the operator has to refuse or to live with."""
+    args = list(args)
+    i = draw.choice([i for i, value in enumerate(args) if isinstance(value, Tensor | list)])
+    if isinstance(args[i], list):
+        args[i] = draw.choice(([], [*args[i], 1], [0] * len(args[i]), [-1] * len(args[i]), [2**40] * len(args[i])))
+    else:
+        axis = draw.randrange(args[i].dim())
+        size = args[i].shape[axis]
+        args[i] = draw.choice(
+            (
+                args[i].narrow(axis, 0, max(size - 1, 0)),
+                torch.cat([args[i], args[i]], axis),
+                args[i].unsqueeze(axis),
+                args[i].select(axis, 0) if size else args[i].flatten(),
+                args[i].to(torch.float64 if args[i].dtype != torch.float64 else torch.float32),
+            )
+        )
+    return args
+
+
+def run_one(seed: int, compare: bool) -> str:
+    """One random call; returns what became of it. Raises an AssertionError if a result is wrong."""
+    from close import assert_close
+
+    from deformkit.ops._library import operators
+
+    draw = random.Random(seed)
+    torch.manual_seed(seed)
+    torch.set_num_threads(draw.randint(1, 3))
+    name = draw.choice(list(GENERATORS))
+    call = GENERATORS[name](draw)
+    operator, backward = operators[name], operators[name + "_backward"]
+
+    if draw.random() < 0.15:
+        args = spoil(draw, call.args)
+        try:
+            output = operator.overload(*args)
+            backward.overload(output, *args, [args[i] is not None for i in operator.differentiable])
+        except (RuntimeError, ValueError, TypeError, NotImplementedError):
+            return "refused"
+        return "accepted"
+
+    args = [relayout(draw, value) for value in call.args]
+    asked = [args[i] is not None and draw.random() < 0.8 for i in operator.differentiable]
+    output = operator.overload(*args)
+    cotangent = relayout(draw, torch.randn(output.shape, dtype=torch.float64).to(output.dtype))
+    grads = backward.overload(cotangent, *args, asked)
+    names = ["output", *(f"gradient of {operator.arguments[i]}" for i in operator.differentiable)]
+    for what, result in zip(names, (output, *grads), strict=True):
+        if not call.undefined:
+            assert result.isfinite().all(), f"{what} is not finite although every coordinate is a number"
+        assert not result.isinf().any(), f"{what} is infinite"
+    if not compare:
+        return "ran"
+
+    doubles = [v.double() if isinstance(v, Tensor) else v for v in args]
+    truth = [operator.reference(*doubles), *backward.reference(cotangent.double(), *doubles, asked)]
+    reference = [operator.reference(*args), *backward.reference(cotangent, *args, asked)]
+    for i, (what, result) in enumerate(zip(names, (output, *grads), strict=True)):
+        if i == 0 or asked[i - 1]:
+            assert_close(result, truth[i], reference[i], what)
+    return "compared"
+
+
+def run(calls: int, seed: int = 0, compare_every: int = 5, progress: bool = False) -> dict[str, int]:
+    """Make ``calls`` random calls and count what became of them. The first wrong one raises, with its seed."""
+    counts: dict[str, int] = {}
+    start = time.monotonic()
+    for n in range(calls):
+        try:
+            outcome = run_one(seed + n, compare=n % compare_every == 0)
+        except Exception as error:
+            raise AssertionError(f"seed {seed + n}: {error}") from error
+        counts[outcome] = counts.get(outcome, 0) + 1
+        if progress and (n + 1) % 500 == 0:
+            print(f"{n + 1} of {calls} calls in {time.monotonic() - start:.0f} s: {counts}", flush=True)
+    return counts
+
+
+def redirect(library: Path) -> None:
+    """Let deformkit load ``library`` in place of its own: two would register the same kernels."""
+    load = torch.ops.load_library
+    torch.ops.load_library = lambda _: load(str(library))
+
+
+def main() -> None:
+    """Parse the arguments and run."""
+    parser = argparse.ArgumentParser(description="Random calls of the operators.")
+    parser.add_argument("--calls", type=int, default=10_000)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--compare-every", type=int, default=5, help="compare one in so many with the reference")
+    parser.add_argument("--library", type=Path, help="the library of kernels to run on")
+    options = parser.parse_args()
+    if options.library:
+        redirect(options.library.resolve(strict=True))
+    from deformkit import _kernels
+    from deformkit.ops._library import operators
+
+    for name in operators:
+        if not torch._C._dispatch_has_kernel_for_dispatch_key(f"deformkit::{name}", "CPU"):
+            sys.exit(f"{name} has no CPU kernel: {_kernels.selection}")
+    print("on", options.library or _kernels.selection.path)
+    print(run(options.calls, options.seed, options.compare_every, progress=True))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,12 @@
+import fuzz
+
+from deformkit.ops._library import operators
+
+
+def test_random_calls() -> None:
+    counts = fuzz.run(200, compare_every=1)
+    assert counts["compared"] > 100 and counts["refused"] > 5
+
+
+def test_every_operator_has_a_generator() -> None:
+    assert set(fuzz.GENERATORS) == {name for name in operators if not name.endswith("_backward")}
