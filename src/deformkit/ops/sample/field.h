@@ -1,12 +1,12 @@
 // A field laid out for sampling: the channels of one position side by side, so that a corner is one contiguous row.
 #pragma once
 
-#include "cpu/transpose.h"
+#include "cpu/lanes.h"
 #include "sample/sample.h"
 
 namespace deformkit {
 
-constexpr int64_t tile = 64;
+constexpr int64_t tile = 256;
 
 // Rows of `channels` elements for the positions [begin, end) of the window; after its last, one row of zeros for what
 // lies outside.
@@ -127,51 +127,63 @@ struct Walk {
   bool by_point() const { return grad_shift[0] || grad_factor; }
 };
 
-// The one backward walk over the corners: samples again, and the gradient by field, point and factor.
+// The one backward walk over the corners: samples again, and the gradient by field, point and factor. kChannels is the
+// number of channels, or 0 for any.
 template <bool kColumns, bool kPoint, bool kField, int kChannels, typename A, int N, typename Index>
 void walk_as(const Cells<A, N, Index>& cells, int64_t points, const Walk<A, N>& w) {
-  constexpr int corners = 1 << N, most = corners < 4 ? corners : 4;
-  const int64_t channels = kChannels > 0 ? kChannels : w.channels;
+  constexpr int corners = 1 << N, most = corners < 4 ? corners : 4, full = register_bytes / static_cast<int>(sizeof(A));
+  constexpr int lanes = kChannels > 0 && kChannels % full == 0 ? full : 32 / static_cast<int>(sizeof(A));
+  typedef typename Lanes<A, lanes>::type V;
+  const int64_t channels = kChannels > 0 ? kChannels : w.channels, whole = channels / lanes * lanes;
+  A* const dots = cells.dots();
   for (int64_t i = 0; i < points; ++i) {
-    A weight[corners];
-    int64_t at[corners];
-    for (int corner = 0; corner < corners; ++corner) {
-      weight[corner] = cells.weight(corner)[i];
-      at[corner] = static_cast<int64_t>(cells.index(corner)[i]) * w.width;
-    }
     const A* const grad = w.grad_columns + i * w.pitch;
-    if constexpr (kColumns || kPoint) {
-      A* const column = w.columns + i * w.pitch;
-      for (int from = 0; from < corners; from += most) {
-        A d0 = 0, d1 = 0, d2 = 0, d3 = 0;
-        const A *const r0 = w.rows + at[from], *const r1 = w.rows + at[from + 1];
-        const A *const r2 = w.rows + at[from + most - 2], *const r3 = w.rows + at[from + most - 1];
-        const A w0 = weight[from], w1 = weight[from + 1], w2 = weight[from + most - 2], w3 = weight[from + most - 1];
-#pragma omp simd reduction(+ : d0, d1, d2, d3)
-        for (int64_t c = 0; c < channels; ++c) {
-          if constexpr (kPoint) {
-            d0 += grad[c] * r0[c], d1 += grad[c] * r1[c];
-            if constexpr (most == 4) d2 += grad[c] * r2[c], d3 += grad[c] * r3[c];
+    A* const column = w.columns + i * w.pitch;
+    if constexpr (kPoint) std::fill_n(dots + i * corners, corners, A(0));
+    for (int from = 0; from < corners; from += most) {
+      int64_t at[most];
+      A weight[most];
+      for (int corner = 0; corner < most; ++corner) {
+        weight[corner] = cells.weight(from + corner)[i];
+        at[corner] = static_cast<int64_t>(cells.index(from + corner)[i]) * w.width;
+      }
+      V sums[4] = {};
+      for (int64_t c = 0; c < whole; c += lanes) {
+        V g, sample;
+        if constexpr (kPoint || kField) g = read_lanes<V>(grad + c);
+        if constexpr (kColumns) sample = from == 0 ? V{} : read_lanes<V>(column + c);
+        for (int corner = 0; corner < most; ++corner) {
+          if constexpr (kColumns || kPoint) {
+            const V row = read_lanes<V>(w.rows + at[corner] + c);
+            if constexpr (kPoint) sums[corner] += g * row;
+            if constexpr (kColumns) sample += weight[corner] * row;
           }
-          if constexpr (kColumns) {
-            A sum = w0 * r0[c] + w1 * r1[c];
-            if constexpr (most == 4) sum += w2 * r2[c] + w3 * r3[c];
-            column[c] = from == 0 ? sum : column[c] + sum;
+          // Corners may share a row (border, outside): one after the other.
+          if constexpr (kField) {
+            A* const target = w.grad_rows + at[corner] + c;
+            write_lanes(target, read_lanes<V>(target) + weight[corner] * g);
           }
         }
-        if constexpr (kPoint) {
-          cells.dot(from)[i] = d0, cells.dot(from + 1)[i] = d1;
-          if constexpr (most == 4) cells.dot(from + 2)[i] = d2, cells.dot(from + 3)[i] = d3;
+        if constexpr (kColumns) write_lanes(column + c, sample);
+      }
+      A* const dot = dots + i * corners + from;
+      if constexpr (kPoint) {
+        if constexpr (most == 4) {
+          add_sums<A, lanes>(sums, dot);
+        } else {
+          A both[4] = {};
+          add_sums<A, lanes>(sums, both);
+          dot[0] = both[0], dot[1] = both[1];
         }
       }
-    }
-    if constexpr (kField) {
-      // Rows may coincide (border, outside): corner after corner, not all at once.
-      for (int corner = 0; corner < corners; ++corner) {
-        A* const row = w.grad_rows + at[corner];
-        const A by = weight[corner];
-#pragma omp simd
-        for (int64_t c = 0; c < channels; ++c) row[c] += by * grad[c];
+      for (int64_t c = whole; c < channels; ++c) {
+        A sample = kColumns && from > 0 ? column[c] : A(0);
+        for (int corner = 0; corner < most; ++corner) {
+          if constexpr (kPoint) dot[corner] += grad[c] * w.rows[at[corner] + c];
+          if constexpr (kColumns) sample += weight[corner] * w.rows[at[corner] + c];
+          if constexpr (kField) w.grad_rows[at[corner] + c] += weight[corner] * grad[c];
+        }
+        if constexpr (kColumns) column[c] = sample;
       }
     }
   }

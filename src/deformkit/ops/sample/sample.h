@@ -103,8 +103,8 @@ class Cells {
     }
   }
 
-  // dot(corner)[i]: the scalar product of a corner's row with a gradient, for slopes().
-  A* dot(int corner) const { return reals_.get() + (N + corners + corner) * capacity_; }
+  // dots()[i * corners + corner]: the scalar product of a corner's row with a gradient, for slopes().
+  A* dots() const { return reals_.get() + (N + corners) * capacity_; }
 
   // From the dots, d sample / d shift[axis] times factor, and the sample itself: each where it is not null.
   void slopes(int64_t points, const A* factor, A* const (&grad_shift)[N], A* sample) const {
@@ -154,21 +154,20 @@ class Cells {
   template <int axis>
   void slope(int64_t points, const A* factor, A* out) const {
     const A *const f0 = fraction(0), *const f1 = fraction(N > 1), *const f2 = fraction(N > 2 ? 2 : 0);
-    const A *const d0 = dot(0), *const d1 = dot(1), *const d2 = dot(N > 1 ? 2 : 0), *const d3 = dot(N > 1 ? 3 : 0);
-    const A *const d4 = dot(N > 2 ? 4 : 0), *const d5 = dot(N > 2 ? 5 : 0);
-    const A *const d6 = dot(N > 2 ? 6 : 0), *const d7 = dot(N > 2 ? 7 : 0);
+    const A* const d = dots();
 #pragma omp simd
     for (int64_t i = 0; i < points; ++i) {
+      const A* const dot = d + i * corners;
       A sum;
       if constexpr (N == 1) {
-        sum = between<axis == 0>(d0[i], d1[i], f0[i]);
+        sum = between<axis == 0>(dot[0], dot[1], f0[i]);
       } else {
-        const A near = between<axis == N - 1>(d0[i], d1[i], N == 2 ? f1[i] : f2[i]);
-        const A far = between<axis == N - 1>(d2[i], d3[i], N == 2 ? f1[i] : f2[i]);
-        sum = between<axis == N - 2>(near, far, N == 2 ? f0[i] : f1[i]);
+        const A last = N == 2 ? f1[i] : f2[i];
+        const A low = between<axis == N - 1>(dot[0], dot[1], last), high = between<axis == N - 1>(dot[2], dot[3], last);
+        sum = between<axis == N - 2>(low, high, N == 2 ? f0[i] : f1[i]);
         if constexpr (N == 3) {
-          const A near2 = between<axis == 2>(d4[i], d5[i], f2[i]), far2 = between<axis == 2>(d6[i], d7[i], f2[i]);
-          sum = between<axis == 0>(sum, between<axis == 1>(near2, far2, f1[i]), f0[i]);
+          const A low2 = between<axis == 2>(dot[4], dot[5], last), high2 = between<axis == 2>(dot[6], dot[7], last);
+          sum = between<axis == 0>(sum, between<axis == 1>(low2, high2, f1[i]), f0[i]);
         }
       }
       out[i] = sum;

@@ -1,0 +1,98 @@
+// A few numbers at a time, in the vector registers that the compiler has.
+#pragma once
+
+#include <cstdint>
+#include <cstring>
+#include <type_traits>
+
+namespace deformkit {
+
+template <typename A, int count>
+struct Lanes {
+  typedef A type __attribute__((vector_size(count * sizeof(A))));
+};
+
+#if defined(__AVX512F__)
+constexpr int register_bytes = 64;
+#else
+constexpr int register_bytes = 32;
+#endif
+
+template <typename V, typename A>
+inline V read_lanes(const A* from) {
+  V value;
+  std::memcpy(&value, from, sizeof value);
+  return value;
+}
+
+template <typename V, typename A>
+inline void write_lanes(A* to, const V& value) {
+  std::memcpy(to, &value, sizeof value);
+}
+
+// out[i] += the sum of v[i]'s lanes, for four vectors at once.
+template <typename A, int count, typename V>
+inline void add_sums(const V (&v)[4], A* out) {
+  if constexpr (std::is_same_v<A, float> && count == 16) {
+    typename Lanes<float, 8>::type half[4];
+    for (int i = 0; i < 4; ++i)
+      half[i] = __builtin_shufflevector(v[i], v[i], 0, 1, 2, 3, 4, 5, 6, 7) +
+                __builtin_shufflevector(v[i], v[i], 8, 9, 10, 11, 12, 13, 14, 15);
+    add_sums<float, 8>(half, out);
+  } else if constexpr (std::is_same_v<A, float> && count == 8) {
+    // Interleave and add, twice: every lane then holds a part of the sum that its place stands for.
+    const V a = __builtin_shufflevector(v[0], v[1], 0, 8, 1, 9, 4, 12, 5, 13) +
+                __builtin_shufflevector(v[0], v[1], 2, 10, 3, 11, 6, 14, 7, 15);
+    const V b = __builtin_shufflevector(v[2], v[3], 0, 8, 1, 9, 4, 12, 5, 13) +
+                __builtin_shufflevector(v[2], v[3], 2, 10, 3, 11, 6, 14, 7, 15);
+    const V c = __builtin_shufflevector(a, b, 0, 1, 8, 9, 4, 5, 12, 13) +
+                __builtin_shufflevector(a, b, 2, 3, 10, 11, 6, 7, 14, 15);
+    typedef typename Lanes<float, 4>::type Four;
+    const Four sums = __builtin_shufflevector(c, c, 0, 1, 2, 3) + __builtin_shufflevector(c, c, 4, 5, 6, 7);
+    write_lanes(out, read_lanes<Four>(out) + sums);
+  } else {
+    for (int i = 0; i < 4; ++i)
+      for (int lane = 0; lane < count; ++lane) out[i] += v[i][lane];
+  }
+}
+
+// to[c * to_pitch + r] = from[r * from_pitch + c] for eight rows and columns.
+inline void transpose_8x8(const float* from, int64_t from_pitch, float* to, int64_t to_pitch) {
+  typedef Lanes<float, 8>::type V;
+  V row[8], next[8];
+  for (int i = 0; i < 8; ++i) row[i] = read_lanes<V>(from + i * from_pitch);
+  // Neighbours interleaved: single elements, then pairs, then halves.
+  for (int i = 0; i < 8; i += 2) {
+    next[i] = __builtin_shufflevector(row[i], row[i + 1], 0, 8, 2, 10, 4, 12, 6, 14);
+    next[i + 1] = __builtin_shufflevector(row[i], row[i + 1], 1, 9, 3, 11, 5, 13, 7, 15);
+  }
+  for (int i = 0; i < 8; i += 4)
+    for (int j = i; j < i + 2; ++j) {
+      row[j] = __builtin_shufflevector(next[j], next[j + 2], 0, 1, 8, 9, 4, 5, 12, 13);
+      row[j + 2] = __builtin_shufflevector(next[j], next[j + 2], 2, 3, 10, 11, 6, 7, 14, 15);
+    }
+  for (int i = 0; i < 4; ++i) {
+    next[i] = __builtin_shufflevector(row[i], row[i + 4], 0, 1, 2, 3, 8, 9, 10, 11);
+    next[i + 4] = __builtin_shufflevector(row[i], row[i + 4], 4, 5, 6, 7, 12, 13, 14, 15);
+  }
+  for (int i = 0; i < 8; ++i) write_lanes(to + i * to_pitch, next[i]);
+}
+
+// to[c * to_pitch + r] = from[r * from_pitch + c] for every row r and column c.
+template <typename A>
+void transpose(const A* from, int64_t rows, int64_t columns, int64_t from_pitch, A* to, int64_t to_pitch) {
+  int64_t row = 0;
+  if constexpr (std::is_same_v<A, float>) {
+    for (; row + 8 <= rows; row += 8) {
+      int64_t column = 0;
+      for (; column + 8 <= columns; column += 8)
+        transpose_8x8(from + row * from_pitch + column, from_pitch, to + column * to_pitch + row, to_pitch);
+      for (; column < columns; ++column)
+        for (int64_t r = row; r < row + 8; ++r) to[column * to_pitch + r] = from[r * from_pitch + column];
+    }
+  }
+  for (; row < rows; ++row)
+    for (int64_t column = 0; column < columns; ++column) to[column * to_pitch + row] = from[row * from_pitch + column];
+}
+
+}  // namespace deformkit
