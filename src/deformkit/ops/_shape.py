@@ -22,7 +22,8 @@ def ntuple(value: int | Sequence[int], axes: int, name: str, least: int) -> list
         values = [value] * axes
     else:
         try:
-            values = [int(v) if isinstance(v, bool) else v.__index__() for v in value]  # type: ignore[union-attr]
+            # The compiler knows the type of an int that it keeps symbolic, but not its __index__.
+            values = [v if type(v) is int else int(v.__index__()) for v in value]  # type: ignore[union-attr]
         except (TypeError, AttributeError):
             raise TypeError(f"{name} is {value!r}; it must be an int or a sequence of {axes} ints") from None
         if len(values) == 1:
