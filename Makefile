@@ -9,7 +9,7 @@ RECENT_TORCH := import torch; assert tuple(map(int, torch.__version__.split(".")
 TORCH_HOME := $(RECENT_TORCH); import pathlib; print(pathlib.Path(torch.__file__).parents[1])
 SITE := import sysconfig; print(sysconfig.get_path("purelib"))
 
-.PHONY: help build demo test check format bench wheel docs clean
+.PHONY: help build demo test check format bench wheel docs sanitize clean
 .NOTPARALLEL:
 
 help:
@@ -21,6 +21,7 @@ help:
 	@echo "make build    compile the kernels and install the package into $(VENV), editable"
 	@echo "make wheel    build the wheel into dist/"
 	@echo "make docs     build the documentation into build/docs/"
+	@echo "make sanitize make $(CALLS) random calls of kernels built with AddressSanitizer and UndefinedBehaviorSanitizer"
 	@echo "make clean    remove what was built; $(VENV) stays"
 
 build: $(VENV)/.build
@@ -52,6 +53,16 @@ wheel: $(VENV)/.tools
 
 docs: $(VENV)/.docs
 	$(PY) -m sphinx -W --keep-going -b html docs build/docs
+
+# The sanitizers' own libraries have to be in the process first, and libstdc++ with them, whose exceptions they watch.
+CALLS := 10000
+LOADED_FIRST := $(foreach name,libasan.so libubsan.so libstdc++.so,$$($${CXX:-g++} -print-file-name=$(name)))
+sanitize: $(VENV)/.dev
+	$(VENV)/bin/cmake -S . -B build/sanitize -G Ninja -DCMAKE_MAKE_PROGRAM=$(abspath $(VENV)/bin/ninja) \
+	  -DPython_EXECUTABLE=$(abspath $(PY)) -DDEFORMKIT_SANITIZE=ON -DCMAKE_CXX_FLAGS=-fsanitize=float-cast-overflow
+	$(VENV)/bin/cmake --build build/sanitize
+	LD_PRELOAD="$(LOADED_FIRST)" ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=halt_on_error=1:print_stacktrace=1 \
+	  $(PY) tests/fuzz.py --calls $(CALLS) --library build/sanitize/deformkit_baseline.so
 
 clean:
 	rm -rf build dist .hypothesis .mypy_cache .pytest_cache .ruff_cache

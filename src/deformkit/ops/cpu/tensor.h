@@ -90,6 +90,8 @@ class Map {
  public:
   explicit Map(Tensor tensor) : tensor_(std::move(tensor)) {
     if (!collapses()) tensor_ = torch::stable::contiguous(tensor_);
+    data_ = tensor_.data_ptr();
+    dtype_ = tensor_.scalar_type();
     const auto sizes = tensor_.sizes();
     const auto strides = tensor_.strides();
     batch_stride = strides[0];
@@ -102,11 +104,11 @@ class Map {
 
   template <typename T>
   T* at(int64_t batch, int64_t channel = 0, int64_t position = 0) const {
-    return static_cast<T*>(tensor_.data_ptr()) + batch * batch_stride + channel * channel_stride +
+    return static_cast<T*>(data_) + batch * batch_stride + channel * channel_stride +
            position * position_stride;
   }
 
-  ScalarType dtype() const { return tensor_.scalar_type(); }
+  ScalarType dtype() const { return dtype_; }
 
   int64_t positions = 1, batch_stride, channel_stride, position_stride = 0;
 
@@ -124,6 +126,8 @@ class Map {
   }
 
   Tensor tensor_;
+  void* data_;
+  ScalarType dtype_;
 };
 
 // `count` elements of a Map of any dtype, as A.

@@ -272,24 +272,26 @@ std::vector<Unit<N>> make_units(const Problem<N>& problem, const Map& offset, in
     constexpr int64_t run = 1024;
     Buffer<A> shift(run);
     int64_t low = problem.size[0], high = -1;
-    for (int64_t g = 0; g < problem.offset_groups; ++g)
-      for (int64_t t = 0; t < problem.taps; ++t)
-        for (int64_t p = unit.begin; p < unit.end;) {
-          // Within one line along the first axis the origin is the same.
-          const int64_t points = std::min({run, unit.end - p, line - p % line});
-          read_run(offset, unit.batch, (g * problem.taps + t) * N, p, points, shift.get());
-          const int64_t origin = p / line * problem.stride[0] - problem.padding[0] + problem.tap[t][0];
-          const A least = A(-2 - origin), most = A(problem.size[0] + 1 - origin);
-          A smallest = most, largest = least;
-          for (int64_t i = 0; i < points; ++i) {
-            const A s = shift[i];
-            smallest = s < smallest ? s : smallest;
-            largest = s > largest ? s : largest;
-          }
-          low = std::min(low, origin + static_cast<int64_t>(std::floor(std::max(smallest, least))));
-          high = std::max(high, origin + static_cast<int64_t>(std::floor(std::min(largest, most))) + 1);
-          p += points;
+    // Along one line the origin stays as it is; with one axis alone, every position is a line.
+    const int64_t step = N == 1 ? problem.stride[0] : 0;
+    for (int64_t channel = 0; channel < problem.offset_groups * problem.taps; ++channel)
+      for (int64_t p = unit.begin; p < unit.end;) {
+        const int64_t points = std::min({run, unit.end - p, N == 1 ? run : line - p % line});
+        const A* const by = view_run(offset, unit.batch, channel * N, p, points, shift.get());
+        const int64_t origin =
+            p / line * problem.stride[0] - problem.padding[0] + problem.tap[channel % problem.taps][0];
+        const A least = A(-2 - origin), most = A(problem.size[0] + 1 - origin);
+        A smallest = most, largest = least;
+#pragma omp simd reduction(min : smallest) reduction(max : largest)
+        for (int64_t i = 0; i < points; ++i) {
+          const A s = by[i] + A(step * i);
+          smallest = s < smallest ? s : smallest;
+          largest = s > largest ? s : largest;
         }
+        low = std::min(low, origin + static_cast<int64_t>(std::floor(std::max(smallest, least))));
+        high = std::max(high, origin + static_cast<int64_t>(std::floor(std::min(largest, most))) + 1);
+        p += points;
+      }
     // One row to spare on either side: the bounds above were rounded to A.
     low = std::clamp<int64_t>(low - 1, 0, problem.size[0] - 1);
     unit.window.first = low;
@@ -891,7 +893,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> deform_conv_backward(
 
     // Windows of the field, and shares of the gradients by point, of bounded size.
     const int64_t bytes = sizeof(A), narrowest = std::min<int64_t>(slice_channels, problem.channels);
-    const int64_t share_bytes = problem.taps * (N + 1) * bytes * (problem.channels / narrowest + problem.offset_groups);
+    const Shares shares(make_slices(problem, slice_channels), problem.offset_groups);
+    const int64_t share_bytes = std::max<int64_t>(shares.held(N) * problem.taps * bytes, 1);
     auto units = make_units<A>(problem, call.offset, narrowest * bytes, grad_field_bytes,
                                std::max<int64_t>(partial_bytes / share_bytes, 1));
     const int64_t window = largest_window(units) * bytes;
