@@ -104,8 +104,7 @@ class Map {
 
   template <typename T>
   T* at(int64_t batch, int64_t channel = 0, int64_t position = 0) const {
-    return static_cast<T*>(data_) + batch * batch_stride + channel * channel_stride +
-           position * position_stride;
+    return static_cast<T*>(data_) + batch * batch_stride + channel * channel_stride + position * position_stride;
   }
 
   ScalarType dtype() const { return dtype_; }

@@ -59,37 +59,20 @@ class Cells {
   // from its first. Weights are times factor[i], if given.
   void locate(const Window<N>& window, bool border, int64_t points, const Index* const (&origin)[N], const Axes<N>& tap,
               const A* const (&shift)[N], const A* factor, Index outside) {
-    constexpr Index nowhere = std::numeric_limits<Index>::min() / 4;
-    constexpr A far = sizeof(Index) == 4 ? A(1 << 30) : A(int64_t(1) << 40);
     int64_t step = window.positions() / (window.last - window.first);
     for (int axis = 0; axis < N; ++axis) {
-      const Index size = static_cast<Index>(window.size[axis]);
-      if (axis > 0) step /= size;
-      const Index stride = static_cast<Index>(step);
-      const Index least = axis == 0 ? static_cast<Index>(window.first) : 0;
-      const Index past = axis == 0 ? static_cast<Index>(window.last) : size;
-      const Index add = static_cast<Index>(tap[axis]);
-      const Index* const from = origin[axis];
-      const A* const by = shift[axis];
-      A* const part = fraction(axis);
-      Index* const below = lower(axis);
-      Index* const above = upper(axis);
-#pragma omp simd
-      for (int64_t i = 0; i < points; ++i) {
-        const A s = by[i];
-        const bool number = s == s;
-        A distance = number ? s : A(0);
-        distance = distance < -far ? -far : (distance > far ? far : distance);
-        const A whole = std::floor(distance);
-        part[i] = number ? distance - whole : s;
-        const Index cell = from[i] + add + static_cast<Index>(whole);
-        Index low = cell, high = cell + 1;
-        if (border) {
-          low = low < 0 ? 0 : (low >= size ? size - 1 : low);
-          high = high < 0 ? 0 : (high >= size ? size - 1 : high);
-        }
-        below[i] = (number & (low >= least) & (low < past)) ? (low - least) * stride : nowhere;
-        above[i] = (number & (high >= least) & (high < past)) ? (high - least) * stride : nowhere;
+      if (axis > 0) step /= window.size[axis];
+      const Line line{origin[axis],
+                      shift[axis],
+                      static_cast<Index>(tap[axis]),
+                      static_cast<Index>(window.size[axis]),
+                      static_cast<Index>(axis == 0 ? window.first : 0),
+                      static_cast<Index>(axis == 0 ? window.last : window.size[axis]),
+                      static_cast<Index>(step)};
+      if (border) {
+        locate_axis<true>(axis, points, line);
+      } else {
+        locate_axis<false>(axis, points, line);
       }
     }
     weigh(std::make_integer_sequence<int, corners>{}, points, outside);
@@ -119,6 +102,39 @@ class Cells {
   }
 
  private:
+  // One axis of locate(): where a cell may lie and how far apart its indices are.
+  struct Line {
+    const Index* origin;
+    const A* shift;
+    Index tap, size, least, past, stride;
+  };
+
+  template <bool kBorder>
+  void locate_axis(int axis, int64_t points, const Line& line) {
+    constexpr Index nowhere = std::numeric_limits<Index>::min() / 4;
+    constexpr A far = sizeof(Index) == 4 ? A(1 << 30) : A(int64_t(1) << 40);
+    const Index* const origin = line.origin;
+    const A* const shift = line.shift;
+    const Index tap = line.tap, most = line.size - 1, least = line.least, past = line.past, stride = line.stride;
+    A* const part = fraction(axis);
+    Index *const below = lower(axis), *const above = upper(axis);
+#pragma omp simd
+    for (int64_t i = 0; i < points; ++i) {
+      const A s = shift[i];
+      const bool number = s == s;
+      const A distance = std::min(std::max(number ? s : A(0), -far), far);
+      const A whole = std::floor(distance);
+      part[i] = number ? distance - whole : s;
+      Index low = origin[i] + tap + static_cast<Index>(whole), high = low + 1;
+      if constexpr (kBorder) {
+        low = std::min(std::max(low, Index(0)), most);
+        high = std::min(std::max(high, Index(0)), most);
+      }
+      below[i] = number & (low >= least) & (low < past) ? (low - least) * stride : nowhere;
+      above[i] = number & (high >= least) & (high < past) ? (high - least) * stride : nowhere;
+    }
+  }
+
   template <int... all>
   void weigh(std::integer_sequence<int, all...>, int64_t points, Index outside) {
     (weigh_corner<all>(points, outside), ...);
