@@ -78,13 +78,9 @@ def _discover() -> list[Call]:
 CALLS = _discover()
 
 
-def representatives(count_per_axes: int = 1) -> list[Call]:
-    """The first cases of each operator for each number of axes: where one call takes seconds."""
-    taken: dict[tuple[str, int], int] = {}
-    chosen = []
+def representatives(each_axes: bool = True) -> list[Call]:
+    """The first case of each operator, for each number of axes or for the first alone: where one call takes long."""
+    first: dict[tuple[str, int], Call] = {}
     for call in CALLS:
-        key = (call.operator.name, call.case.axes)
-        taken[key] = taken.get(key, 0) + 1
-        if taken[key] <= count_per_axes:
-            chosen.append(call)
-    return chosen
+        first.setdefault((call.operator.name, call.case.axes if each_axes else 0), call)
+    return list(first.values())

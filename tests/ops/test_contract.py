@@ -66,7 +66,7 @@ def test_opcheck_backward(call: Call) -> None:
     torch.library.opcheck(call.backward_operator.overload, (*args[:-1], [False] * len(args[-1])))
 
 
-@one_call_each
+@pytest.mark.parametrize("call", representatives(each_axes=False), ids=str)
 def test_opcheck_double_backward(call: Call) -> None:
     args = call.backward_arguments(call.arguments())
     for i in (0, *(1 + p for p in call.positions(args[1:]))):

@@ -4,6 +4,7 @@ import subprocess
 import sys
 from typing import Any
 
+import fuzz
 import pytest
 import torch
 from close import assert_close, assert_equal
@@ -72,11 +73,11 @@ def test_nan_offset_is_visible_and_local(axes: int, boundary: str) -> None:
 
 
 @every_case
-@pytest.mark.parametrize("special", [torch.nan, torch.inf, -torch.inf, 1e30, -1e30, 3e9, -3e9, 2.0**31, -(2.0**31)])
-def test_special_offsets_agree_with_the_reference(call: Call, special: float) -> None:
+@pytest.mark.parametrize("specials", [fuzz.WILD, (*fuzz.WILD, torch.nan)], ids=["far", "far and nan"])
+def test_special_offsets_agree_with_the_reference(call: Call, specials: tuple[float, ...]) -> None:
     args = call.arguments()
-    where = torch.rand(args[1].shape) < 0.1
-    args[1] = torch.where(where, special, args[1])
+    values = torch.tensor(specials)[torch.randint(len(specials), args[1].shape)]
+    args[1] = torch.where(torch.rand(args[1].shape) < 0.2, values, args[1])
     check_against_reference(call, args)
 
 
@@ -213,11 +214,11 @@ import torch, deformkit as dk
 torch.manual_seed(0)
 wild = [torch.nan, torch.inf, -torch.inf, 1e38, -1e38, 2.0**31, -2.0**31, 2.0**63, -2.0**63, -1.0, 1e5, -1e5]
 for axes, function in ((1, dk.deform_conv1d), (2, dk.deform_conv2d), (3, dk.deform_conv3d)):
-    for dtype in (torch.float32, torch.float64, torch.bfloat16, torch.float16):
+    for dtype in (torch.float32, torch.bfloat16):
         for boundary in ("zeros", "border"):
             for value in wild:
-                input = torch.randn(2, 24, *[5] * axes, dtype=dtype, requires_grad=True)
-                weight = torch.randn(4, 12, *[3] * axes, dtype=dtype, requires_grad=True)
+                input = torch.randn(2, 16, *[5] * axes, dtype=dtype, requires_grad=True)
+                weight = torch.randn(4, 8, *[3] * axes, dtype=dtype, requires_grad=True)
                 offset = torch.randn(2, 2 * axes * 3**axes, *[5] * axes, dtype=dtype)
                 offset = torch.where(torch.rand(offset.shape) < 0.5, torch.tensor(value).to(dtype), offset)
                 offset.requires_grad_()

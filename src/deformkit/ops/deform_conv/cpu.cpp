@@ -819,6 +819,20 @@ void sample_plane(const Cells<A, N, int32_t>& cells, int64_t points, const A* pl
   }
 }
 
+// The reverse: every sample's gradient to the corners that it was read from.
+template <typename A, int N>
+void scatter_plane(const Cells<A, N, int32_t>& cells, int64_t points, const A* grads, A* plane) {
+  for (int corner = 0; corner < 1 << N; ++corner) {
+    const A* const weight = cells.weight(corner);
+    const int32_t* const index = cells.index(corner);
+    // Neighbours often share a corner, and an addition would wait for the one before: take points far apart in turn.
+    const int64_t streams = 16, each_stream = points / streams;
+    for (int64_t i = 0; i < each_stream; ++i)
+      for (int64_t p = i; p < streams * each_stream; p += each_stream) plane[index[p]] += weight[p] * grads[p];
+    for (int64_t p = streams * each_stream; p < points; ++p) plane[index[p]] += weight[p] * grads[p];
+  }
+}
+
 // Calls f(unit, channel, begin, points, plane) for every channel and block of some samples, with the origins set.
 template <typename A, int N, typename F>
 void for_planes(const Call<N>& call, int64_t batch, int64_t first, int64_t last, PlanarScratch<A, N>& scratch,
@@ -946,11 +960,7 @@ void backward_planar(const Call<N>& call, const Map& grad_output, const Gradient
                          write_by_point(problem, batch, group, tap, begin, points, total, planar_block, gradients);
                      }
                      if (gradients.input) {
-                       for (int corner = 0; corner < corners; ++corner) {
-                         const A* const w = cells.weight(corner);
-                         const int32_t* const index = cells.index(corner);
-                         for (int64_t i = 0; i < points; ++i) grad_plane[index[i]] += w[i] * grad_column[i];
-                       }
+                       scatter_plane(cells, points, grad_column, grad_plane);
                      }
                    }
                  });
