@@ -14,7 +14,9 @@ FACTORS = (1, 2, 4, 8, 16)
 
 
 def size_rows(base: Any, seconds: float, factors: Iterable[int] = FACTORS) -> Iterator[dict[str, Any]]:
-    """Time at each multiple of the smallest batch, and of its positions along the first axis."""
+    """Time at each multiple of the smallest batch, and of its positions along the first axis; on one thread."""
+    default = torch.get_num_threads()
+    torch.set_num_threads(1)
     kinds: dict[str, Callable[[int], Any]] = {
         "batch": lambda factor: replace(base, batch=base.batch * factor),
         "positions": lambda factor: replace(base, size=(base.size[0] * factor, *base.size[1:])),
@@ -28,6 +30,7 @@ def size_rows(base: Any, seconds: float, factors: Iterable[int] = FACTORS) -> It
             start = sorted(times)[1]
             linear = {factor: time / times[start] * start / factor for factor, time in times.items()}
             yield {"case": base.name, "sizes": str(base), "grows": kind, "pass": what, "times": times, "linear": linear}
+    torch.set_num_threads(default)
 
 
 def thread_rows(cases: Iterable[Any], seconds: float) -> Iterator[dict[str, Any]]:

@@ -118,8 +118,8 @@ def growth(rows: Sequence[dict[str, Any]]) -> Iterator[str]:
     if sizes:
         factors = list(sizes[0]["linear"])
         yield (
-            f"Time per unit of work over that at {factors[1]}x: 1.00 is linear. Target: within {targets.LINEAR:.0%} "
-            f"from {factors[1]}x on."
+            f"Time per unit of work on one thread, over that at {factors[1]}x: 1.00 is linear. Target: within "
+            f"{targets.LINEAR:.0%} from {factors[1]}x on."
         )
         lines = []
         for row in sizes:

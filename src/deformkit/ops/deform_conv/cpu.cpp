@@ -258,15 +258,13 @@ std::vector<Unit<N>> make_units(const Problem<N>& problem, const Map& offset, in
                                 int64_t most_positions) {
   const int64_t field = count<N>(problem.size);
   int64_t cuts = std::max(ceil_div(field * field_row_bytes, bytes), ceil_div(problem.positions, most_positions));
-  cuts = std::min(cuts, problem.out_size[0]);
+  cuts = std::min(cuts, problem.positions);
   const int64_t line = problem.positions / problem.out_size[0];
   std::vector<Unit<N>> units;
   for (int64_t b = 0; b < problem.batch; ++b)
     for (int64_t u = 0; u < cuts; ++u)
-      units.push_back({b,
-                       problem.out_size[0] * u / cuts * line,
-                       problem.out_size[0] * (u + 1) / cuts * line,
-                       {problem.size, 0, problem.size[0]}});
+      units.push_back(
+          {b, problem.positions * u / cuts, problem.positions * (u + 1) / cuts, {problem.size, 0, problem.size[0]}});
   if (cuts == 1) return units;
 
   each(static_cast<int64_t>(units.size()), [&](int64_t index) {
@@ -1033,13 +1031,14 @@ Tensor deform_conv(const Tensor& input, const Tensor& offset, const Tensor& weig
     // Sums over slices of the channels do not pass through a half output.
     const bool sliced = problem.wide || window * problem.channels > 2 * field_bytes;
     const auto sum_dtype = std::is_same_v<A, double> ? ScalarType::Double : ScalarType::Float;
-    Tensor sums = sliced ? torch::stable::new_empty(input, size, sum_dtype) : output;
+    const bool apart = sliced && input.scalar_type() != sum_dtype;
+    const Tensor sums = apart ? torch::stable::new_empty(input, size, sum_dtype) : output;
     if (problem.wide || window > 2 * field_bytes) {
       forward<A, N, int64_t>(call, whole_units(problem), values, Sink(sums));
     } else {
       forward<A, N, int32_t>(call, units, values, Sink(sums));
     }
-    if (sliced) torch::stable::copy_(output, sums);
+    if (apart) torch::stable::copy_(output, sums);
   };
   dispatch_axes(input.dim() - 2, [&]<int N>() {
     input.scalar_type() == ScalarType::Double ? run.template operator()<double, N>()
@@ -1091,15 +1090,23 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> deform_conv_backward(
 
     // Windows of the field, and shares of the gradients by point, of bounded size.
     const int64_t bytes = sizeof(A), narrowest = std::min<int64_t>(slice_channels, problem.channels);
-    const Shares shares(make_slices(problem, slice_channels), problem.offset_groups);
-    const int64_t share_bytes = std::max<int64_t>(shares.held(N) * problem.taps * bytes, 1);
-    auto units = make_units<A>(problem, call.offset, narrowest * bytes, grad_field_bytes,
-                               std::max<int64_t>(partial_bytes / share_bytes, 1));
-    const int64_t window = largest_window(units) * bytes;
+    std::vector<Unit<N>> units;
+    int64_t width = slice_channels, window = 0;
+    // Narrower slices leave more shares, which may ask for smaller units; those never ask for narrower slices.
+    for (int attempt = 0; attempt < 2; ++attempt) {
+      const Shares shares(make_slices(problem, width), problem.offset_groups);
+      const int64_t share_bytes = std::max<int64_t>(shares.held(N) * problem.taps * bytes, 1);
+      units = make_units<A>(problem, call.offset, narrowest * bytes, grad_field_bytes,
+                            std::max<int64_t>(partial_bytes / share_bytes, 1));
+      window = largest_window(units) * bytes;
+      const int64_t fits = std::clamp<int64_t>(grad_field_bytes / window, 1, slice_channels);
+      if (fits == width) break;
+      width = fits;
+    }
     const bool direct = problem.wide || window > grad_field_bytes;
     if (direct) units = whole_units(problem);
     const bool whole = static_cast<int64_t>(units.size()) == problem.batch && !direct;
-    const int64_t width = direct ? slice_channels : std::clamp<int64_t>(grad_field_bytes / window, 1, slice_channels);
+    if (direct) width = slice_channels;
 
     // What comes from several windows adds up in A, not in a half gradient.
     const auto sum_dtype = std::is_same_v<A, double> ? ScalarType::Double : ScalarType::Float;
