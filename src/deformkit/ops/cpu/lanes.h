@@ -50,6 +50,11 @@ inline void add_sums(const V (&v)[4], A* out) {
     typedef typename Lanes<float, 4>::type Four;
     const Four sums = __builtin_shufflevector(c, c, 0, 1, 2, 3) + __builtin_shufflevector(c, c, 4, 5, 6, 7);
     write_lanes(out, read_lanes<Four>(out) + sums);
+  } else if constexpr (std::is_same_v<A, float> && count == 4) {
+    const V a = __builtin_shufflevector(v[0], v[1], 0, 4, 1, 5) + __builtin_shufflevector(v[0], v[1], 2, 6, 3, 7);
+    const V b = __builtin_shufflevector(v[2], v[3], 0, 4, 1, 5) + __builtin_shufflevector(v[2], v[3], 2, 6, 3, 7);
+    const V sums = __builtin_shufflevector(a, b, 0, 1, 4, 5) + __builtin_shufflevector(a, b, 2, 3, 6, 7);
+    write_lanes(out, read_lanes<V>(out) + sums);
   } else {
     for (int i = 0; i < 4; ++i)
       for (int lane = 0; lane < count; ++lane) out[i] += v[i][lane];

@@ -5,6 +5,7 @@
 //   slice)
 
 #include <string>
+#include <thread>
 #include <tuple>
 
 #include "sample/field.h"
@@ -16,7 +17,6 @@ constexpr int64_t mib = 1 << 20;
 constexpr int64_t column_bytes = 5 * mib / 2;  // of one block: what stays in cache
 constexpr int64_t field_bytes = 16 * mib;      // of the laid-out field that one round of work uses
 constexpr int64_t grad_field_bytes = 8 * mib;  // of one slice of it in the backward, of which a thread holds two
-constexpr int64_t partial_bytes = 16 * mib;    // of gradients that await the other slices' share
 constexpr int64_t slice_channels = 32;         // that one item of the backward owns
 constexpr int64_t weight_shares = 8;           // into which the sum for the weight's gradient is cut, at most
 constexpr int64_t narrow = 8;                  // with fewer channels a group, no matrix product
@@ -254,11 +254,9 @@ struct Points {
 
 // Cuts every sample into units whose window of the field is about `bytes`, and finds their windows.
 template <typename A, int N>
-std::vector<Unit<N>> make_units(const Problem<N>& problem, const Map& offset, int64_t field_row_bytes, int64_t bytes,
-                                int64_t most_positions) {
+std::vector<Unit<N>> make_units(const Problem<N>& problem, const Map& offset, int64_t field_row_bytes, int64_t bytes) {
   const int64_t field = count<N>(problem.size);
-  int64_t cuts = std::max(ceil_div(field * field_row_bytes, bytes), ceil_div(problem.positions, most_positions));
-  cuts = std::min(cuts, problem.positions);
+  const int64_t cuts = std::clamp<int64_t>(ceil_div(field * field_row_bytes, bytes), 1, problem.positions);
   const int64_t line = problem.positions / problem.out_size[0];
   std::vector<Unit<N>> units;
   for (int64_t b = 0; b < problem.batch; ++b)
@@ -492,37 +490,31 @@ struct Gradients {
   bool by_point() const { return offset || mask; }
 };
 
-// For every slice, which of the slices with the same offset group it is, for that group; and how many there are in all.
-// Where there are several, each leaves its share of the gradients by offset and mask, added later in this order.
-struct Shares {
-  std::vector<std::vector<int64_t>> ordinal;  // [slice][offset group], -1: not in the slice
-  std::vector<int64_t> slices;                // [offset group]
+// How far each item of work is, for those that must follow another: an item adds to what the one before it has stored.
+class Turns {
+ public:
+  explicit Turns(int64_t items) : done_(items) {}
 
-  Shares(const std::vector<Slice>& all, int64_t offset_groups) : slices(offset_groups, 0) {
-    for (const Slice& slice : all) {
-      ordinal.emplace_back(offset_groups, -1);
-      for (const Piece& piece : slice.pieces)
-        if (piece.first) ordinal.back()[piece.offset_group] = slices[piece.offset_group]++;
-    }
+  // Returns when item - 1 has finished this step. It has been begun: items are handed out in order.
+  void wait(int64_t item, int64_t step) const {
+    while (done_[item - 1].load(std::memory_order_acquire) <= step) std::this_thread::yield();
   }
+  void finish(int64_t item, int64_t step) { done_[item].store(step + 1, std::memory_order_release); }
 
-  // Elements of shares for one position and tap.
-  int64_t held(int axes) const {
-    int64_t result = 0;
-    for (int64_t n : slices) result += n > 1 ? n * (axes + 1) : 0;
-    return result;
-  }
+ private:
+  std::vector<std::atomic<int64_t>> done_;
 };
 
-// The gradients by offset and mask of a run of positions: lines of N coordinates and the factor, `pitch` apart.
+// The gradients by offset and mask of a run of positions, stored or added: lines of N coordinates and the factor,
+// `pitch` apart.
 template <typename A, int N>
 void write_by_point(const Problem<N>& problem, int64_t batch, int64_t group, int64_t tap, int64_t begin, int64_t points,
-                    const A* lines, int64_t pitch, const Gradients& gradients) {
+                    const A* lines, int64_t pitch, bool add, const Gradients& gradients) {
   const int64_t channel = (batch * problem.offset_groups + group) * problem.taps + tap;
   if (gradients.offset)
     for (int axis = 0; axis < N; ++axis)
-      gradients.offset->write((channel * N + axis) * problem.positions + begin, lines + axis * pitch, points);
-  if (gradients.mask) gradients.mask->write(channel * problem.positions + begin, lines + N * pitch, points);
+      gradients.offset->write((channel * N + axis) * problem.positions + begin, lines + axis * pitch, points, add);
+  if (gradients.mask) gradients.mask->write(channel * problem.positions + begin, lines + N * pitch, points, add);
 }
 
 template <typename A, int N, typename Index>
@@ -609,8 +601,7 @@ void backward(const Call<N>& call, const Map& grad_output, const std::vector<Uni
   constexpr bool direct = sizeof(Index) == 8;
   const int64_t rows = problem.group_rows(), field = count<N>(problem.size), slice_count = slices.size();
   const bool by_columns = gradients.input || gradients.by_point();
-  const Shares shares(slices, problem.offset_groups);
-  const int64_t held = gradients.by_point() ? shares.held(N) * problem.taps : 0;
+  const int64_t per_offset = problem.channels_per_offset_group(), cuts = units.size() / problem.batch;
 
   int64_t widest = 0, parts = 1, window = 0;
   for (const Slice& slice : slices) {
@@ -650,29 +641,17 @@ void backward(const Call<N>& call, const Map& grad_output, const std::vector<Uni
                                         Values((N + 1) * block)};
   };
 
-  for (size_t first = 0, last; first < units.size(); first = last) {
-    std::vector<int64_t> place{0};  // of each unit's shares
-    for (last = first; last < units.size() && (whole || last == first); ++last) {
-      const int64_t more = held * units[last].positions();
-      if (last > first && (place.back() + more) * int64_t(sizeof(A)) > partial_bytes) break;
-      place.push_back(place.back() + more);
-    }
-    const Buffer<A> held_shares(place.back());
-    // Where a unit's shares of an offset group start, of `ordinal`'s slice, for one tap.
-    const auto share = [&](size_t unit, int64_t group, int64_t ordinal, int64_t tap) {
-      int64_t before = 0;
-      for (int64_t g = 0; g < group; ++g) before += shares.slices[g] > 1 ? shares.slices[g] : 0;
-      return held_shares.get() + place[unit - first] +
-             ((before + ordinal) * problem.taps + tap) * (N + 1) * units[unit].positions();
-    };
-
-    const int64_t batches = std::min<int64_t>(sums, last - first);
-    each(batches * slice_count, make, [&](BackwardScratch<A, N, Index>& scratch, int64_t item) {
-      const int64_t own = item % slice_count, share_of_batch = item / slice_count;
-      const Slice& slice = slices[own];
-      const int64_t width = slice.channels(), units_here = last - first;
-      for (size_t u = first + units_here * share_of_batch / batches;
-           u < first + units_here * (share_of_batch + 1) / batches; ++u) {
+  Turns turns(sums * slice_count);
+  each(sums * slice_count, make, [&](BackwardScratch<A, N, Index>& scratch, int64_t item) {
+    const int64_t own = item % slice_count, share_of_batch = item / slice_count;
+    const Slice& slice = slices[own];
+    const int64_t width = slice.channels();
+    // An offset group that begins in an earlier slice: its gradients by offset and mask are added up slice by slice.
+    const bool follows = gradients.by_point() && slice.begin % per_offset != 0;
+    int64_t step = 0;
+    try {
+      for (int64_t u = problem.batch * share_of_batch / sums * cuts;
+           u < problem.batch * (share_of_batch + 1) / sums * cuts; ++u) {
         const Unit<N>& unit = units[u];
         if (!direct) {
           if (gradients.weight || gradients.by_point())
@@ -696,6 +675,7 @@ void backward(const Call<N>& call, const Map& grad_output, const std::vector<Uni
             grads += rows * points * (problem.is_narrow() ? part.channels : 1);
           }
 
+          if (follows) turns.wait(item, step);
           for_cells(call, unit, slice, scratch.rows.get(), begin, points, scratch.points,
                     [&](int64_t tap, const Piece& piece, const A* factor, const A* field_rows, int64_t field_width) {
                       const Part& part = slice.parts[piece.part];
@@ -730,14 +710,10 @@ void backward(const Call<N>& call, const Map& grad_output, const std::vector<Uni
                         for (int64_t i = 0; i < (N + 1) * block; ++i) total[i] += by_point[i];
                       if (!piece.last) return;
                       const int64_t group = piece.offset_group;
-                      if (shares.slices[group] > 1) {
-                        A* out = share(u, group, shares.ordinal[own][group], tap) + begin - unit.begin;
-                        for (int line = 0; line <= N; ++line)
-                          std::copy_n(total + line * block, points, out + line * unit.positions());
-                      } else {
-                        write_by_point(problem, unit.batch, group, tap, begin, points, total, block, gradients);
-                      }
+                      write_by_point(problem, unit.batch, group, tap, begin, points, total, block,
+                                     group * per_offset < slice.begin, gradients);
                     });
+          turns.finish(item, step++);
 
           if (gradients.weight) {
             const A* grad = scratch.grad_output.get();
@@ -754,23 +730,11 @@ void backward(const Call<N>& call, const Map& grad_output, const std::vector<Uni
           unpack(scratch.grad_rows.get(), width, unit.window, *gradients.input,
                  (unit.batch * problem.channels + slice.begin) * field, !whole);
       }
-    });
-
-    if (held > 0) {
-      each(static_cast<int64_t>(last - first) * problem.offset_groups * problem.taps, [&](int64_t item) {
-        const int64_t tap = item % problem.taps, group = item / problem.taps % problem.offset_groups;
-        const size_t u = first + item / problem.taps / problem.offset_groups;
-        if (shares.slices[group] == 1) return;
-        const int64_t points = units[u].positions();
-        A* total = share(u, group, 0, tap);
-        for (int64_t ordinal = 1; ordinal < shares.slices[group]; ++ordinal) {
-          const A* more = share(u, group, ordinal, tap);
-          for (int64_t i = 0; i < (N + 1) * points; ++i) total[i] += more[i];
-        }
-        write_by_point(problem, units[u].batch, group, tap, units[u].begin, points, total, points, gradients);
-      });
+    } catch (...) {
+      turns.finish(item, std::numeric_limits<int64_t>::max() - 1);  // nobody waits for what will not come
+      throw;
     }
-  }
+  });
 
   if (gradients.weight) {
     each(slice_count, [&](int64_t own) {
@@ -955,7 +919,8 @@ void backward_planar(const Call<N>& call, const Map& grad_output, const Gradient
                        if (lines == more)
                          for (int64_t i = 0; i < (N + 1) * planar_block; ++i) total[i] += more[i];
                        if ((c + 1) % together == 0)
-                         write_by_point(problem, batch, group, tap, begin, points, total, planar_block, gradients);
+                         write_by_point(problem, batch, group, tap, begin, points, total, planar_block, false,
+                                        gradients);
                      }
                      if (gradients.input) {
                        scatter_plane(cells, points, grad_column, grad_plane);
@@ -1026,7 +991,7 @@ Tensor deform_conv(const Tensor& input, const Tensor& offset, const Tensor& weig
     const int64_t bytes = sizeof(A);
     if (problem.is_planar() && count<N>(problem.size) * bytes <= field_bytes)
       return forward_planar(call, values, Sink(output));
-    const auto units = make_units<A>(problem, call.offset, problem.channels * bytes, field_bytes, problem.positions);
+    const auto units = make_units<A>(problem, call.offset, problem.channels * bytes, field_bytes);
     const int64_t window = largest_window(units) * bytes;
     // Sums over slices of the channels do not pass through a half output.
     const bool sliced = problem.wide || window * problem.channels > 2 * field_bytes;
@@ -1088,44 +1053,40 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> deform_conv_backward(
       return backward_planar<A>(call, grad_map, gradients);
     }
 
-    // Windows of the field, and shares of the gradients by point, of bounded size.
+    // Windows of the field of bounded size.
     const int64_t bytes = sizeof(A), narrowest = std::min<int64_t>(slice_channels, problem.channels);
-    std::vector<Unit<N>> units;
-    int64_t width = slice_channels, window = 0;
-    // Narrower slices leave more shares, which may ask for smaller units; those never ask for narrower slices.
-    for (int attempt = 0; attempt < 2; ++attempt) {
-      const Shares shares(make_slices(problem, width), problem.offset_groups);
-      const int64_t share_bytes = std::max<int64_t>(shares.held(N) * problem.taps * bytes, 1);
-      units = make_units<A>(problem, call.offset, narrowest * bytes, grad_field_bytes,
-                            std::max<int64_t>(partial_bytes / share_bytes, 1));
-      window = largest_window(units) * bytes;
-      const int64_t fits = std::clamp<int64_t>(grad_field_bytes / window, 1, slice_channels);
-      if (fits == width) break;
-      width = fits;
-    }
+    auto units = make_units<A>(problem, call.offset, narrowest * bytes, grad_field_bytes);
+    const int64_t window = largest_window(units) * bytes;
     const bool direct = problem.wide || window > grad_field_bytes;
     if (direct) units = whole_units(problem);
     const bool whole = static_cast<int64_t>(units.size()) == problem.batch && !direct;
-    if (direct) width = slice_channels;
+    int64_t width = slice_channels;
+    while (!direct && width > 1 && width * window > grad_field_bytes) width /= 2;
 
-    // What comes from several windows adds up in A, not in a half gradient.
-    const auto sum_dtype = std::is_same_v<A, double> ? ScalarType::Double : ScalarType::Float;
-    Tensor grad_input = results[0];
-    if (input_wanted && !whole) {
-      grad_input = torch::stable::new_zeros(input, sizes_of(input), sum_dtype);
-    }
-    if (input_wanted) gradients.input.emplace(grad_input);
     const auto slices = make_slices(problem, width);
+    const bool split = std::any_of(slices.begin(), slices.end(), [&](const Slice& slice) {
+      return slice.begin % problem.channels_per_offset_group() != 0;
+    });
+    // What comes from several windows or slices adds up in A, not in a half gradient.
+    const auto sum_dtype = std::is_same_v<A, double> ? ScalarType::Double : ScalarType::Float;
+    std::array<Tensor, 5> sums = results;
+    if (input_wanted && !whole) sums[0] = torch::stable::new_zeros(input, sizes_of(input), sum_dtype);
+    for (int i : {1, 4})
+      if (split && output_mask[i] && like[i] && like[i]->scalar_type() != sum_dtype)
+        sums[i] = torch::stable::new_empty(*like[i], sizes_of(*like[i]), sum_dtype);
+    if (input_wanted) gradients.input.emplace(sums[0]);
+    if (offset_wanted) gradients.offset.emplace(sums[1]);
+    if (mask_wanted) gradients.mask.emplace(sums[4]);
     if (direct) {
       backward<A, N, int64_t>(call, grad_map, units, slices, whole, gradients);
     } else {
       backward<A, N, int32_t>(call, grad_map, units, slices, whole, gradients);
     }
-    if (input_wanted && !whole) {
-      if (input.scalar_type() == sum_dtype) {
-        results[0] = grad_input;
+    for (int i : {0, 1, 4}) {
+      if (sums[i].scalar_type() == results[i].scalar_type()) {
+        results[i] = sums[i];
       } else {
-        torch::stable::copy_(results[0], grad_input);
+        torch::stable::copy_(results[i], sums[i]);
       }
     }
   };

@@ -75,6 +75,8 @@ void compact(const Map& field, int64_t batch, int64_t channel, int64_t points, c
 template <typename F>
 void dispatch_channels(int64_t channels, const F& f) {
   switch (channels) {
+    case 4:
+      return f(std::integral_constant<int, 4>{});
     case 8:
       return f(std::integral_constant<int, 8>{});
     case 16:
@@ -132,7 +134,9 @@ struct Walk {
 template <bool kColumns, bool kPoint, bool kField, int kChannels, typename A, int N, typename Index>
 void walk_as(const Cells<A, N, Index>& cells, int64_t points, const Walk<A, N>& w) {
   constexpr int corners = 1 << N, most = corners < 4 ? corners : 4, full = register_bytes / static_cast<int>(sizeof(A));
-  constexpr int lanes = kChannels > 0 && kChannels % full == 0 ? full : 32 / static_cast<int>(sizeof(A));
+  constexpr int lanes = kChannels > 0 && kChannels % full == 0 ? full
+                        : kChannels == 4                       ? 4
+                                                               : 32 / static_cast<int>(sizeof(A));
   typedef typename Lanes<A, lanes>::type V;
   const int64_t channels = kChannels > 0 ? kChannels : w.channels, whole = channels / lanes * lanes;
   A* const dots = cells.dots();
