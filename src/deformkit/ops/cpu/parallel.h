@@ -5,6 +5,8 @@
 #include <atomic>
 #include <memory>
 #include <new>
+#include <thread>
+#include <vector>
 
 #include "cpu/tensor.h"
 
@@ -31,6 +33,21 @@ template <typename F>
 void each(int64_t items, const F& f) {
   each(items, [] { return 0; }, [&](int, int64_t item) { f(item); });
 }
+
+// How far each item of work is, for those that must follow another: an item adds to what the one before it has stored.
+class Turns {
+ public:
+  explicit Turns(int64_t items) : done_(items) {}
+
+  // Returns when item - 1 has finished this step. It has been begun: items are handed out in order.
+  void wait(int64_t item, int64_t step) const {
+    while (done_[item - 1].load(std::memory_order_acquire) <= step) std::this_thread::yield();
+  }
+  void finish(int64_t item, int64_t step) { done_[item].store(step + 1, std::memory_order_release); }
+
+ private:
+  std::vector<std::atomic<int64_t>> done_;
+};
 
 // Uninitialised memory on a cache-line boundary.
 template <typename T>
