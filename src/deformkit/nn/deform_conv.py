@@ -11,7 +11,7 @@ from torch.nn.modules.conv import _ConvNd
 
 from ..ops._shape import check_tensor, compute_dtype, ntuple, times
 from ..ops.deform_conv.op import Boundary, deform_conv1d, deform_conv2d, deform_conv3d
-from ..ops.deform_conv.reference import _tap_grid
+from ..ops.deform_conv.reference import tap_grid
 
 PaddingMode = Literal["zeros", "reflect", "replicate", "circular"]
 
@@ -98,7 +98,7 @@ class _DeformConv(_ConvNd):
             )
         self._check_offset_channels(offset)
         size = list(offset.shape[2:])
-        base = _tap_grid(self.kernel_size, size, self.stride, self._padding_before, self.dilation, offset.device)
+        base = tap_grid(self.kernel_size, size, self.stride, self._padding_before, self.dilation, offset.device)
         shift = offset.to(compute_dtype(offset.dtype)).unflatten(1, (self.offset_groups, taps, axes)).movedim(3, -1)
         return base + shift
 

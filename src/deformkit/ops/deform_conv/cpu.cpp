@@ -19,10 +19,10 @@ void sum_bias(const Map& grad_output, int64_t batch, int64_t out_channels, const
       for (int64_t p = 0; p < grad_output.positions; p += run) {
         const int64_t points = std::min(run, grad_output.positions - p);
         read_run(grad_output, b, o, p, points, values);
-        A sum = 0;
+        double sum = 0;
 #pragma omp simd reduction(+ : sum)
-        for (int64_t i = 0; i < points; ++i) sum += values[i];
-        total += static_cast<double>(sum);
+        for (int64_t i = 0; i < points; ++i) sum += static_cast<double>(values[i]);
+        total += sum;
       }
     out.write(o, &total, 1);
   });

@@ -31,7 +31,7 @@ def deform_conv(
     offset_groups = offset.shape[1] // (taps * axes)
     dtype = compute_dtype(input.dtype)
 
-    base = _tap_grid(kernel_size, out_size, stride, padding, dilation, input.device)
+    base = tap_grid(kernel_size, out_size, stride, padding, dilation, input.device)
     shift = offset.to(dtype).reshape(batch * offset_groups, taps, axes, *out_size).movedim(2, -1)
     field = input.reshape(batch * offset_groups, channels // offset_groups, *size)
     columns = sample(field, base, shift, boundary)
@@ -46,7 +46,7 @@ def deform_conv(
     return output.to(input.dtype)
 
 
-def _tap_grid(kernel_size, out_size, stride, padding, dilation, device) -> Tensor:  # type: ignore[no-untyped-def]
+def tap_grid(kernel_size, out_size, stride, padding, dilation, device) -> Tensor:  # type: ignore[no-untyped-def]
     """Where an undeformed convolution reads: ``stride * o - padding + dilation * k``, as ``[K, *out, N]`` integers."""
     steps = [torch.arange(n, device=device) * s - p for n, s, p in zip(out_size, stride, padding, strict=True)]
     origin = torch.stack(torch.meshgrid(*steps, indexing="ij"), -1)

@@ -161,10 +161,11 @@ class Cells {
     }
   }
 
-  // Between a lower and an upper value along one axis: their difference if it is `axis`, else the interpolation.
+  // Between a lower and an upper value along one axis: their difference if it is `axis`, else the interpolation. A NaN
+  // coordinate has a NaN slope, though no corner.
   template <bool differ>
   static A between(A low, A high, A part) {
-    return differ ? high - low : low * (1 - part) + high * part;
+    return differ ? high - low + 0 * part : low * (1 - part) + high * part;
   }
 
   template <int axis>
