@@ -1,0 +1,55 @@
+"""The wheel: one for every Python, and of use where there is no compiler."""
+
+import os
+import subprocess
+import sys
+import zipfile
+from pathlib import Path
+
+import pytest
+import torch
+
+ROOT = Path(__file__).parent.parent
+SMOKE = """
+import deformkit, torch
+from deformkit._kernels import selection
+from deformkit.doctor import report
+assert selection.isa, selection
+assert "site-packages" in deformkit.__file__ and deformkit.__file__.startswith(__import__("sys").prefix), deformkit.__file__
+input, weight = torch.randn(2, 4, 9, 8, requires_grad=True), torch.randn(6, 4, 3, 3)
+output = deformkit.deform_conv2d(input, torch.zeros(2, 18, 9, 8), weight, padding=1)
+torch.testing.assert_close(output, torch.nn.functional.conv2d(input, weight, padding=1), atol=1e-4, rtol=1e-4)
+output.sum().backward()
+assert input.grad.isfinite().all()
+print(report())
+"""
+
+
+@pytest.fixture(scope="module")
+def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("wheel")
+    options = ["--quiet", "--no-build-isolation", "--no-deps"]
+    subprocess.run([sys.executable, "-m", "pip", "wheel", *options, "-w", str(folder), str(ROOT)], check=True)
+    (path,) = folder.glob("*.whl")
+    return path
+
+
+def test_one_wheel_for_every_python(wheel: Path) -> None:
+    assert "-py3-none-" in wheel.name
+    names = zipfile.ZipFile(wheel).namelist()
+    assert "deformkit/lib/deformkit_baseline.so" in names
+    assert not [name for name in names if name.endswith((".cpp", ".h"))]
+
+
+def test_it_serves_without_a_compiler(wheel: Path, tmp_path: Path) -> None:
+    clean = tmp_path / "clean"
+    subprocess.run([sys.executable, "-m", "venv", str(clean)], check=True)
+    python = clean / "bin" / "python"
+    subprocess.run([python, "-m", "pip", "install", "--quiet", "--no-index", "--no-deps", str(wheel)], check=True)
+    # torch is taken from where it is, behind the clean environment's own packages.
+    site = subprocess.check_output([python, "-c", "import sysconfig; print(sysconfig.get_path('purelib'))"], text=True)
+    (Path(site.strip()) / "torch_home.pth").write_text(str(Path(torch.__file__).parents[1]))
+    environment = {"PATH": str(tmp_path), "HOME": os.environ.get("HOME", "")}
+    run = subprocess.run([python, "-c", SMOKE], capture_output=True, text=True, env=environment, cwd=tmp_path)
+    assert run.returncode == 0, run.stderr
+    assert "passed" in run.stdout and "FAIL" not in run.stdout
