@@ -392,11 +392,12 @@ void backward(const Call<N>& call, const Map& grad_output, const std::vector<Uni
         for (int64_t i = 0; i < size; ++i) total[i] += weight_sums[share_of_batch * slice_count + own][i];
       dispatch_dtype(gradients.weight->dtype(), [&]<typename T>() {
         T* out = gradients.weight->template data<T>();
-        for_weight(problem, slices[own], [&](int64_t packed, int64_t row, int64_t channels, int64_t pitch) {
-          for (int64_t c = 0; c < channels; ++c)
-            for (int64_t k = 0; k < problem.taps; ++k)
-              out[row + c * problem.taps + k] = store<T>(total[packed + k * pitch + c]);
-        });
+        for (int64_t r = 0; r < rows; ++r)
+          for_weight(problem, slices[own], r, [&](int64_t packed, int64_t at, int64_t channels, int64_t pitch) {
+            for (int64_t c = 0; c < channels; ++c)
+              for (int64_t k = 0; k < problem.taps; ++k)
+                out[at + c * problem.taps + k] = store<T>(total[packed + k * pitch + c]);
+          });
       });
     });
   }

@@ -161,23 +161,22 @@ struct Unit {
   int64_t positions() const { return end - begin; }
 };
 
-// Calls f(packed, row) for every run of a slice's weights that stays together: row is [channels, taps] of the weight
-// from element `row` on, and packed is where its transpose, [taps, channels], starts among the slice's. Every part is
-// [rows, taps, channels], one after the other: rows are the output channels of its group, and of each channel's own
-// group when the groups are narrow.
+// Calls f(packed, own, channels, pitch) for every run of channels that the slice's weights of output row r hold
+// together: [channels, taps] of the weight, from element `own` on, whose transpose [taps, channels] has lines `pitch`
+// apart and starts at `packed`. Every part is [rows, taps, channels], one after the other: rows are the output channels
+// of its group, and of each channel's own group when the groups are narrow.
 template <int N, typename F>
-void for_weight(const Problem<N>& problem, const Slice& slice, const F& f) {
+void for_weight(const Problem<N>& problem, const Slice& slice, int64_t r, const F& f) {
   const int64_t rows = problem.group_rows(), depth = problem.group_channels;
   int64_t packed = 0;
-  for (const Part& part : slice.parts)
-    for (int64_t r = 0; r < rows; ++r) {
-      for (int64_t c = part.begin, next; c < part.begin + part.channels; c = next) {
-        next = std::min(part.begin + part.channels, (c / depth + 1) * depth);
-        f(packed + c - part.begin, ((c / depth * rows + r) * depth + c % depth) * problem.taps, next - c,
-          part.channels);
-      }
-      packed += problem.taps * part.channels;
+  for (const Part& part : slice.parts) {
+    const int64_t line = packed + r * problem.taps * part.channels;
+    for (int64_t c = part.begin, next; c < part.begin + part.channels; c = next) {
+      next = std::min(part.begin + part.channels, (c / depth + 1) * depth);
+      f(line + c - part.begin, ((c / depth * rows + r) * depth + c % depth) * problem.taps, next - c, part.channels);
     }
+    packed += rows * problem.taps * part.channels;
+  }
 }
 
 template <typename A, int N>
@@ -185,10 +184,12 @@ Buffer<A> pack_weight(const Problem<N>& problem, const Tensor& weight, const Sli
   Buffer<A> result(problem.group_rows() * problem.taps * slice.channels());
   dispatch_dtype(weight.scalar_type(), [&]<typename T>() {
     const T* source = static_cast<const T*>(weight.data_ptr());
-    for_weight(problem, slice, [&](int64_t packed, int64_t row, int64_t channels, int64_t pitch) {
-      for (int64_t c = 0; c < channels; ++c)
-        for (int64_t k = 0; k < problem.taps; ++k)
-          result[packed + k * pitch + c] = load<A>(source[row + c * problem.taps + k]);
+    each(problem.group_rows(), [&](int64_t r) {
+      for_weight(problem, slice, r, [&](int64_t packed, int64_t own, int64_t channels, int64_t pitch) {
+        for (int64_t c = 0; c < channels; ++c)
+          for (int64_t k = 0; k < problem.taps; ++k)
+            result[packed + k * pitch + c] = load<A>(source[own + c * problem.taps + k]);
+      });
     });
   });
   return result;
@@ -311,7 +312,7 @@ int64_t largest_window(const std::vector<Unit<N>>& units) {
 // How many positions to take at a time, so that their columns stay in cache.
 inline int64_t block_positions(int64_t bytes_per_position, int64_t most) {
   const int64_t block = column_bytes / bytes_per_position / 16 * 16;
-  return std::min(std::clamp<int64_t>(block, 32, 512), most);
+  return std::min(std::clamp<int64_t>(block, 32, 1024), most);
 }
 
 // One call: its tensors as the kernels read them.
