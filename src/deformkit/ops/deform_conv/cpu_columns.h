@@ -9,8 +9,8 @@
 
 namespace deformkit::conv {
 
-// Calls f(tap, piece, factor, rows, width) with the cells of one block located, for every tap and every piece of the
-// slice; `rows` is the field to sample, with `width` channels. A field too large to lay out comes channel by channel,
+// Calls f(tap, piece, factor, rows) with the cells of one block located, for every tap and every piece of the slice;
+// `rows` is the field to sample. A field too large to lay out comes channel by channel,
 // as the corners of these points alone.
 template <typename A, int N, typename Index, typename F>
 void for_cells(const Call<N>& call, const Unit<N>& unit, const Slice& slice, const A* rows, int64_t begin,
@@ -23,20 +23,21 @@ void for_cells(const Call<N>& call, const Unit<N>& unit, const Slice& slice, con
     while (next < slice.pieces.size() && slice.pieces[next].offset_group == group) ++next;
     for (int64_t tap = 0; tap < problem.taps; ++tap) {
       if constexpr (sizeof(Index) == 4) {
-        const auto outside = static_cast<Index>(unit.window.positions());
-        const A* factor = scratch.locate(problem, unit, call.offset, call.mask, group, tap, begin, points, outside);
+        const auto outside = static_cast<Index>(unit.window.positions() * slice.channels());
+        const A* factor =
+            scratch.locate(problem, unit, call.offset, call.mask, group, tap, begin, points, slice.channels(), outside);
         for (size_t i = first; i < next; ++i)
-          f(tap, slice.pieces[i], factor, rows + slice.pieces[i].begin - slice.begin, slice.channels());
+          f(tap, slice.pieces[i], factor, rows + slice.pieces[i].begin - slice.begin);
       } else {
         for (size_t i = first; i < next; ++i) {
           for (int64_t c = 0; c < slice.pieces[i].channels; ++c) {
             const Piece& piece = slice.pieces[i];
             const Piece one{
                 piece.part, group, piece.begin + c, 1, piece.first && c == 0, piece.last && c + 1 == piece.channels};
-            const A* factor = scratch.locate(problem, unit, call.offset, call.mask, group, tap, begin, points, -1);
+            const A* factor = scratch.locate(problem, unit, call.offset, call.mask, group, tap, begin, points, 1, -1);
             compact(call.input, unit.batch, one.begin, points, scratch.cells, scratch.where.get(),
                     scratch.corners.get());
-            f(tap, one, factor, scratch.corners.get(), 1);
+            f(tap, one, factor, scratch.corners.get());
           }
         }
       }
@@ -143,8 +144,8 @@ void forward(const Call<N>& call, const std::vector<Unit<N>>& units, const std::
         const int64_t points = std::min(block, unit.end - begin);
         A* const columns = scratch.columns.get();
         for_cells(call, unit, slice, rows.get() + place[u - first], begin, points, scratch.points,
-                  [&](int64_t tap, const Piece& piece, const A*, const A* field, int64_t width) {
-                    gather(scratch.points.cells, points, field, width, piece.channels,
+                  [&](int64_t tap, const Piece& piece, const A*, const A* field) {
+                    gather(scratch.points.cells, points, field, piece.channels,
                            columns + column_of(problem, slice, piece, tap, points),
                            problem.taps * slice.parts[piece.part].channels);
                   });
@@ -325,14 +326,13 @@ void backward(const Call<N>& call, const Map& grad_output, const std::vector<Uni
 
           if (follows) turns.wait(item, step);
           for_cells(call, unit, slice, scratch.rows.get(), begin, points, scratch.points,
-                    [&](int64_t tap, const Piece& piece, const A* factor, const A* field_rows, int64_t field_width) {
+                    [&](int64_t tap, const Piece& piece, const A* factor, const A* field_rows) {
                       const Part& part = slice.parts[piece.part];
                       const int64_t in_part = tap * part.channels + piece.begin - part.begin;
                       A* const by_point = (piece.first ? scratch.by_point : scratch.more_by_point).get();
                       A* const corners = scratch.points.corners.get() + (direct ? block << N : 0);
                       Walk<A, N> walked{};
                       walked.rows = field_rows;
-                      walked.width = field_width;
                       walked.channels = piece.channels;
                       walked.pitch = problem.taps * part.channels;
                       if (by_columns) walked.grad_columns = by_part[piece.part] + in_part;

@@ -82,7 +82,7 @@ void forward_planar(const Call<N>& call, const std::vector<A>& bias, const Sink&
                    std::fill_n(scratch.lines.get() + r * planar_block, points,
                                bias.empty() ? A(0) : bias[c * rows + r]);
                  for (int64_t tap = 0; tap < problem.taps; ++tap) {
-                   scratch.points.locate(problem, unit, call.offset, call.mask, group, tap, begin, points,
+                   scratch.points.locate(problem, unit, call.offset, call.mask, group, tap, begin, points, 1,
                                          static_cast<int32_t>(field));
                    sample_plane(scratch.points.cells, points, plane, samples);
                    for (int64_t r = 0; r < rows; ++r) {
@@ -135,7 +135,7 @@ void backward_planar(const Call<N>& call, const Map& grad_output, const Gradient
                      read_run(grad_output, batch, c * rows + r, begin, points, grads + r * planar_block);
                    for (int64_t tap = 0; tap < taps; ++tap) {
                      const A* factor = scratch.points.locate(problem, unit, call.offset, call.mask, group, tap, begin,
-                                                             points, static_cast<int32_t>(field));
+                                                             points, 1, static_cast<int32_t>(field));
                      if (gradients.weight) {
                        sample_plane(cells, points, plane, samples);
                        for (int64_t r = 0; r < rows; ++r) {

@@ -237,13 +237,13 @@ struct Points {
 
   // Locates the cells of one tap; returns its factors, if there are any.
   const A* locate(const Problem<N>& problem, const Unit<N>& unit, const Map& offset, const std::optional<Map>& mask,
-                  int64_t offset_group, int64_t tap, int64_t begin, int64_t points, Index outside) {
+                  int64_t offset_group, int64_t tap, int64_t begin, int64_t points, int64_t width, Index outside) {
     const int64_t channel = offset_group * problem.taps + tap;
     const A* shift[N];
     for (int axis = 0; axis < N; ++axis)
       shift[axis] = view_run(offset, unit.batch, channel * N + axis, begin, points, shifts.get() + axis * capacity);
     const A* factor = mask ? view_run(*mask, unit.batch, channel, begin, points, factors.get()) : nullptr;
-    cells.locate(unit.window, problem.border, points, origin, problem.tap[tap], shift, factor, outside);
+    cells.locate(unit.window, problem.border, points, origin, problem.tap[tap], shift, factor, width, outside);
     return factor;
   }
 };

@@ -92,7 +92,7 @@ void dispatch_channels(int64_t channels, const F& f) {
 
 // columns[i * pitch ...] = the sample at point i, of `channels` channels.
 template <typename A, int N, typename Index>
-void gather(const Cells<A, N, Index>& cells, int64_t points, const A* rows, int64_t width, int64_t channels, A* columns,
+void gather(const Cells<A, N, Index>& cells, int64_t points, const A* rows, int64_t channels, A* columns,
             int64_t pitch) {
   constexpr int corners = 1 << N;
   dispatch_channels(channels, [&](auto constant) {
@@ -102,7 +102,7 @@ void gather(const Cells<A, N, Index>& cells, int64_t points, const A* rows, int6
       const A* row[corners];
       for (int corner = 0; corner < corners; ++corner) {
         weight[corner] = cells.weight(corner)[i];
-        row[corner] = rows + static_cast<int64_t>(cells.index(corner)[i]) * width;
+        row[corner] = rows + cells.index(corner)[i];
       }
       A* const column = columns + i * pitch;
 #pragma omp simd
@@ -124,7 +124,7 @@ struct Walk {
   A* grad_rows;           // += gradient by the field
   A* grad_shift[N];       // gradient by the shift
   A* grad_factor;         // gradient by the factor
-  int64_t pitch, width, channels;
+  int64_t pitch, channels;
 
   bool by_point() const { return grad_shift[0] || grad_factor; }
 };
@@ -149,7 +149,7 @@ void walk_as(const Cells<A, N, Index>& cells, int64_t points, const Walk<A, N>& 
       A weight[most];
       for (int corner = 0; corner < most; ++corner) {
         weight[corner] = cells.weight(from + corner)[i];
-        at[corner] = static_cast<int64_t>(cells.index(from + corner)[i]) * w.width;
+        at[corner] = cells.index(from + corner)[i];
       }
       V sums[4] = {};
       for (int64_t c = 0; c < whole; c += lanes) {

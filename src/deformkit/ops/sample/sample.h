@@ -55,11 +55,11 @@ class Cells {
   A* weight(int corner) const { return reals_.get() + (N + corner) * capacity_; }
   Index* index(int corner) const { return indices_.get() + corner * capacity_; }
 
-  // The points origin[axis][i] + tap[axis] + shift[axis][i], in units of grid cells; rows of the window are counted
-  // from its first. Weights are times factor[i], if given.
+  // The points origin[axis][i] + tap[axis] + shift[axis][i], in units of grid cells. Indices are of elements in a
+  // window laid out with `width` of them for each position; weights are times factor[i], if given.
   void locate(const Window<N>& window, bool border, int64_t points, const Index* const (&origin)[N], const Axes<N>& tap,
-              const A* const (&shift)[N], const A* factor, Index outside) {
-    int64_t step = window.positions() / (window.last - window.first);
+              const A* const (&shift)[N], const A* factor, int64_t width, Index outside) {
+    int64_t step = window.positions() / (window.last - window.first) * width;
     for (int axis = 0; axis < N; ++axis) {
       if (axis > 0) step /= window.size[axis];
       const Line line{origin[axis],
