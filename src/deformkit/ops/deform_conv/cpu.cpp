@@ -122,8 +122,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> deform_conv_backward(
     if (direct) units = whole_units(problem);
     const bool whole = static_cast<int64_t>(units.size()) == problem.batch && !direct;
     int64_t width = slice_channels;
-    // Few channels in few samples: still work for two threads.
-    while (width > 8 && problem.batch * problem.channels < 2 * width) width /= 2;
+    // Few channels: still work for two threads. The batch has no say, so that no sample's sums depend on the others.
+    while (width > 8 && problem.channels < 2 * width) width /= 2;
     while (!direct && width > 1 && width * window > grad_field_bytes) width /= 2;
 
     const auto slices = make_slices(problem, width);
