@@ -46,7 +46,14 @@ def deform_conv(
     return output.to(input.dtype)
 
 
-def tap_grid(kernel_size, out_size, stride, padding, dilation, device) -> Tensor:  # type: ignore[no-untyped-def]
+def tap_grid(
+    kernel_size: Sequence[int],
+    out_size: Sequence[int],
+    stride: Sequence[int],
+    padding: Sequence[int],
+    dilation: Sequence[int],
+    device: torch.device,
+) -> Tensor:
     """Where an undeformed convolution reads: ``stride * o - padding + dilation * k``, as ``[K, *out, N]`` integers."""
     steps = [torch.arange(n, device=device) * s - p for n, s, p in zip(out_size, stride, padding, strict=True)]
     origin = torch.stack(torch.meshgrid(*steps, indexing="ij"), -1)
