@@ -7,14 +7,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-AXES = "dhw"
-
-
-def check(condition: bool, message: str, error: type[Exception] = ValueError) -> None:
-    """Raise ``error(message)`` unless ``condition`` holds. Build the message lazily where it costs time."""
-    if not condition:
-        raise error(message)
-
 
 def ntuple(value: int | Sequence[int], axes: int, name: str, least: int) -> list[int]:
     """Return ``value`` as a list of ``axes`` integers, each at least ``least``."""
@@ -66,4 +58,4 @@ def compute_dtype(dtype: torch.dtype) -> torch.dtype:
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
-__all__ = ["AXES", "check", "check_tensor", "compute_dtype", "conv_output_size", "ntuple", "prod", "times"]
+__all__ = ["check_tensor", "compute_dtype", "conv_output_size", "ntuple", "prod", "times"]

@@ -157,8 +157,6 @@ template <int N>
 struct Unit {
   int64_t batch, begin, end;
   Window<N> window;
-
-  int64_t positions() const { return end - begin; }
 };
 
 // Calls f(packed, own, channels, pitch) for every run of channels that the slice's weights of output row r hold
@@ -332,7 +330,7 @@ struct Call {
 
 // What the backward is asked for and where it goes; an absent one is not asked for.
 struct Gradients {
-  std::optional<Sink> input, offset, weight, bias, mask;
+  std::optional<Sink> input, offset, weight, mask;
 
   bool by_point() const { return offset || mask; }
 };
