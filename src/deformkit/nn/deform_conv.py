@@ -11,7 +11,7 @@ from torch.nn.modules.conv import _ConvNd
 
 from ..ops._shape import check_tensor, compute_dtype, ntuple, times
 from ..ops.deform_conv.op import Boundary, deform_conv1d, deform_conv2d, deform_conv3d
-from ..ops.deform_conv.reference import tap_grid
+from ..ops.sample.reference import tap_grid
 
 PaddingMode = Literal["zeros", "reflect", "replicate", "circular"]
 

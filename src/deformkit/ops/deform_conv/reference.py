@@ -1,14 +1,13 @@
 """The definition of deformable convolution, in tensor operations."""
 
 from collections.abc import Sequence
-from itertools import product
 from math import prod
 
 import torch
 from torch import Tensor
 
 from .._shape import compute_dtype
-from ..sample.reference import sample
+from ..sample.reference import sample, tap_grid
 
 
 def deform_conv(
@@ -44,18 +43,3 @@ def deform_conv(
     if bias is not None:
         output = output + bias.to(dtype).reshape(-1, *[1] * axes)
     return output.to(input.dtype)
-
-
-def tap_grid(
-    kernel_size: Sequence[int],
-    out_size: Sequence[int],
-    stride: Sequence[int],
-    padding: Sequence[int],
-    dilation: Sequence[int],
-    device: torch.device,
-) -> Tensor:
-    """Where an undeformed convolution reads: ``stride * o - padding + dilation * k``, as ``[K, *out, N]`` integers."""
-    steps = [torch.arange(n, device=device) * s - p for n, s, p in zip(out_size, stride, padding, strict=True)]
-    origin = torch.stack(torch.meshgrid(*steps, indexing="ij"), -1)
-    taps = list(product(*(range(0, d * k, d) for k, d in zip(kernel_size, dilation, strict=True))))
-    return origin + torch.tensor(taps, device=device).reshape(-1, *[1] * len(out_size), len(out_size))

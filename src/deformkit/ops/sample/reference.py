@@ -4,13 +4,14 @@ A point is kept as ``base + shift``: an integer and a real number. Its cell is `
 ``shift - floor(shift)``, so that a small shift keeps its precision however far from the origin it is applied.
 """
 
+from collections.abc import Sequence
 from itertools import product
 
 import torch
 from torch import Tensor
 
 
-def sample(field: Tensor, base: Tensor, shift: Tensor, boundary: str) -> Tensor:
+def sample(field: Tensor, base: Tensor, shift: Tensor, boundary: str, mode: str = "linear") -> Tensor:
     """Multilinear interpolation of ``field`` at the points ``base + shift``.
 
     ``sample(field, p) = sum over the corners q of the cell around p of field[q] * prod_n (1 - |p_n - q_n|)``
@@ -20,6 +21,7 @@ def sample(field: Tensor, base: Tensor, shift: Tensor, boundary: str) -> Tensor:
         base: integers, broadcastable to ``shift``; in tensor-axis order, in units of grid cells.
         shift: ``[G, *points, N]``, float32 or float64.
         boundary: ``"zeros"``: a corner outside the field counts 0. ``"border"``: the point is clamped into the field.
+        mode: ``"linear"``; or ``"nearest"``: the value at ``floor(p + 1/2)``, with no derivative by the point.
 
     Returns:
         ``[G, C, *points]`` in the dtype of ``shift``. A NaN coordinate gives NaN, and NaN as the gradient of all the
@@ -39,13 +41,15 @@ def sample(field: Tensor, base: Tensor, shift: Tensor, boundary: str) -> Tensor:
         distance = torch.where(undefined, 0.0, shift[..., axis])
         low, high = (least - first).to(distance.dtype), (most - first).to(distance.dtype)
         distance = torch.where(distance < low, low, torch.where(distance > high, high, distance))
+        if mode == "nearest":
+            distance = (distance.detach() + 0.5).floor()
         whole = distance.detach().floor()
         lower.append(first + whole.to(torch.int64))
         fraction.append(distance - whole)
 
     mark = torch.where(undefined, torch.nan, 0.0).unsqueeze(-1)
     result = (torch.where(undefined.unsqueeze(-1), shift, 0.0) * mark).sum(-1).unsqueeze(1)
-    for corner in product((0, 1), repeat=len(size)):
+    for corner in product((0,) if mode == "nearest" else (0, 1), repeat=len(size)):
         weight = torch.ones_like(fraction[0])
         index = torch.zeros_like(lower[0])
         inside = ~undefined
@@ -61,3 +65,18 @@ def sample(field: Tensor, base: Tensor, shift: Tensor, boundary: str) -> Tensor:
         inside = inside.unsqueeze(1)
         result = result + torch.where(inside, value, 0.0) * weight.unsqueeze(1)
     return result
+
+
+def tap_grid(
+    kernel_size: Sequence[int],
+    out_size: Sequence[int],
+    stride: Sequence[int],
+    padding: Sequence[int],
+    dilation: Sequence[int],
+    device: torch.device,
+) -> Tensor:
+    """Where an undeformed convolution reads: ``stride * o - padding + dilation * k``, as ``[K, *out, N]`` integers."""
+    steps = [torch.arange(n, device=device) * s - p for n, s, p in zip(out_size, stride, padding, strict=True)]
+    origin = torch.stack(torch.meshgrid(*steps, indexing="ij"), -1)
+    taps = list(product(*(range(0, d * k, d) for k, d in zip(kernel_size, dilation, strict=True))))
+    return origin + torch.tensor(taps, device=device).reshape(-1, *[1] * len(out_size), len(out_size))
