@@ -3,3 +3,4 @@
 from .deform_conv import deform_conv1d as deform_conv1d
 from .deform_conv import deform_conv2d as deform_conv2d
 from .deform_conv import deform_conv3d as deform_conv3d
+from .ms_deform_attn import ms_deform_attn as ms_deform_attn

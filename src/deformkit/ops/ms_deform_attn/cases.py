@@ -1,0 +1,110 @@
+"""Named inputs of multi-scale deformable attention, for tests, benchmarks and documents."""
+
+from dataclasses import dataclass
+from math import prod
+from typing import Any
+
+import torch
+
+from .._shape import compute_dtype, times
+
+OPERATOR = "ms_deform_attn"
+
+
+@dataclass(frozen=True)
+class Case:
+    """The sizes of one call; :meth:`arguments` makes its tensors.
+
+    ``reach``: how far beyond the edge of a level points are drawn, in pixels, if they are drawn over all of it.
+    ``near``: instead, the standard deviation around the query's own pixel, in pixels of the level that is read; query
+    q has position q of ``value``.
+    """
+
+    name: str
+    batch: int
+    sizes: tuple[tuple[int, ...], ...]
+    queries: int
+    heads: int
+    channels: int
+    points: tuple[int, ...]
+    mode: str = "linear"
+    reach: float = 1.5
+    near: float | None = None
+
+    @property
+    def axes(self) -> int:
+        """Number of spatial axes."""
+        return len(self.sizes[0])
+
+    def arguments(
+        self, dtype: torch.dtype = torch.float32, device: str | torch.device = "cpu", seed: int = 0
+    ) -> dict[str, Any]:
+        """Random arguments by name, in the order of the operator's schema. Locations keep clear of grid lines."""
+        generator = torch.Generator().manual_seed(seed)
+
+        def normal(*shape: int) -> torch.Tensor:
+            return torch.randn(shape, generator=generator, dtype=torch.float64)
+
+        value = normal(self.batch, sum(map(prod, self.sizes)), self.heads, self.channels)
+        locations = []
+        for size, count in zip(self.sizes, self.points, strict=True):
+            shape = (self.batch, self.queries, self.heads, count, self.axes)
+            extent = torch.tensor(size, dtype=torch.float64)
+            if self.near is None:
+                unit = torch.rand(shape, generator=generator, dtype=torch.float64)
+                pixel = unit * (extent + 2 * self.reach) - self.reach - 0.5
+            else:
+                pixel = self._centres()[:, None, None] * extent - 0.5 + self.near * normal(*shape)
+            pixel = pixel.floor() + (pixel - pixel.floor()).clamp(0.05, 0.95)
+            locations.append(((pixel + 0.5) / extent).flip(-1))
+        weights = normal(self.batch, self.queries, self.heads, sum(self.points)).softmax(-1)
+        return {
+            "value": value.to(device, dtype),
+            "spatial_shapes": [length for size in self.sizes for length in size],
+            "sampling_locations": torch.cat(locations, 3).to(device, compute_dtype(dtype)),
+            "attention_weights": weights.to(device, dtype),
+            "num_points": list(self.points),
+            "mode": self.mode,
+        }
+
+    def _centres(self) -> torch.Tensor:
+        """``[Q, N]``: the centre of each query's pixel, 0 to 1 over the map, in tensor-axis order."""
+        levels = []
+        for size in self.sizes:
+            axes = [(torch.arange(n, dtype=torch.float64) + 0.5) / n for n in size]
+            levels.append(torch.stack(torch.meshgrid(*axes, indexing="ij"), -1).flatten(0, -2))
+        return torch.cat(levels)[: self.queries]
+
+    def __str__(self) -> str:
+        levels = " ".join(times(size) for size in self.sizes)
+        points = "+".join(map(str, self.points))
+        return f"{self.name} (B{self.batch} {levels}, Q{self.queries} H{self.heads} D{self.channels} P{points})"
+
+
+CASES = [
+    Case("1d", 2, ((7,), (4,)), 3, 2, 3, (2, 2)),
+    Case("1d-one-level", 1, ((9,),), 5, 1, 16, (3,)),
+    Case("1d-uneven", 2, ((8,), (1,), (5,)), 4, 3, 5, (3, 1, 2)),
+    Case("1d-nearest", 3, ((6,), (3,)), 5, 2, 4, (2, 1), mode="nearest"),
+    Case("2d", 2, ((4, 5), (2, 3)), 3, 2, 3, (2, 2)),
+    Case("2d-uneven", 1, ((5, 6), (3, 3), (1, 2)), 7, 3, 16, (4, 1, 2)),
+    Case("2d-nearest", 2, ((5, 4), (2, 2)), 6, 2, 5, (1, 3), mode="nearest"),
+    Case("2d-one-query", 3, ((3, 7), (1, 1)), 1, 1, 32, (2, 3)),
+    Case("2d-one-channel", 1, ((1, 9), (6, 1)), 11, 4, 1, (2, 2)),
+    Case("2d-level-without-points", 2, ((4, 4), (2, 2), (3, 3)), 5, 2, 8, (2, 0, 1)),
+    Case("2d-encoder", 1, ((6, 7), (3, 4)), 54, 4, 8, (2, 2), near=2.0),
+    Case("3d", 1, ((3, 4, 5), (2, 2, 2)), 3, 2, 3, (2, 2)),
+    Case("3d-uneven", 2, ((2, 3, 4), (1, 1, 1)), 5, 1, 17, (3, 1)),
+    Case("3d-nearest", 1, ((3, 2, 4), (2, 1, 2)), 6, 3, 4, (1, 2), mode="nearest"),
+]
+
+_PYRAMID = ((64, 64), (32, 32), (16, 16), (8, 8))
+_DETECTION = ((100, 134), (50, 67), (25, 34), (13, 17))
+
+BENCHMARKS = [
+    Case("2d decoder", 1, _PYRAMID, 300, 8, 32, (4, 4, 4, 4), reach=0.0),
+    Case("2d encoder", 1, _PYRAMID, 5440, 8, 32, (4, 4, 4, 4), near=2.0),
+    Case("2d encoder, detection", 1, _DETECTION, 17821, 8, 32, (4, 4, 4, 4), near=2.0),
+    Case("3d", 1, ((16, 32, 32), (8, 16, 16)), 2560, 4, 16, (4, 4), reach=0.0),
+    Case("1d", 1, ((2048,), (1024,), (512,), (256,)), 2048, 8, 32, (4, 4, 4, 4), reach=0.0),
+]

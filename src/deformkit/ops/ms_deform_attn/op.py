@@ -1,0 +1,245 @@
+"""Multi-scale deformable attention: the public function, its checks, and the registration."""
+
+from collections.abc import Sequence
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from .._library import define
+from .._shape import check_tensor, prod, times
+from . import reference
+
+Mode = Literal["linear", "nearest"]
+SpatialShapes = Tensor | Sequence[Sequence[int]] | Sequence[int]
+
+_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+_INTEGERS = (torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64)
+
+
+def ms_deform_attn(
+    value: Tensor,
+    spatial_shapes: SpatialShapes,
+    sampling_locations: Tensor,
+    attention_weights: Tensor,
+    *,
+    num_points: int | Sequence[int] | None = None,
+    mode: Mode = "linear",
+) -> Tensor:
+    """Multi-scale deformable attention: every query reads a few points on every level of a feature pyramid.
+
+    ``output[b, q, h] = sum over l, p of
+    attention_weights[b, q, h, l, p] * sample(level_l[b, h], sampling_locations[b, q, h, l, p] * size_l - 1/2)``
+
+    where ``level_l`` is the part of ``value`` that belongs to level l, as a map of ``size_l``, and ``sample`` is
+    multilinear interpolation. The number of axes, N = 1, 2 or 3, is that of the locations' coordinates.
+
+    Args:
+        value: ``[B, S, H, D]``: the levels, each flattened in row-major order, one after the other; float16, bfloat16,
+            float32 or float64.
+        spatial_shapes: the size of each level in tensor-axis order: L tuples of N ints, ``(h, w)`` for images, or for
+            N = 1 simply L ints; their products add up to S. A tensor ``[L, N]`` of integers is read once, which waits
+            for its device and cannot be compiled.
+        sampling_locations: ``[B, Q, H, L, P, N]``, **x first**: ``(x, y)`` for images, ``(x, y, z)`` for volumes.
+            Normalised: 0 is the outer edge of a level's first pixel, 1 that of its last. float64 where value is, else
+            float32, also beside a half value: a location in half precision may be off by more than a pixel.
+            Or ``[B, Q, H, P, N]`` with the points of all levels one after the other, and ``num_points``.
+        attention_weights: ``[B, Q, H, L, P]``, or ``[B, Q, H, P]`` beside locations in that form; in value's dtype.
+            Used as they are: a softmax is the caller's.
+        num_points: with locations in the second form the number of points on each level, which may be 0, or one int
+            for all levels.
+        mode: ``"linear"``; or ``"nearest"``, called "discrete" in RT-DETRv2 and D-FINE: the pixel at
+            ``floor(sampling_locations * size_l + 1/2)``, clamped into the level, with no derivative by the location.
+
+    Returns:
+        ``[B, Q, H*D]`` in value's dtype; sums are kept in float32, or float64. Outside a level everything is 0. A NaN
+        location gives NaN in the head's output and in that location's gradient; an infinite one is outside.
+
+    Raises:
+        TypeError: an argument is no tensor, or has a wrong dtype.
+        ValueError: a shape, device, size or option that does not fit, by name.
+
+    Example:
+        >>> shapes = [(32, 48), (16, 24)]
+        >>> value = torch.randn(2, 32 * 48 + 16 * 24, 8, 16)
+        >>> locations, weights = torch.rand(2, 100, 8, 2, 4, 2), torch.randn(2, 100, 8, 2 * 4).softmax(-1)
+        >>> ms_deform_attn(value, shapes, locations, weights.unflatten(-1, (2, 4))).shape
+        torch.Size([2, 100, 128])
+        >>> ms_deform_attn(value, shapes, torch.rand(2, 100, 8, 5, 2), weights[..., :5], num_points=[3, 2]).shape
+        torch.Size([2, 100, 128])
+
+    Papers: Deformable DETR, https://arxiv.org/abs/2010.04159; RT-DETRv2, https://arxiv.org/abs/2407.17140.
+    """
+    check_tensor("value", value)
+    check_tensor("sampling_locations", sampling_locations)
+    check_tensor("attention_weights", attention_weights)
+    if sampling_locations.dim() not in (5, 6) or sampling_locations.shape[-1] not in (1, 2, 3):
+        raise ValueError(
+            f"sampling_locations has shape {list(sampling_locations.shape)}; it must be [B, Q, H, L, P, N] or "
+            "[B, Q, H, P, N] with 1, 2 or 3 coordinates N"
+        )
+    if attention_weights.shape != sampling_locations.shape[:-1]:
+        raise ValueError(
+            f"attention_weights has shape {list(attention_weights.shape)}; with sampling_locations of shape "
+            f"{list(sampling_locations.shape)} it must be {list(sampling_locations.shape[:-1])}"
+        )
+    sizes = level_sizes(spatial_shapes, sampling_locations.shape[-1])
+    points = _points(num_points, sampling_locations, len(sizes))
+    if sampling_locations.dim() == 6:
+        sampling_locations, attention_weights = sampling_locations.flatten(3, 4), attention_weights.flatten(3, 4)
+    flat_sizes = [length for size in sizes for length in size]
+    _check(value, flat_sizes, sampling_locations, attention_weights, points, mode)
+    return _operator(value, flat_sizes, sampling_locations, attention_weights, points, mode)
+
+
+def level_sizes(spatial_shapes: SpatialShapes, axes: int) -> list[list[int]]:
+    """``spatial_shapes`` as L lists of ``axes`` ints, from any of the forms that it may have."""
+    if isinstance(spatial_shapes, Tensor):
+        if spatial_shapes.dtype not in _INTEGERS:
+            raise TypeError(f"spatial_shapes has dtype {spatial_shapes.dtype}; it must be an integer dtype")
+        spatial_shapes = spatial_shapes.tolist()
+    expected = "ints, or tuples of 1 int" if axes == 1 else f"tuples of {axes} ints"
+    sizes: list[list[Any]] = []
+    try:
+        for size in spatial_shapes:
+            row = [size] if axes == 1 and not hasattr(size, "__len__") else list(size)  # type: ignore[arg-type]
+            # As it is where it is symbolic: to ask for its __index__ would fix it.
+            sizes.append([v if isinstance(v, int | torch.SymInt) else int(v.__index__()) for v in row])
+    except (TypeError, AttributeError):
+        raise TypeError(f"spatial_shapes is {spatial_shapes!r}; it must be a sequence of {expected}") from None
+    if not sizes:
+        raise ValueError("spatial_shapes is empty; it needs at least one level")
+    for row in sizes:
+        if len(row) != axes:
+            raise ValueError(f"spatial_shapes has {len(row)} columns; sampling_locations has {axes} coordinates")
+    return sizes
+
+
+def _points(num_points: int | Sequence[int] | None, sampling_locations: Tensor, levels: int) -> list[int]:
+    """The number of points on each level."""
+    if sampling_locations.dim() == 6:
+        if num_points is not None:
+            raise ValueError(
+                f"num_points is {num_points!r}; it must be left out beside sampling_locations [B, Q, H, L, P, N]"
+            )
+        if sampling_locations.shape[3] != levels:
+            raise ValueError(
+                f"sampling_locations has {sampling_locations.shape[3]} levels; spatial_shapes has {levels}"
+            )
+        return [sampling_locations.shape[4]] * levels
+    if num_points is None:
+        if levels > 1:
+            raise ValueError(
+                f"num_points is None; with sampling_locations [B, Q, H, P, N] and {levels} levels it must say "
+                "how many of the P points belong to each level"
+            )
+        return [sampling_locations.shape[3]]
+    try:
+        points = [num_points] * levels if isinstance(num_points, int) else [int(n.__index__()) for n in num_points]
+    except (TypeError, AttributeError):
+        raise TypeError(f"num_points is {num_points!r}; it must be an int or a sequence of ints") from None
+    if len(points) != levels:
+        raise ValueError(f"num_points is {num_points!r}, for {len(points)} levels; spatial_shapes has {levels}")
+    return points
+
+
+def _check(
+    value: Tensor,
+    spatial_shapes: Sequence[int],
+    sampling_locations: Tensor,
+    attention_weights: Tensor,
+    num_points: Sequence[int],
+    mode: str,
+) -> None:
+    """Check every argument, in the form that the operator takes."""
+    if value.dtype not in _DTYPES:
+        raise TypeError(f"value has dtype {value.dtype}; it must be float16, bfloat16, float32 or float64")
+    for name, tensor, dim in (
+        ("value", value, 4),
+        ("sampling_locations", sampling_locations, 5),
+        ("attention_weights", attention_weights, 4),
+    ):
+        if tensor.device != value.device:
+            raise ValueError(f"{name} is on {tensor.device}; it must be on {value.device}, as value is")
+        if tensor.dim() != dim:
+            raise ValueError(f"{name} has shape {list(tensor.shape)}; it must have {dim} axes")
+    _check_dtypes(value, sampling_locations, attention_weights)
+    if mode not in ("linear", "nearest"):
+        raise ValueError(f'mode is {mode!r}; it must be "linear" or "nearest"')
+
+    batch, length, heads, channels = value.shape
+    axes, levels = sampling_locations.shape[-1], len(num_points)
+    if heads < 1 or channels < 1:
+        raise ValueError(f"value has shape {list(value.shape)}; heads and channels must be at least 1")
+    for name, tensor in (("sampling_locations", sampling_locations), ("attention_weights", attention_weights)):
+        if tensor.shape[0] != batch:
+            raise ValueError(f"{name} has batch size {tensor.shape[0]}; value has {batch}")
+        if tensor.shape[2] != heads:
+            raise ValueError(f"{name} has {tensor.shape[2]} heads; value has {heads}")
+        if tensor.shape[1] != sampling_locations.shape[1] or tensor.shape[3] != sampling_locations.shape[3]:
+            raise ValueError(
+                f"{name} has {tensor.shape[1]} queries and {tensor.shape[3]} points; "
+                f"sampling_locations has {sampling_locations.shape[1]} and {sampling_locations.shape[3]}"
+            )
+    if levels < 1 or axes not in (1, 2, 3) or len(spatial_shapes) != levels * axes:
+        raise ValueError(
+            f"spatial_shapes has {len(spatial_shapes)} sizes; num_points has {levels} levels and "
+            f"sampling_locations {axes} coordinates"
+        )
+    sizes = [spatial_shapes[i : i + axes] for i in range(0, levels * axes, axes)]
+    for size in sizes:
+        if min(size) < 1:
+            raise ValueError(f"spatial_shapes has a level of size {times(size)}; every size must be at least 1")
+    if sum(prod(size) for size in sizes) != length:
+        raise ValueError(
+            f"spatial_shapes adds up to {sum(prod(size) for size in sizes)} = "
+            f"{' + '.join(times(size) for size in sizes)} positions; value has {length}"
+        )
+    if min(num_points) < 0 or sum(num_points) < 1:
+        raise ValueError(f"num_points is {list(num_points)}; each must be at least 0 and their sum at least 1")
+    if sum(num_points) != sampling_locations.shape[3]:
+        raise ValueError(
+            f"num_points is {list(num_points)}, {sum(num_points)} in all; "
+            f"sampling_locations has {sampling_locations.shape[3]} points"
+        )
+
+
+def _check_dtypes(value: Tensor, sampling_locations: Tensor, attention_weights: Tensor) -> None:
+    expected = torch.float64 if value.dtype == torch.float64 else torch.float32
+    if sampling_locations.dtype in (torch.float16, torch.bfloat16):
+        raise TypeError(
+            f"sampling_locations has dtype {sampling_locations.dtype}; it must be {expected}: in half precision a "
+            "location may be off by more than a pixel; compute it in float32, or give sampling_locations.float()"
+        )
+    if sampling_locations.dtype != expected:
+        raise TypeError(
+            f"sampling_locations has dtype {sampling_locations.dtype}; with a value of {value.dtype} "
+            f"it must be {expected}"
+        )
+    if attention_weights.dtype != value.dtype and not torch.is_autocast_enabled(value.device.type):
+        raise TypeError(f"attention_weights has dtype {attention_weights.dtype}; it must be {value.dtype}, as value's")
+
+
+def _output(
+    value: Tensor,
+    spatial_shapes: Sequence[int],
+    sampling_locations: Tensor,
+    attention_weights: Tensor,
+    num_points: Sequence[int],
+    mode: str,
+) -> Tensor:
+    """An empty output: its shape without its values."""
+    _check(value, spatial_shapes, sampling_locations, attention_weights, num_points, mode)
+    batch, _, heads, channels = value.shape
+    return value.new_empty(batch, sampling_locations.shape[1], heads * channels)
+
+
+_operator = define(
+    "ms_deform_attn(Tensor value, int[] spatial_shapes, Tensor sampling_locations, Tensor attention_weights, "
+    "int[] num_points, str mode) -> Tensor",
+    reference=reference.ms_deform_attn,
+    fake=_output,
+    differentiable=("value", "sampling_locations", "attention_weights"),
+    coordinates=("sampling_locations",),
+    batched=("value", "sampling_locations", "attention_weights"),
+)
