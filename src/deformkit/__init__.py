@@ -3,6 +3,7 @@
 from . import _kernels as _kernels
 from . import nn as nn
 from . import reference as reference
+from .ops import deform_aggregate as deform_aggregate
 from .ops import deform_conv1d as deform_conv1d
 from .ops import deform_conv2d as deform_conv2d
 from .ops import deform_conv3d as deform_conv3d

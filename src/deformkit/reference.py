@@ -1,4 +1,5 @@
 """The slow, readable definition of every operator, on any device and in any floating dtype."""
 
+from .ops.deform_aggregate.reference import deform_aggregate as deform_aggregate
 from .ops.deform_conv.reference import deform_conv as deform_conv
 from .ops.ms_deform_attn.reference import ms_deform_attn as ms_deform_attn

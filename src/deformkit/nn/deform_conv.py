@@ -9,8 +9,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.nn.modules.conv import _ConvNd
 
-from ..ops._shape import check_tensor, compute_dtype, ntuple, times
-from ..ops.deform_conv.op import Boundary, deform_conv1d, deform_conv2d, deform_conv3d
+from ..ops._shape import Boundary, check_tensor, compute_dtype, ntuple, times
+from ..ops.deform_conv.op import deform_conv1d, deform_conv2d, deform_conv3d
 from ..ops.sample.reference import tap_grid
 
 PaddingMode = Literal["zeros", "reflect", "replicate", "circular"]

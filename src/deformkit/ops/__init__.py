@@ -1,5 +1,6 @@
 """The operators, one room each; see CONTRIBUTING for what a room holds."""
 
+from .deform_aggregate import deform_aggregate as deform_aggregate
 from .deform_conv import deform_conv1d as deform_conv1d
 from .deform_conv import deform_conv2d as deform_conv2d
 from .deform_conv import deform_conv3d as deform_conv3d

@@ -2,10 +2,14 @@
 
 from collections.abc import Sequence
 from math import prod
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
+
+Boundary = Literal["zeros", "border"]
+
+FLOATING = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 
 def ntuple(value: int | Sequence[int], axes: int, name: str, least: int) -> list[int]:
@@ -53,9 +57,73 @@ def check_tensor(name: str, value: Any) -> None:
         raise TypeError(f"{name} is a {type(value).__name__}; it must be a torch.Tensor")
 
 
+def check_floating(name: str, value: Any) -> None:
+    """Raise unless ``value`` is a tensor of a dtype that the operators take."""
+    check_tensor(name, value)
+    if value.dtype not in FLOATING:
+        raise TypeError(f"{name} has dtype {value.dtype}; it must be float16, bfloat16, float32 or float64")
+
+
+def check_alike(name: str, value: Any, leader_name: str, leader: Tensor, dtype: bool = True) -> None:
+    """Raise unless ``value`` is a tensor on the device of ``leader`` and, but under autocast, of its dtype."""
+    check_tensor(name, value)
+    if value.device != leader.device:
+        raise ValueError(f"{name} is on {value.device}; it must be on {leader.device}, as {leader_name} is")
+    if dtype and value.dtype != leader.dtype and not torch.is_autocast_enabled(leader.device.type):
+        raise TypeError(f"{name} has dtype {value.dtype}; it must be {leader.dtype}, as {leader_name}'s")
+
+
+def check_offset_dtype(offset: Tensor, beside: str, dtype: torch.dtype) -> None:
+    """Raise unless coordinates in the dtype of ``offset`` go with ``beside`` (such as ``"an input"``) of ``dtype``."""
+    if offset.dtype not in FLOATING or (offset.dtype == torch.float64) != (dtype == torch.float64):
+        expected = "torch.float64" if dtype == torch.float64 else "torch.float32 or a half dtype"
+        raise TypeError(f"offset has dtype {offset.dtype}; with {beside} of {dtype} it must be {expected}")
+
+
+def check_boundary(boundary: Any) -> None:
+    """Raise a ValueError unless ``boundary`` is one of :data:`Boundary`."""
+    if boundary not in ("zeros", "border"):
+        raise ValueError(f'boundary is {boundary!r}; it must be "zeros" or "border"')
+
+
+def checked_output_size(
+    name: str,
+    size: Sequence[int],
+    kernel_size: Sequence[int],
+    stride: Sequence[int],
+    padding: Sequence[int],
+    dilation: Sequence[int],
+) -> list[int]:
+    """:func:`conv_output_size` for the field ``name``; a ValueError if that, or the field, is empty."""
+    if min(size) < 1:
+        raise ValueError(f"{name} has spatial size {times(size)}; every axis must have at least one element")
+    out_size = conv_output_size(size, kernel_size, stride, padding, dilation)
+    if min(out_size) < 1:
+        raise ValueError(
+            f"output size is {times(out_size)}, from {name} {times(size)}, kernel {times(kernel_size)}, "
+            f"stride {times(stride)}, padding {times(padding)}, dilation {times(dilation)}; "
+            "it must be at least 1 on every axis"
+        )
+    return out_size
+
+
 def compute_dtype(dtype: torch.dtype) -> torch.dtype:
     """Dtype in which coordinates and sums are kept: float64 for float64, float32 for everything else."""
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
-__all__ = ["check_tensor", "compute_dtype", "conv_output_size", "ntuple", "prod", "times"]
+__all__ = [
+    "FLOATING",
+    "Boundary",
+    "check_alike",
+    "check_boundary",
+    "check_floating",
+    "check_offset_dtype",
+    "check_tensor",
+    "checked_output_size",
+    "compute_dtype",
+    "conv_output_size",
+    "ntuple",
+    "prod",
+    "times",
+]

@@ -1,18 +1,22 @@
 """Deformable convolution: the public functions, their checks, and the registration."""
 
 from collections.abc import Sequence
-from typing import Literal
 
-import torch
 from torch import Tensor
 
 from .._library import define
-from .._shape import check_tensor, conv_output_size, ntuple, prod, times
+from .._shape import (
+    Boundary,
+    check_alike,
+    check_boundary,
+    check_floating,
+    check_offset_dtype,
+    checked_output_size,
+    ntuple,
+    prod,
+    times,
+)
 from . import reference
-
-Boundary = Literal["zeros", "border"]
-
-_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 
 def deform_conv1d(
@@ -32,6 +36,7 @@ def deform_conv1d(
     Shapes: ``input [B, C, L]``, ``offset [B, og*K, Lout]``, ``mask [B, og*K, Lout]``, ``weight [Cout, C/groups, K]``.
 
     Example:
+        >>> import torch
         >>> input, weight = torch.randn(2, 8, 50), torch.randn(16, 8, 3)
         >>> deform_conv1d(input, torch.zeros(2, 3, 50), weight, padding=1).shape
         torch.Size([2, 16, 50])
@@ -84,6 +89,7 @@ def deform_conv2d(
         ValueError: a shape, device, size or option that does not fit, by name.
 
     Example:
+        >>> import torch
         >>> input, weight = torch.randn(2, 8, 20, 30), torch.randn(16, 8, 3, 3)
         >>> offset = torch.zeros(2, 18, 20, 30)
         >>> output = deform_conv2d(input, offset, weight, padding=1)
@@ -114,6 +120,7 @@ def deform_conv3d(
     ``mask [B, og*K, Dout, Hout, Wout]``, ``weight [Cout, C/groups, kd, kh, kw]``.
 
     Example:
+        >>> import torch
         >>> input, weight = torch.randn(1, 4, 6, 7, 8), torch.randn(5, 4, 3, 3, 3)
         >>> deform_conv3d(input, torch.zeros(1, 81, 6, 7, 8), weight, padding=1).shape
         torch.Size([1, 5, 6, 7, 8])
@@ -153,30 +160,20 @@ def _check(
     boundary: str,
 ) -> list[int]:
     """Check every argument; return the output's spatial size."""
-    check_tensor("input", input)
-    if input.dtype not in _DTYPES:
-        raise TypeError(f"input has dtype {input.dtype}; it must be float16, bfloat16, float32 or float64")
+    check_floating("input", input)
     tensors = {"input": input, "offset": offset, "weight": weight, "bias": bias, "mask": mask}
     for name, value in tensors.items():
         if value is None and name in ("bias", "mask"):
             continue
-        check_tensor(name, value)
+        check_alike(name, value, "input", input, dtype=name != "offset")
         assert value is not None
-        if value.device != input.device:
-            raise ValueError(f"{name} is on {value.device}; it must be on {input.device}, as input is")
-        if value.dtype != input.dtype and name != "offset" and not torch.is_autocast_enabled(input.device.type):
-            raise TypeError(f"{name} has dtype {value.dtype}; it must be {input.dtype}, as input's")
         dim = {"bias": 1}.get(name, axes + 2)
         if value.dim() != dim:
             raise ValueError(
                 f"{name} has shape {list(value.shape)}; a {axes}-D deformable convolution needs {dim} axes"
             )
-    if offset.dtype not in _DTYPES or (offset.dtype == torch.float64) != (input.dtype == torch.float64):
-        raise TypeError(
-            f"offset has dtype {offset.dtype}; with an input of {input.dtype} it must be {_offset_dtypes(input)}"
-        )
-    if boundary not in ("zeros", "border"):
-        raise ValueError(f'boundary is {boundary!r}; it must be "zeros" or "border"')
+    check_offset_dtype(offset, "an input", input.dtype)
+    check_boundary(boundary)
 
     batch, channels, *size = input.shape
     out_channels, group_channels, *kernel_size = weight.shape
@@ -190,16 +187,8 @@ def _check(
         )
     if bias is not None and bias.shape[0] != out_channels:
         raise ValueError(f"bias has {bias.shape[0]} elements; weight has {out_channels} output channels")
-    if min(size) < 1:
-        raise ValueError(f"input has spatial size {times(size)}; every axis must have at least one element")
 
-    out_size = conv_output_size(size, kernel_size, stride, padding, dilation)
-    if min(out_size) < 1:
-        raise ValueError(
-            f"output size is {times(out_size)}, from input {times(size)}, kernel {times(kernel_size)}, "
-            f"stride {times(stride)}, padding {times(padding)}, dilation {times(dilation)}; "
-            "it must be at least 1 on every axis"
-        )
+    out_size = checked_output_size("input", size, kernel_size, stride, padding, dilation)
     taps = prod(kernel_size)
     per_group = taps * axes
     if offset.shape[1] == 0 or offset.shape[1] % per_group:
@@ -229,10 +218,6 @@ def _check_map(name: str, value: Tensor, expected: list[int]) -> None:
         raise ValueError(f"{name} has batch size {value.shape[0]}; input has {expected[0]}")
     if list(value.shape[2:]) != expected[2:]:
         raise ValueError(f"{name} has spatial size {times(value.shape[2:])}; the output has {times(expected[2:])}")
-
-
-def _offset_dtypes(input: Tensor) -> str:
-    return "torch.float64" if input.dtype == torch.float64 else "torch.float32 or a half dtype"
 
 
 def _output(

@@ -1,0 +1,183 @@
+"""Deformable aggregation: the public function, its checks, and the registration."""
+
+from collections.abc import Sequence
+from math import isfinite
+
+from torch import Tensor
+
+from .._library import define
+from .._shape import (
+    Boundary,
+    check_alike,
+    check_boundary,
+    check_floating,
+    check_offset_dtype,
+    check_tensor,
+    checked_output_size,
+    ntuple,
+    prod,
+    times,
+)
+from . import reference
+
+
+def deform_aggregate(
+    value: Tensor,
+    offset: Tensor,
+    weight: Tensor,
+    kernel_size: int | Sequence[int],
+    stride: int | Sequence[int] = 1,
+    padding: int | Sequence[int] = 0,
+    dilation: int | Sequence[int] = 1,
+    *,
+    offset_scale: float = 1.0,
+    remove_center: bool = False,
+    boundary: Boundary = "zeros",
+) -> Tensor:
+    """Weighted sum of a field around each position, each tap read at its place plus an offset: DCNv3 and DCNv4.
+
+    ``output[b, o, h] = sum over k of weight[b, o, h, k] * sample(value[b, :, h], point[b, o, h, k])``
+
+    ``point = stride*o - padding + centre + offset_scale * (dilation*k - centre + offset[b, o, h, k])``
+
+    where ``sample`` is multilinear interpolation and ``centre = dilation*(kernel_size-1) // 2``. The number N of
+    spatial axes, 1 to 3, is the length of the last axis of ``offset``. No channel mixes with another; the D channels
+    of a head share its points and weights. The weights of DCNv3 are a softmax over the taps, those of DCNv4 are not.
+
+    Args:
+        value: ``[B, *S, H, D]``, the field: N spatial axes, H heads of D channels; float16, bfloat16, float32 or
+            float64.
+        offset: ``[B, *out, H, K, N]`` in pixels before ``offset_scale``, the taps in row-major order, the coordinates
+            in tensor-axis order. Any floating dtype (float64 with a float64 value and only then); coordinates are
+            computed in float32, or float64, whatever the dtype of the offsets.
+        weight: ``[B, *out, H, K]``, dtype of ``value``.
+        kernel_size: number of taps along each axis; K is their product, or one less with ``remove_center``.
+        stride: step of the output positions, in pixels.
+        padding: how far the first tap lies before the field, in pixels.
+        dilation: distance of two taps, in pixels.
+        offset_scale: factor of everything that separates a point from the centre of its window.
+        remove_center: leave out the middle tap, the ``K//2``-th; every kernel size must be odd.
+        boundary: ``"zeros"``: a corner of the interpolation outside the field counts 0. ``"border"``: the point is
+            clamped into the field.
+
+    Returns:
+        ``[B, *out, H, D]`` in the dtype of ``value``, where, as in a convolution,
+        ``out = (S + 2*padding - dilation*(kernel_size-1) - 1) // stride + 1``.
+        A NaN offset gives NaN in the outputs that read it, and in its gradients; an infinite one is outside.
+
+    Raises:
+        TypeError: an argument is no tensor, or has a wrong type or dtype.
+        ValueError: a shape, device, size or option that does not fit, by name.
+
+    Example:
+        >>> import torch
+        >>> value = torch.randn(2, 20, 30, 4, 8)
+        >>> offset, weight = torch.zeros(2, 20, 30, 4, 9, 2), torch.full((2, 20, 30, 4, 9), 1 / 9)
+        >>> output = deform_aggregate(value, offset, weight, 3, padding=1)
+        >>> mean = torch.nn.functional.avg_pool2d(value.flatten(3).movedim(-1, 1), 3, 1, padding=1)
+        >>> torch.allclose(output.flatten(3), mean.movedim(1, -1), atol=1e-6)
+        True
+
+    Papers: InternImage (DCNv3), https://arxiv.org/abs/2211.05778; DCNv4, https://arxiv.org/abs/2401.06197.
+    """
+    axes = _axes(value, offset)
+    kernel = ntuple(kernel_size, axes, "kernel_size", 1)
+    strides = ntuple(stride, axes, "stride", 1)
+    paddings = ntuple(padding, axes, "padding", 0)
+    dilations = ntuple(dilation, axes, "dilation", 1)
+    _check(value, offset, weight, kernel, strides, paddings, dilations, offset_scale, remove_center, boundary)
+    return _operator(value, offset, weight, kernel, strides, paddings, dilations, offset_scale, remove_center, boundary)
+
+
+def _axes(value: Tensor, offset: Tensor) -> int:
+    """The number of spatial axes, from the coordinates of an offset."""
+    check_tensor("value", value)
+    check_tensor("offset", offset)
+    if offset.dim() == 0 or offset.shape[-1] not in (1, 2, 3):
+        raise ValueError(
+            f"offset has shape {list(offset.shape)}; its last axis, of coordinates, must be 1, 2 or 3 long"
+        )
+    return int(offset.shape[-1])
+
+
+def _check(
+    value: Tensor,
+    offset: Tensor,
+    weight: Tensor,
+    kernel_size: list[int],
+    stride: list[int],
+    padding: list[int],
+    dilation: list[int],
+    offset_scale: float,
+    remove_center: bool,
+    boundary: str,
+) -> list[int]:
+    """Check every argument; return the output's spatial size."""
+    axes = _axes(value, offset)
+    check_floating("value", value)
+    for name, tensor, dim in (("value", value, axes + 3), ("offset", offset, axes + 4), ("weight", weight, axes + 3)):
+        check_alike(name, tensor, "value", value, dtype=name != "offset")
+        if tensor.dim() != dim:
+            raise ValueError(
+                f"{name} has shape {list(tensor.shape)}; with {axes} coordinates in offset it must have {dim} axes"
+            )
+    check_offset_dtype(offset, "a value", value.dtype)
+    check_boundary(boundary)
+    if isinstance(offset_scale, bool) or not isinstance(offset_scale, (int, float)):
+        raise TypeError(f"offset_scale is {offset_scale!r}; it must be a real number")
+    if not isfinite(offset_scale):
+        raise ValueError(f"offset_scale is {offset_scale}; it must be finite")
+
+    batch, *size, heads, channels = value.shape
+    if heads < 1 or channels < 1:
+        raise ValueError(f"value has {heads} heads of {channels} channels; there must be at least one of each")
+    taps = prod(kernel_size)
+    if remove_center:
+        if any(k % 2 == 0 for k in kernel_size):
+            raise ValueError(f"kernel_size is {times(kernel_size)}; with remove_center every one must be odd")
+        if taps == 1:
+            raise ValueError(f"kernel_size is {times(kernel_size)}; with remove_center no tap is left")
+        taps -= 1
+    out_size = checked_output_size("value", size, kernel_size, stride, padding, dilation)
+
+    needed = f"a {times(kernel_size)} kernel{' without its centre' if remove_center else ''} has {taps}"
+    for name, tensor, head_axis in (("offset", offset, -3), ("weight", weight, -2)):
+        if tensor.shape[0] != batch:
+            raise ValueError(f"{name} has batch size {tensor.shape[0]}; value has {batch}")
+        if list(tensor.shape[1:head_axis]) != out_size:
+            found = times(tensor.shape[1:head_axis])
+            raise ValueError(f"{name} has spatial size {found}; the output has {times(out_size)}")
+        if tensor.shape[head_axis] != heads:
+            raise ValueError(f"{name} has {tensor.shape[head_axis]} heads; value has {heads}")
+        if tensor.shape[head_axis + 1] != taps:
+            raise ValueError(f"{name} has {tensor.shape[head_axis + 1]} taps; {needed}")
+    return out_size
+
+
+def _output(
+    value: Tensor,
+    offset: Tensor,
+    weight: Tensor,
+    kernel_size: list[int],
+    stride: list[int],
+    padding: list[int],
+    dilation: list[int],
+    offset_scale: float,
+    remove_center: bool,
+    boundary: str,
+) -> Tensor:
+    """An empty output: its shape without its values."""
+    steps = (kernel_size, stride, padding, dilation)
+    out_size = _check(value, offset, weight, *steps, offset_scale, remove_center, boundary)
+    return value.new_empty(value.shape[0], *out_size, *value.shape[-2:])
+
+
+_operator = define(
+    "deform_aggregate(Tensor value, Tensor offset, Tensor weight, int[] kernel_size, int[] stride, int[] padding, "
+    "int[] dilation, float offset_scale, bool remove_center, str boundary) -> Tensor",
+    reference=reference.deform_aggregate,
+    fake=_output,
+    differentiable=("value", "offset", "weight"),
+    coordinates=("offset",),
+    batched=("value", "offset", "weight"),
+)
