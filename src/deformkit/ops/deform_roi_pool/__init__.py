@@ -1,0 +1,3 @@
+"""Deformable RoI pooling."""
+
+from .op import deform_roi_pool as deform_roi_pool

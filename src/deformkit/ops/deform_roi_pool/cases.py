@@ -1,0 +1,114 @@
+"""Named inputs of deformable RoI pooling, for tests, benchmarks and documents."""
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from .._shape import compute_dtype, times
+
+OPERATOR = "deform_roi_pool"
+
+
+@dataclass(frozen=True)
+class Case:
+    """The sizes of one call; :meth:`arguments` makes its tensors.
+
+    ``bin_size`` is the longest bin, in pixels of the input. ``spread`` says how far RoIs may stick out of the input, in
+    lengths of their own: 0 not at all, 0.5 by half, above 1 they may lie wholly outside.
+    """
+
+    name: str
+    batch: int
+    channels: int
+    size: tuple[int, ...]
+    rois: int
+    output_size: tuple[int, ...]
+    spatial_scale: float = 1.0
+    sampling_ratio: int = 2
+    gamma: float = 0.1
+    with_offset: bool = True
+    bin_size: float = 2.0
+    spread: float = 0.25
+
+    @property
+    def axes(self) -> int:
+        """Number of spatial axes."""
+        return len(self.size)
+
+    def arguments(
+        self, dtype: torch.dtype = torch.float32, device: str | torch.device = "cpu", seed: int = 0
+    ) -> dict[str, Any]:
+        """Random arguments by name, in the order of the operator's schema. Samples keep clear of grid lines.
+
+        Each lies at a multiple of 1/16 of a pixel plus 1/32, as the sizes of bins, starts of RoIs and shifts by offsets
+        are chosen.
+        """
+        generator = torch.Generator().manual_seed(seed)
+
+        def uniform(*shape: int) -> torch.Tensor:
+            return torch.rand(shape, generator=generator, dtype=torch.float64)
+
+        size, bins = (torch.tensor(s, dtype=torch.float64) for s in (self.size, self.output_size))
+        if self.sampling_ratio:
+            samples = torch.full((self.rois, self.axes), float(self.sampling_ratio), dtype=torch.float64)
+            least, most = torch.ones_like(samples), (8 * self.bin_size / samples).floor().clamp(1)
+        else:  # bins longer than n - 1 and shorter than n pixels, of which there is one such for n up to 7
+            samples = 1 + (uniform(self.rois, self.axes) * min(self.bin_size, 7)).floor()
+            least, most = (8 * (samples - 1) / samples).floor() + 1, torch.full_like(samples, 7.0)
+        step = least + (uniform(self.rois, self.axes) * (most - least + 1)).floor()
+        length = bins * samples * step / 8
+        start = uniform(self.rois, self.axes) * (size - length * (1 - 2 * self.spread)) - self.spread * length
+        low = ((start * 8).floor() / 8 + 1 / 32 + 0.5) / self.spatial_scale
+        high = low + length / self.spatial_scale
+        index = torch.randint(self.batch, (self.rois, 1), generator=generator)
+        # The sizes above are in the order of the axes; corners and offsets are x first.
+        rois = torch.cat([index, low.flip(1), high.flip(1)], 1)
+
+        offset = None
+        if self.with_offset:
+            reach = self.gamma * length.flip(1).reshape(self.rois, self.axes, *[1] * self.axes)
+            normal = torch.randn(self.rois, self.axes, *self.output_size, generator=generator, dtype=torch.float64)
+            offset = ((normal * reach * 16).round() / 16 / reach).to(device, dtype)
+        return {
+            "input": torch.randn(self.batch, self.channels, *self.size, generator=generator, dtype=torch.float64).to(
+                device, dtype
+            ),
+            "rois": rois.to(device, compute_dtype(dtype)),
+            "offset": offset,
+            "output_size": list(self.output_size),
+            "spatial_scale": self.spatial_scale,
+            "sampling_ratio": self.sampling_ratio,
+            "gamma": self.gamma,
+        }
+
+    def __str__(self) -> str:
+        samples = f"{self.sampling_ratio} samples" if self.sampling_ratio else "adaptive"
+        sizes = f"B{self.batch} C{self.channels} {times(self.size)}, {self.rois} RoIs -> {times(self.output_size)}"
+        return f"{self.name} ({sizes}, {samples})"
+
+
+CASES = [
+    Case("1d", 2, 3, (11,), 5, (3,)),
+    Case("1d-adaptive", 2, 4, (17,), 6, (4,), 0.5, sampling_ratio=0, gamma=0.3, bin_size=3.0, spread=0.5),
+    Case("1d-plain", 4, 5, (9,), 3, (2,), sampling_ratio=3, with_offset=False, spread=0.75),
+    Case("1d-outside", 1, 1, (6,), 7, (1,), 2.0, sampling_ratio=1, spread=1.5),
+    Case("1d-wide", 1, 32, (40,), 3, (5,), gamma=1.0, bin_size=5.0),
+    Case("2d", 2, 3, (7, 9), 4, (2, 3)),
+    Case("2d-adaptive", 3, 2, (12, 10), 5, (3, 2), 0.25, sampling_ratio=0, bin_size=3.0, spread=0.5),
+    Case("2d-adaptive-plain", 1, 7, (9, 8), 4, (2, 2), sampling_ratio=0, with_offset=False, spread=0.75),
+    Case("2d-plain", 4, 16, (8, 7), 3, (3, 3), 1 / 16, sampling_ratio=1, with_offset=False),
+    Case("2d-outside", 2, 1, (5, 6), 9, (2, 1), sampling_ratio=3, gamma=0.5, spread=1.5),
+    Case("2d-wide", 1, 40, (12, 14), 3, (3, 4), gamma=0.2),
+    Case("2d-row", 2, 3, (1, 9), 4, (1, 5), sampling_ratio=1, bin_size=1.0),
+    Case("3d", 2, 3, (4, 5, 6), 3, (2, 1, 2)),
+    Case("3d-adaptive", 2, 2, (6, 5, 7), 4, (1, 2, 3), 0.5, sampling_ratio=0, spread=0.5),
+    Case("3d-plain", 1, 17, (5, 4, 6), 2, (2, 2, 1), sampling_ratio=1, with_offset=False, spread=0.75),
+]
+
+BENCHMARKS = [
+    Case("2d 500 RoIs", 2, 256, (100, 167), 500, (7, 7), 1 / 8, bin_size=6.0),
+    Case("2d 100 RoIs adaptive", 1, 256, (100, 167), 100, (7, 7), 1 / 8, sampling_ratio=0, bin_size=3.0),
+    Case("1d 200 segments", 4, 256, (2048,), 200, (16,), 1 / 4, bin_size=12.0),
+    Case("3d 50 cuboids", 1, 64, (16, 50, 84), 50, (3, 7, 7), 1 / 4, bin_size=3.0),
+]

@@ -1,0 +1,196 @@
+"""Deformable RoI pooling: the public function, its checks, and the registration."""
+
+from collections.abc import Sequence
+from math import inf
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .._library import define
+from .._shape import check_tensor, compute_dtype, ntuple, times
+from . import reference
+
+_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+
+
+def deform_roi_pool(
+    input: Tensor,
+    rois: Tensor,
+    offset: Tensor | None = None,
+    *,
+    output_size: int | Sequence[int],
+    spatial_scale: float = 1.0,
+    sampling_ratio: int = 0,
+    gamma: float = 0.1,
+) -> Tensor:
+    """Deformable RoI pooling: the mean of the input over each bin of each region, every bin moved by an offset.
+
+    A region of interest (RoI) is cut into ``output_size`` bins along each axis, and
+
+    ``output[r, c, bin] = mean over i of sample(input[b_r, c], p[r, bin, i])``, where along each axis
+
+    ``p = start + gamma * length * offset[r, bin] + (bin + (i + 1/2) / n) * length / output_size``,
+    ``start = low * spatial_scale - 1/2``, ``length = (high - low) * spatial_scale``
+
+    with ``low`` and ``high`` the corners of the RoI, ``n`` samples in a bin along the axis (i = 0 ... n - 1), and
+    ``sample`` multilinear interpolation: a point within one pixel of the input, on its edge included, is clamped into
+    it; one further out counts 0. This is an average, with the regions aligned (the shift by half a pixel), as in mmcv;
+    it is not the maximum of the first RoI pooling.
+
+    Args:
+        input: ``[B, C, *S]`` with N = 1, 2 or 3 spatial axes; float16, bfloat16, float32 or float64.
+        rois: ``[R, 1 + 2N]``: the index of the image in the batch, then the corners, **x first**: ``x1, x2`` of a
+            segment, ``x1, y1, x2, y2`` of a box, ``x1, y1, z1, x2, y2, z2`` of a cuboid; x is along the last axis of
+            ``input``. In units of ``1 / spatial_scale`` pixels: 0 is the outer edge of the first pixel. float64 where
+            input is, else float32, also beside a half input. It has no gradient.
+        offset: ``[R, N, *output_size]`` or None, **x first** too, in units of ``gamma`` times the RoI's length along
+            that axis. Any floating dtype (float64 with a float64 input and only then).
+        output_size: number of bins along each axis of ``input``, one int for all or N ints.
+        spatial_scale: pixels of ``input`` for one unit of ``rois``, such as 1/16.
+        sampling_ratio: n, the samples in a bin along each axis. 0: one for each pixel that a bin is long, rounded up,
+            at most 1024: ``ceil(length / output_size)``.
+        gamma: how far an offset of 1 moves a bin, in lengths of its RoI.
+
+    Returns:
+        ``[R, C, *output_size]`` in the dtype of ``input``; sums are kept in float32, or float64.
+
+        An empty or inverted RoI (``high <= low`` on an axis) has no samples with ``sampling_ratio=0`` and pools to 0;
+        with a fixed ratio an empty one is sampled at its point and an inverted one backwards. A NaN offset gives NaN in
+        its bin and in its own gradient, a NaN corner in the whole RoI. An infinite corner leaves points at infinity,
+        which count 0, or undefined, which are NaN. With ``sampling_ratio=0`` a RoI of no finite length has one sample a
+        bin.
+
+    Raises:
+        TypeError: an argument is no tensor or no number, or has a wrong dtype.
+        ValueError: a shape, device, size, number or batch index that does not fit, by name. The batch indices of
+            ``rois`` on a GPU are not read here, which would wait for it.
+
+    Example:
+        >>> import torch
+        >>> input = torch.randn(2, 8, 20, 30)
+        >>> rois = torch.tensor([[0.0, 16.0, 32.0, 240.0, 160.0], [1.0, 0.0, 0.0, 480.0, 320.0]])
+        >>> deform_roi_pool(input, rois, torch.zeros(2, 2, 7, 7), output_size=7, spatial_scale=1 / 16).shape
+        torch.Size([2, 8, 7, 7])
+
+    Papers: Deformable Convolutional Networks, https://arxiv.org/abs/1703.06211; with a mask upon the result,
+    Deformable ConvNets v2, https://arxiv.org/abs/1811.11168.
+    """
+    axes = _check_input(input)
+    sizes = ntuple(output_size, axes, "output_size", 1)
+    args = (input, rois, offset, sizes, spatial_scale, sampling_ratio, gamma)
+    _check(*args)
+    if _readable(rois):
+        _check_batch_index(rois, input.shape[0])
+    return _operator(*args)
+
+
+def _check_input(input: Tensor) -> int:
+    """Check the input; return its number of spatial axes."""
+    check_tensor("input", input)
+    if input.dtype not in _DTYPES:
+        raise TypeError(f"input has dtype {input.dtype}; it must be float16, bfloat16, float32 or float64")
+    if input.dim() not in (3, 4, 5):
+        raise ValueError(f"input has shape {list(input.shape)}; it needs a batch, channels and 1, 2 or 3 spatial axes")
+    if min(input.shape[2:]) < 1:
+        raise ValueError(f"input has spatial size {times(input.shape[2:])}; every axis must have at least one element")
+    return input.dim() - 2
+
+
+def _check(
+    input: Tensor,
+    rois: Tensor,
+    offset: Tensor | None,
+    output_size: list[int],
+    spatial_scale: float,
+    sampling_ratio: int,
+    gamma: float,
+) -> None:
+    axes = _check_input(input)
+    for name, value in (("rois", rois), ("offset", offset)):
+        if value is None and name == "offset":
+            continue
+        check_tensor(name, value)
+        assert value is not None
+        if value.device != input.device:
+            raise ValueError(f"{name} is on {value.device}; it must be on {input.device}, as input is")
+    if rois.dtype != compute_dtype(input.dtype):
+        raise TypeError(
+            f"rois has dtype {rois.dtype}; with an input of {input.dtype} it must be {compute_dtype(input.dtype)}: "
+            "batch indices and corners do not survive half precision"
+        )
+    if rois.dim() != 2 or rois.shape[1] != 1 + 2 * axes:
+        raise ValueError(
+            f"rois has shape {list(rois.shape)}; with {axes} spatial axes it must be [R, {1 + 2 * axes}]: "
+            f"a batch index and 2 corners x {axes} coordinates"
+        )
+    if offset is not None:
+        if offset.dtype not in _DTYPES or (offset.dtype == torch.float64) != (input.dtype == torch.float64):
+            expected = "torch.float64" if input.dtype == torch.float64 else "torch.float32 or a half dtype"
+            raise TypeError(f"offset has dtype {offset.dtype}; with an input of {input.dtype} it must be {expected}")
+        shape = [rois.shape[0], axes, *output_size]
+        if list(offset.shape) != shape:
+            raise ValueError(
+                f"offset has shape {list(offset.shape)}; it must be {shape}: "
+                f"{rois.shape[0]} RoIs, {axes} coordinates, {times(output_size)} bins"
+            )
+    _check_number("spatial_scale", spatial_scale, (int, float), 0, "a finite number above 0")
+    _check_number("sampling_ratio", sampling_ratio, (int,), -1, "an int of at least 0")
+    _check_number("gamma", gamma, (int, float), -inf, "a finite number")
+
+
+def _check_number(
+    name: str, value: Any, kinds: tuple[type[int] | type[float], ...], above: float, expected: str
+) -> None:
+    if not isinstance(value, kinds):
+        raise TypeError(f"{name} is {value!r}; it must be {expected}")
+    if not above < value < inf:
+        raise ValueError(f"{name} is {value!r}; it must be {expected}")
+
+
+def _readable(rois: Tensor) -> bool:
+    """Whether the values are at hand: not on another device, and not only traced or transformed."""
+    return (
+        not torch.compiler.is_compiling()
+        and rois.device.type == "cpu"
+        and type(rois) is Tensor
+        and not torch._C._functorch.is_functorch_wrapped_tensor(rois)
+    )
+
+
+def _check_batch_index(rois: Tensor, batch: int) -> None:
+    index = rois.detach()[:, 0]
+    wrong = ~((index >= 0) & (index < batch) & (index == index.floor()))
+    if wrong.any():
+        row = int(wrong.nonzero()[0])
+        raise ValueError(
+            f"rois[{row}, 0] is {index[row].item():g}; it must be a batch index, a whole number from 0 to {batch - 1}, "
+            f"as input has batch size {batch}"
+            if batch
+            else f"rois has shape {list(rois.shape)}; with an input of batch size 0 there can be no RoI"
+        )
+
+
+def _output(
+    input: Tensor,
+    rois: Tensor,
+    offset: Tensor | None,
+    output_size: list[int],
+    spatial_scale: float,
+    sampling_ratio: int,
+    gamma: float,
+) -> Tensor:
+    """An empty output: its shape without its values."""
+    _check(input, rois, offset, output_size, spatial_scale, sampling_ratio, gamma)
+    return input.new_empty(rois.shape[0], input.shape[1], *output_size)
+
+
+_operator = define(
+    "deform_roi_pool(Tensor input, Tensor rois, Tensor? offset, int[] output_size, float spatial_scale, "
+    "int sampling_ratio, float gamma) -> Tensor",
+    reference=reference.deform_roi_pool,
+    fake=_output,
+    differentiable=("input", "offset"),
+    coordinates=("rois", "offset"),
+    batched=("rois", "offset"),
+)

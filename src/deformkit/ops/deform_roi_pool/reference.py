@@ -1,0 +1,102 @@
+"""The definition of deformable RoI pooling, in tensor operations."""
+
+from collections.abc import Sequence
+from itertools import groupby
+from math import prod
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from .._shape import compute_dtype
+from ..sample.reference import sample
+
+MOST_SAMPLES = 1024
+
+
+def deform_roi_pool(
+    input: Tensor,
+    rois: Tensor,
+    offset: Tensor | None,
+    output_size: Sequence[int],
+    spatial_scale: float,
+    sampling_ratio: int,
+    gamma: float,
+) -> Tensor:
+    """Deformable RoI pooling; see :func:`deformkit.deform_roi_pool` for the formula and the shapes."""
+    axes, dtype = input.dim() - 2, compute_dtype(input.dtype)
+    rois = rois.detach().to(dtype)
+    low, high = rois[:, 1 : 1 + axes].flip(1), rois[:, 1 + axes :].flip(1)
+    length = (high - low) * spatial_scale
+    start = low * spatial_scale - 0.5
+    moved = None
+    if offset is not None:
+        moved = gamma * length.reshape(*length.shape, *[1] * axes) * offset.to(dtype).flip(1)
+    image = _image_index(rois[:, 0], input.shape[0])
+
+    if sampling_ratio > 0 or rois.shape[0] == 0:
+        output = _pool(input, image, start, length, moved, output_size, [sampling_ratio] * axes)
+    else:
+        counts = adaptive_samples(length, output_size).tolist()
+        order = sorted(range(len(counts)), key=counts.__getitem__)
+        parts = []
+        for samples, group in groupby(order, key=counts.__getitem__):
+            rows = torch.tensor(list(group), device=input.device)
+            shift = None if moved is None else moved[rows]
+            parts.append(_pool(input, image[rows], start[rows], length[rows], shift, output_size, samples))
+        output = torch.cat(parts)[torch.tensor(order, device=input.device).argsort()]
+    return output.to(input.dtype)
+
+
+def adaptive_samples(length: Tensor, output_size: Sequence[int]) -> Tensor:
+    """Samples in each bin of each RoI along each axis, ``[R, N]``: about one for each cell that a bin is long."""
+    counts = torch.stack([length[:, axis] / bins for axis, bins in enumerate(output_size)], 1).ceil()
+    # One sample shows what a corner that is no number does; none would hide it.
+    unknown = ~length.isfinite().all(1, keepdim=True)
+    return torch.where(unknown, 1.0, counts.clamp(0, MOST_SAMPLES)).to(torch.int64)
+
+
+def _image_index(index: Tensor, batch: int) -> Tensor:
+    known = (index == index.floor()) & (index.abs() < 2**31)
+    # gather refuses what is out of range, where a plain index would count -1 from the end.
+    return torch.arange(batch, device=index.device).gather(0, torch.where(known, index, -1.0).to(torch.int64))
+
+
+def _pool(
+    input: Tensor,
+    image: Tensor,
+    start: Tensor,
+    length: Tensor,
+    moved: Tensor | None,
+    output_size: Sequence[int],
+    samples: Sequence[int],
+) -> Tensor:
+    """The means over ``samples`` points along each axis of each bin, ``[R, C, *output_size]``."""
+    size = input.shape[2:]
+    count, axes = length.shape
+    coordinates = []
+    for axis, (bins, n) in enumerate(zip(output_size, samples, strict=True)):
+        place = torch.arange(bins, dtype=length.dtype, device=length.device).unsqueeze(1)
+        place = place + (torch.arange(n, dtype=length.dtype, device=length.device) + 0.5) / n
+        along = [bins if a == axis else 1 for a in range(axes)] + [n if a == axis else 1 for a in range(axes)]
+        origin = start[:, axis].reshape(count, *[1] * 2 * axes)
+        if moved is not None:
+            origin = origin + moved[:, axis].reshape(count, *output_size, *[1] * axes)
+        step = place * (length[:, axis] / bins).reshape(count, 1, 1)
+        coordinates.append(origin + step.reshape(count, *along))
+    points = torch.stack(torch.broadcast_tensors(*coordinates), -1).expand(count, *output_size, *samples, axes)
+
+    undefined = points.isnan().any(-1, keepdim=True)
+    limit = torch.tensor(size, dtype=points.dtype, device=points.device)
+    outside = ((points < -1) | (points > limit)).any(-1, keepdim=True) & ~undefined
+    points = torch.where(outside, 0.0, points)
+
+    # One field of all images, one after the other along the first axis; each ends in its last row twice, so that
+    # the cell of a point on that row does not reach into the next image.
+    field = torch.cat([input, input[:, :, -1:]], 2).transpose(0, 1).flatten(1, 2).unsqueeze(0)
+    base = F.pad((image * (size[0] + 1)).unsqueeze(1), (0, axes - 1)).reshape(count, *[1] * 2 * axes, axes)
+    first = torch.where(undefined[..., 0], points[..., 0], points[..., 0].clamp(0, size[0] - 1))
+    points = torch.cat([first.unsqueeze(-1), points[..., 1:]], -1)
+    values = sample(field, base, points.unsqueeze(0), "border")[0]
+    values = torch.where(outside.squeeze(-1), 0.0, values)
+    return (values.sum(list(range(-axes, 0))) / max(prod(samples), 1)).transpose(0, 1)
