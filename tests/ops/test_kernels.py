@@ -42,9 +42,16 @@ def test_half_values_with_float32_coordinates(call: Call, half: torch.dtype) -> 
 
 @every_call
 def test_float32_values_with_half_coordinates(call: Call) -> None:
-    args, coarse = call.arguments(torch.float32), call.arguments(torch.bfloat16)
+    args = call.arguments(torch.float32)
     for i in call.operator.coordinates:
-        args[i] = coarse[i]
+        args[i] = args[i] if args[i] is None else args[i].to(torch.bfloat16)
+    try:
+        call.operator(*(v.to("meta") if isinstance(v, Tensor) else v for v in args))
+    except TypeError as refusal:
+        assert any(
+            f"{call.operator.arguments[i]} has dtype torch.bfloat16" in str(refusal) for i in call.operator.coordinates
+        )
+        return
     check(call, args)
 
 
