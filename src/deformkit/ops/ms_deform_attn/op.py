@@ -7,13 +7,12 @@ import torch
 from torch import Tensor
 
 from .._library import define
-from .._shape import check_tensor, prod, times
+from .._shape import check_alike, check_floating, check_tensor, prod, times
 from . import reference
 
 Mode = Literal["linear", "nearest"]
 SpatialShapes = Tensor | Sequence[Sequence[int]] | Sequence[int]
 
-_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 _INTEGERS = (torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64)
 
 
@@ -152,18 +151,16 @@ def _check(
     mode: str,
 ) -> None:
     """Check every argument, in the form that the operator takes."""
-    if value.dtype not in _DTYPES:
-        raise TypeError(f"value has dtype {value.dtype}; it must be float16, bfloat16, float32 or float64")
+    check_floating("value", value)
     for name, tensor, dim in (
         ("value", value, 4),
         ("sampling_locations", sampling_locations, 5),
         ("attention_weights", attention_weights, 4),
     ):
-        if tensor.device != value.device:
-            raise ValueError(f"{name} is on {tensor.device}; it must be on {value.device}, as value is")
+        check_alike(name, tensor, "value", value, dtype=name == "attention_weights")
         if tensor.dim() != dim:
             raise ValueError(f"{name} has shape {list(tensor.shape)}; it must have {dim} axes")
-    _check_dtypes(value, sampling_locations, attention_weights)
+    _check_location_dtype(sampling_locations, value)
     if mode not in ("linear", "nearest"):
         raise ValueError(f'mode is {mode!r}; it must be "linear" or "nearest"')
 
@@ -204,7 +201,7 @@ def _check(
         )
 
 
-def _check_dtypes(value: Tensor, sampling_locations: Tensor, attention_weights: Tensor) -> None:
+def _check_location_dtype(sampling_locations: Tensor, value: Tensor) -> None:
     expected = torch.float64 if value.dtype == torch.float64 else torch.float32
     if sampling_locations.dtype in (torch.float16, torch.bfloat16):
         raise TypeError(
@@ -216,8 +213,6 @@ def _check_dtypes(value: Tensor, sampling_locations: Tensor, attention_weights: 
             f"sampling_locations has dtype {sampling_locations.dtype}; with a value of {value.dtype} "
             f"it must be {expected}"
         )
-    if attention_weights.dtype != value.dtype and not torch.is_autocast_enabled(value.device.type):
-        raise TypeError(f"attention_weights has dtype {attention_weights.dtype}; it must be {value.dtype}, as value's")
 
 
 def _output(
