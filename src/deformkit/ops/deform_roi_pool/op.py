@@ -8,10 +8,8 @@ import torch
 from torch import Tensor
 
 from .._library import define
-from .._shape import check_tensor, compute_dtype, ntuple, times
+from .._shape import check_alike, check_floating, check_offset_dtype, compute_dtype, ntuple, times
 from . import reference
-
-_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 
 def deform_roi_pool(
@@ -87,9 +85,7 @@ def deform_roi_pool(
 
 def _check_input(input: Tensor) -> int:
     """Check the input; return its number of spatial axes."""
-    check_tensor("input", input)
-    if input.dtype not in _DTYPES:
-        raise TypeError(f"input has dtype {input.dtype}; it must be float16, bfloat16, float32 or float64")
+    check_floating("input", input)
     if input.dim() not in (3, 4, 5):
         raise ValueError(f"input has shape {list(input.shape)}; it needs a batch, channels and 1, 2 or 3 spatial axes")
     if min(input.shape[2:]) < 1:
@@ -107,13 +103,7 @@ def _check(
     gamma: float,
 ) -> None:
     axes = _check_input(input)
-    for name, value in (("rois", rois), ("offset", offset)):
-        if value is None and name == "offset":
-            continue
-        check_tensor(name, value)
-        assert value is not None
-        if value.device != input.device:
-            raise ValueError(f"{name} is on {value.device}; it must be on {input.device}, as input is")
+    check_alike("rois", rois, "input", input, dtype=False)
     if rois.dtype != compute_dtype(input.dtype):
         raise TypeError(
             f"rois has dtype {rois.dtype}; with an input of {input.dtype} it must be {compute_dtype(input.dtype)}: "
@@ -125,9 +115,8 @@ def _check(
             f"a batch index and 2 corners x {axes} coordinates"
         )
     if offset is not None:
-        if offset.dtype not in _DTYPES or (offset.dtype == torch.float64) != (input.dtype == torch.float64):
-            expected = "torch.float64" if input.dtype == torch.float64 else "torch.float32 or a half dtype"
-            raise TypeError(f"offset has dtype {offset.dtype}; with an input of {input.dtype} it must be {expected}")
+        check_alike("offset", offset, "input", input, dtype=False)
+        check_offset_dtype(offset, "an input", input.dtype)
         shape = [rois.shape[0], axes, *output_size]
         if list(offset.shape) != shape:
             raise ValueError(

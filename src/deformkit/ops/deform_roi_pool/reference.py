@@ -98,5 +98,5 @@ def _pool(
     first = torch.where(undefined[..., 0], points[..., 0], points[..., 0].clamp(0, size[0] - 1))
     points = torch.cat([first.unsqueeze(-1), points[..., 1:]], -1)
     values = sample(field, base, points.unsqueeze(0), "border")[0]
-    values = torch.where(outside.squeeze(-1), 0.0, values)
-    return (values.sum(list(range(-axes, 0))) / max(prod(samples), 1)).transpose(0, 1)
+    values = torch.where(outside.squeeze(-1), 0.0, values).transpose(0, 1)
+    return values.sum(list(range(-axes, 0))) / max(prod(samples), 1)
