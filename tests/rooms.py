@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import pytest
 import torch
 from torch import Tensor
 
@@ -84,3 +85,9 @@ def representatives(each_axes: bool = True) -> list[Call]:
     for call in CALLS:
         first.setdefault((call.operator.name, call.case.axes if each_axes else 0), call)
     return list(first.values())
+
+
+def needs_kernel(name: str) -> pytest.MarkDecorator:
+    """For what a CPU kernel promises and the reference does not; that there is a kernel, the contract tests see to."""
+    loaded = torch._C._dispatch_has_kernel_for_dispatch_key(f"deformkit::{name}", "CPU")
+    return pytest.mark.skipif(not loaded, reason=f"{name} has no CPU kernel")
