@@ -123,21 +123,12 @@ def _check(
             )
     check_offset_dtype(offset, "a value", value.dtype)
     check_boundary(boundary)
-    if isinstance(offset_scale, bool) or not isinstance(offset_scale, (int, float)):
-        raise TypeError(f"offset_scale is {offset_scale!r}; it must be a real number")
-    if not isfinite(offset_scale):
-        raise ValueError(f"offset_scale is {offset_scale}; it must be finite")
+    check_offset_scale(offset_scale)
 
     batch, *size, heads, channels = value.shape
     if heads < 1 or channels < 1:
         raise ValueError(f"value has {heads} heads of {channels} channels; there must be at least one of each")
-    taps = prod(kernel_size)
-    if remove_center:
-        if any(k % 2 == 0 for k in kernel_size):
-            raise ValueError(f"kernel_size is {times(kernel_size)}; with remove_center every one must be odd")
-        if taps == 1:
-            raise ValueError(f"kernel_size is {times(kernel_size)}; with remove_center no tap is left")
-        taps -= 1
+    taps = tap_count(kernel_size, remove_center)
     out_size = checked_output_size("value", size, kernel_size, stride, padding, dilation)
 
     needed = f"a {times(kernel_size)} kernel{' without its centre' if remove_center else ''} has {taps}"
@@ -152,6 +143,27 @@ def _check(
         if tensor.shape[head_axis + 1] != taps:
             raise ValueError(f"{name} has {tensor.shape[head_axis + 1]} taps; {needed}")
     return out_size
+
+
+def check_offset_scale(offset_scale: float) -> None:
+    """Raise unless ``offset_scale`` is a finite real number."""
+    if isinstance(offset_scale, bool) or not isinstance(offset_scale, (int, float)):
+        raise TypeError(f"offset_scale is {offset_scale!r}; it must be a real number")
+    if not isfinite(offset_scale):
+        raise ValueError(f"offset_scale is {offset_scale}; it must be finite")
+
+
+def tap_count(kernel_size: Sequence[int], remove_center: bool) -> int:
+    """The number of taps K; a ValueError if there is no centre to remove, or no other tap."""
+    if not isinstance(remove_center, bool):
+        raise TypeError(f"remove_center is {remove_center!r}; it must be True or False")
+    if not remove_center:
+        return prod(kernel_size)
+    if any(k % 2 == 0 for k in kernel_size):
+        raise ValueError(f"kernel_size is {times(kernel_size)}; with remove_center every one must be odd")
+    if prod(kernel_size) == 1:
+        raise ValueError(f"kernel_size is {times(kernel_size)}; with remove_center no tap is left")
+    return prod(kernel_size) - 1
 
 
 def _output(

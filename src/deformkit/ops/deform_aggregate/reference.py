@@ -22,20 +22,29 @@ def deform_aggregate(
     boundary: str,
 ) -> Tensor:
     """Deformable aggregation; see :func:`deformkit.deform_aggregate` for the formula and the shapes."""
-    axes = value.dim() - 3
-    batch, *out_size, heads, taps, _ = offset.shape
     dtype = compute_dtype(value.dtype)
+    base, shift = points(offset.to(dtype), kernel_size, stride, padding, dilation, offset_scale, remove_center)
+    field = value.movedim(-2, 1).movedim(-1, 2).flatten(0, 1)
+    columns = sample(field, base.squeeze(-3), shift.movedim(-3, 1).flatten(0, 1), boundary)
+    output = (columns * weight.to(dtype).movedim(-2, 1).flatten(0, 1).unsqueeze(1)).sum(-1)
+    return output.unflatten(0, (value.shape[0], value.shape[-2])).movedim(2, -1).movedim(1, -2).to(value.dtype)
 
+
+def points(
+    offset: Tensor,
+    kernel_size: Sequence[int],
+    stride: Sequence[int],
+    padding: Sequence[int],
+    dilation: Sequence[int],
+    offset_scale: float,
+    remove_center: bool,
+) -> tuple[Tensor, Tensor]:
+    """Where the taps read: integers ``[*out, 1, 1, N]``, and what is to be added to them, shaped as ``offset``."""
+    *out_size, _, taps, axes = offset.shape[1:]
     ones = [1] * axes
-    centre = torch.tensor([d * (k - 1) // 2 for d, k in zip(dilation, kernel_size, strict=True)], device=value.device)
-    base = tap_grid(ones, out_size, stride, padding, ones, value.device) + centre
-    from_centre = tap_grid(kernel_size, ones, ones, [0] * axes, dilation, value.device) - centre
+    centre = torch.tensor([d * (k - 1) // 2 for d, k in zip(dilation, kernel_size, strict=True)], device=offset.device)
+    base = tap_grid(ones, out_size, stride, padding, ones, offset.device).squeeze(0) + centre
+    from_centre = tap_grid(kernel_size, ones, ones, [0] * axes, dilation, offset.device).reshape(-1, axes) - centre
     if remove_center:
         from_centre = torch.cat([from_centre[: taps // 2], from_centre[taps // 2 + 1 :]])
-
-    by_head = offset.to(dtype).movedim(-3, 1).movedim(-2, 2).reshape(batch * heads, taps, *out_size, axes)
-    shift = offset_scale * (from_centre + by_head)
-    field = value.movedim(-2, 1).movedim(-1, 2).flatten(0, 1)
-    factor = weight.to(dtype).movedim(-2, 1).movedim(-1, 2).reshape(batch * heads, 1, taps, *out_size)
-    output = (sample(field, base, shift, boundary) * factor).sum(2)
-    return output.unflatten(0, (batch, heads)).movedim(2, -1).movedim(1, -2).to(value.dtype)
+    return base.unsqueeze(-2).unsqueeze(-2), offset_scale * (from_centre + offset)
