@@ -69,8 +69,12 @@ def check_alike(name: str, value: Any, leader_name: str, leader: Tensor, dtype: 
     check_tensor(name, value)
     if value.device != leader.device:
         raise ValueError(f"{name} is on {value.device}; it must be on {leader.device}, as {leader_name} is")
-    if dtype and value.dtype != leader.dtype and not torch.is_autocast_enabled(leader.device.type):
+    if dtype and value.dtype != leader.dtype and not _autocasting(leader.device.type):
         raise TypeError(f"{name} has dtype {value.dtype}; it must be {leader.dtype}, as {leader_name}'s")
+
+
+def _autocasting(device_type: str) -> bool:
+    return torch.amp.is_autocast_available(device_type) and torch.is_autocast_enabled(device_type)
 
 
 def check_offset_dtype(offset: Tensor, beside: str, dtype: torch.dtype) -> None:
