@@ -102,8 +102,7 @@ def level_sizes(spatial_shapes: SpatialShapes, axes: int) -> list[list[int]]:
     try:
         for size in spatial_shapes:
             row = [size] if axes == 1 and not hasattr(size, "__len__") else list(size)  # type: ignore[arg-type]
-            # As it is where it is symbolic: to ask for its __index__ would fix it.
-            sizes.append([v if isinstance(v, int | torch.SymInt) else int(v.__index__()) for v in row])
+            sizes.append([_integer(v) for v in row])
     except (TypeError, AttributeError):
         raise TypeError(f"spatial_shapes is {spatial_shapes!r}; it must be a sequence of {expected}") from None
     if not sizes:
@@ -112,6 +111,11 @@ def level_sizes(spatial_shapes: SpatialShapes, axes: int) -> list[list[int]]:
         if len(row) != axes:
             raise ValueError(f"spatial_shapes has {len(row)} columns; sampling_locations has {axes} coordinates")
     return sizes
+
+
+def _integer(value: Any) -> Any:
+    # As it is where it is symbolic: to ask for its __index__ would fix it.
+    return value if isinstance(value, int | torch.SymInt) else int(value.__index__())
 
 
 def _points(num_points: int | Sequence[int] | None, sampling_locations: Tensor, levels: int) -> list[int]:
@@ -134,7 +138,7 @@ def _points(num_points: int | Sequence[int] | None, sampling_locations: Tensor, 
             )
         return [sampling_locations.shape[3]]
     try:
-        points = [num_points] * levels if isinstance(num_points, int) else [int(n.__index__()) for n in num_points]
+        points = [num_points] * levels if isinstance(num_points, int) else [_integer(n) for n in num_points]
     except (TypeError, AttributeError):
         raise TypeError(f"num_points is {num_points!r}; it must be an int or a sequence of ints") from None
     if len(points) != levels:
