@@ -80,8 +80,56 @@ def deform_conv(draw: random.Random) -> Call:
     return Call("deform_conv", list(named.values()), bool(named["offset"].isnan().any()))
 
 
+def deform_aggregate(draw: random.Random) -> Call:
+    """A call of deformable aggregation that has an output."""
+    from deformkit.ops.deform_aggregate.cases import Case
+
+    axes = draw.choice((1, 2, 2, 3))
+
+    def each(least: int, most: int) -> tuple[int, ...]:
+        return tuple(draw.randint(least, most) for _ in range(axes))
+
+    kernel, stride, padding, dilation = each(1, 3), each(1, 3), each(0, 4), each(1, 3)
+    extra = each(0, {1: 40, 2: 10, 3: 4}[axes])
+    size = tuple(
+        max(1, d * (k - 1) + 1 - 2 * p) + e for k, p, d, e in zip(kernel, padding, dilation, extra, strict=True)
+    )
+    heads, channels = draw.choice((1, 2, 3, 8)), draw.choice((1, 2, 3, 5, 8, 16, 17, 32, 40))
+    batch = draw.choice((0, 1, 1, 2, 3, 9))
+    if draw.random() < 0.004:  # a field that a kernel does not hold whole, of which few points are read
+        positions, heads, channels = draw.choice(((80_000, 4, 9), (300_000, 2, 9), (2_200_000, 1, 2)))
+        batch, size = 1, tuple(round(positions ** (1 / axes)) + draw.randint(0, 9) for _ in range(axes))
+        stride = tuple(max(1, s // draw.randint(2, {1: 300, 2: 20, 3: 6}[axes])) for s in size)
+    case = Case(
+        "fuzz",
+        batch,
+        size,
+        heads,
+        channels,
+        kernel,
+        stride,
+        padding,
+        dilation,
+        # Powers of two: they leave points that lie on grid lines there, in float32 as in float64.
+        offset_scale=draw.choice((1.0, 1.0, 2.0, 0.5, -0.25)),
+        remove_center=all(k % 2 for k in kernel) and max(kernel) > 1 and draw.random() < 0.5,
+        boundary=draw.choice(("zeros", "border")),
+        offset_std=draw.choice((0.0, 0.5, 2.0, 20.0, 1000.0)),
+    )
+    dtype = draw.choice(DTYPES)
+    named = case.arguments(dtype, seed=draw.getrandbits(30))
+    if dtype in (torch.float16, torch.bfloat16) and draw.random() < 0.5:
+        named["offset"] = named["offset"].float()
+    undefined = draw.random() < 0.2
+    named["offset"] = sprinkle(draw, named["offset"], (*WILD, torch.nan) if undefined else WILD)
+    return Call("deform_aggregate", list(named.values()), bool(named["offset"].isnan().any()))
+
+
 # One generator for each operator.
-GENERATORS: dict[str, Callable[[random.Random], Call]] = {"deform_conv": deform_conv}
+GENERATORS: dict[str, Callable[[random.Random], Call]] = {
+    "deform_aggregate": deform_aggregate,
+    "deform_conv": deform_conv,
+}
 
 
 def sprinkle(draw: random.Random, values: Tensor, specials: tuple[float, ...]) -> Tensor:

@@ -1,0 +1,136 @@
+"""Deformable aggregation at sizes where a kernel cuts its work, and where an index needs 64 bits."""
+
+from pathlib import Path
+
+import pytest
+import torch
+from close import assert_close, assert_equal
+from rooms import Call, double, evaluate
+
+import deformkit as dk
+from deformkit.ops._library import operators
+from deformkit.ops.deform_aggregate.cases import Case
+
+OPERATOR = operators["deform_aggregate"]
+
+# Fields of more than 16 MB of which few points are read, near the grid or anywhere; then many points of small fields.
+LARGE = [
+    Case("1d-long", 1, (600_000,), 2, 4, (2,), stride=97),
+    Case("1d-long-wild", 1, (600_000,), 1, 8, (2,), stride=97, offset_std=1e5),
+    Case("1d-long-border", 2, (1_300_000,), 2, 1, (3,), stride=500, offset_std=30.0, boundary="border"),
+    Case("2d-large", 1, (400, 391), 2, 17, (1, 2), stride=7, padding=1),
+    Case("2d-large-wild", 1, (400, 391), 1, 34, (2, 1), stride=9, offset_std=300.0),
+    Case("2d-large-border", 2, (300, 500), 4, 5, (1, 1), stride=(3, 7), offset_std=100.0, boundary="border"),
+    Case("2d-large-heads", 1, (390, 330), 18, 2, (3, 3), stride=9, remove_center=True),
+    Case("3d-large", 1, (40, 61, 60), 3, 11, (1, 1, 2), stride=(4, 5, 5)),
+    Case("3d-large-wild", 1, (40, 61, 60), 11, 3, (2, 1, 1), stride=4, offset_std=40.0),
+    Case("1d-blocks", 3, (3001,), 2, 24, (5,), padding=2),
+    Case("2d-blocks", 2, (37, 41), 3, 32, (3, 3), padding=1),
+    Case("2d-many-heads", 1, (31, 33), 70, 1, (3, 3), padding=1, offset_scale=2.0),
+    Case("2d-one-head", 2, (41, 38), 1, 67, (3, 3), padding=1, remove_center=True),
+    Case("2d-one-position", 3, (3, 3), 7, 16, (3, 3)),
+    Case("2d-many-images", 19, (9, 8), 2, 5, (3, 2), padding=1),
+    Case("3d-blocks", 1, (9, 12, 11), 2, 16, (3, 3, 3), padding=1),
+]
+each_large = pytest.mark.parametrize("case", LARGE, ids=lambda case: case.name)
+
+
+@each_large
+def test_values_and_gradients(case: Case) -> None:
+    check(case, torch.float32)
+
+
+@pytest.mark.parametrize("name", ["1d-long-wild", "2d-large-wild", "2d-blocks", "2d-many-heads"])
+def test_sums_do_not_pass_through_a_half_dtype(name: str) -> None:
+    check(next(case for case in LARGE if case.name == name), torch.bfloat16)
+
+
+def check(case: Case, dtype: torch.dtype) -> None:
+    args = Call(OPERATOR, case).arguments(dtype)
+    actual, reference = (evaluate(f, args, [0, 1, 2], dtype) for f in (OPERATOR, OPERATOR.reference))
+    truth = evaluate(OPERATOR.reference, double(args), [0, 1, 2], dtype)
+    names = ("output", "gradient of value", "gradient of offset", "gradient of weight")
+    for name, *results in zip(names, actual, truth, reference, strict=True):
+        assert_close(*results, name=name)
+
+
+@each_large
+def test_same_bits_at_any_number_of_threads_and_in_any_batch(case: Case) -> None:
+    args = Call(OPERATOR, case).arguments()
+    found = []
+    for threads in (1, 2, 3):
+        torch.set_num_threads(threads)
+        found.append(evaluate(OPERATOR, args, [0, 1, 2], torch.float32))
+    for one, *others in zip(*found, strict=True):
+        for other in others:
+            assert_equal(one, other)
+    if case.batch > 1:
+        last = [v[-1:] if i in OPERATOR.batched else v for i, v in enumerate(args)]
+        assert_equal(OPERATOR(*last), found[0][0][-1:])
+
+
+class Peak:
+    """The most memory, in MiB, that this process has held beyond what it held at the start."""
+
+    def __init__(self) -> None:
+        try:
+            Path("/proc/self/clear_refs").write_text("5")
+            self.start = self._read()
+        except OSError:
+            pytest.skip("the peak of memory can be reset on Linux only")
+
+    def _read(self) -> int:
+        status = Path("/proc/self/status").read_text()
+        return int(status.split("VmHWM:")[1].split()[0]) // 1024
+
+    def so_far(self) -> int:
+        return self._read() - self.start
+
+
+@pytest.mark.parametrize(
+    ("heads", "channels", "size", "stride"),
+    [
+        (1, 1, (2**31 + 64,), (2**27,)),
+        (1, 32, (2**26 + 64,), (2**22,)),
+        (16, 2, (2**26 + 64,), (2**22,)),
+        (1, 1, (2**16 + 64, 2**15), (2**12, 2**15)),
+        (1, 1, (2**11 + 64, 2**10, 2**10), (2**7, 2**10, 2**10)),
+    ],
+    ids=["1d", "1d-channels", "1d-heads", "2d", "3d"],
+)
+def test_more_than_2_to_the_31_elements(
+    heads: int, channels: int, size: tuple[int, ...], stride: tuple[int, ...]
+) -> None:
+    """All elements are one element in memory: an index that overflows reads elsewhere, or is taken for outside."""
+    axes, count, content = len(size), 17, 1.5
+    value = torch.full((1,) * (axes + 3), content, dtype=torch.float16).expand(1, *size, heads, channels)
+    assert value.numel() > 2**31
+    maps = (1, count, *[1] * (axes - 1), heads, 1)
+    offset = torch.zeros(*maps, axes)
+    offset[0, -2:, ..., 0] = torch.tensor([0.25, 63.5]).reshape(-1, *[1] * (axes + 1))
+    offset.requires_grad_()
+    weight = torch.full(maps, 2.0, dtype=torch.float16, requires_grad=True)
+    peak = Peak()
+    output = dk.deform_aggregate(value, offset, weight, 1, stride)
+    whole = 2 * content
+    for channel in output.flatten(-2).reshape(count, -1).T:
+        assert channel.tolist() == [whole] * (count - 1) + [whole / 2]
+    output.sum().backward()
+    for head in offset.grad[..., 0, 0].reshape(count, heads).T:
+        assert head.tolist() == [0.0] * (count - 1) + [-whole * channels]
+    for head in weight.grad.reshape(count, heads).T:
+        assert head.tolist() == [content * channels] * (count - 1) + [content * channels / 2]
+    assert peak.so_far() < 300, "memory that grows with the value"
+
+
+def test_workspace_does_not_grow_with_the_image() -> None:
+    """What all taps read would take 324 MB here, and twice that in the backward."""
+    value = torch.randn(1, 750, 750, 2, 8)
+    weight = torch.zeros(1, 750, 750, 2, 9)
+    offset = torch.zeros(1, 750, 750, 2, 9, 2)
+    steps = ([3, 3], [1, 1], [1, 1], [1, 1], 1.0, False, "zeros")
+    peak = Peak()
+    output = OPERATOR(value, offset, weight, *steps)
+    grads = operators["deform_aggregate_backward"](output, value, offset, weight, *steps, [True, True, True])
+    kept = sum(t.numel() * t.element_size() for t in (output, *grads)) // 2**20
+    assert peak.so_far() - kept < 150

@@ -1,0 +1,221 @@
+"""What deformable aggregation promises at the edges: undefined, infinite and far points, empty and large calls."""
+
+import subprocess
+import sys
+from typing import Any
+
+import fuzz
+import pytest
+import torch
+from close import assert_close, assert_equal
+from rooms import CALLS, Call, double, evaluate
+from torch import Tensor
+
+import deformkit as dk
+from deformkit.ops._library import operators
+from deformkit.ops.deform_aggregate.cases import Case
+
+OPERATOR = operators["deform_aggregate"]
+NAMES = ["output", "value", "offset", "weight"]
+OURS = [call for call in CALLS if call.operator is OPERATOR]
+every_case = pytest.mark.parametrize("call", OURS, ids=lambda c: c.case.name)
+boundaries = pytest.mark.parametrize("boundary", ["zeros", "border"])
+PLAIN = {
+    1: Case("1d", 2, (9,), 3, 4, (3,), padding=1),
+    2: Case("2d", 2, (5, 6), 3, 4, (3, 3), padding=1),
+    3: Case("3d", 2, (3, 4, 3), 3, 4, (2, 3, 2), padding=1),
+}
+
+
+def results(named: dict[str, Any], dtype: torch.dtype = torch.float32) -> dict[str, Tensor]:
+    """Output and gradients by name."""
+    found = evaluate(
+        lambda *v: dk.deform_aggregate(**dict(zip(named, v, strict=True))), list(named.values()), [0, 1, 2], dtype
+    )
+    return dict(zip(NAMES, found, strict=True))
+
+
+def check_against_reference(call: Call, args: list[Any]) -> None:
+    positions = call.positions(args)
+    dtype = args[0].dtype
+    actual, reference = (evaluate(f, args, positions, dtype) for f in (call.operator, call.operator.reference))
+    truth = evaluate(call.operator.reference, double(args), positions, dtype)
+    for name, *trio in zip(NAMES, actual, truth, reference, strict=True):
+        assert_close(*trio, name=name)
+
+
+# Undefined and infinite
+
+
+@boundaries
+def test_nan_offset_is_visible_and_local(axes: int, boundary: str) -> None:
+    named = {**PLAIN[axes].arguments(), "boundary": boundary}
+    clean = results(named)
+    place = (1, *[1] * axes, 2, 1)  # image, position, head, tap
+    named["offset"][(*place, 0)] = torch.nan
+    marked = results(named)
+    for name, where in {"output": place[:-1], "offset": place, "weight": place, "value": None}.items():
+        expected = torch.zeros_like(clean[name], dtype=torch.bool)
+        if where is not None:
+            expected[where] = True
+        assert torch.equal(marked[name].isnan(), expected), name
+        if name != "value":  # whose gradient has lost what the point contributed
+            assert_equal(marked[name][~expected], clean[name][~expected], name)
+
+
+@every_case
+@pytest.mark.parametrize("specials", [fuzz.WILD, (*fuzz.WILD, torch.nan)], ids=["far", "far and nan"])
+def test_special_offsets_agree_with_the_reference(call: Call, specials: tuple[float, ...]) -> None:
+    named = call.case.arguments()
+    values = torch.tensor(specials)[torch.randint(len(specials), named["offset"].shape)]
+    named["offset"] = torch.where(torch.rand(named["offset"].shape) < 0.2, values, named["offset"])
+    check_against_reference(call, list(named.values()))
+
+
+@pytest.mark.parametrize("scale", [1.0, -2.0])
+@pytest.mark.parametrize("far", [torch.inf, -torch.inf, 1e20, -1e20, 3e38, 1e5, -1e5])
+def test_a_far_point_contributes_nothing(axes: int, far: float, scale: float) -> None:
+    named = {**PLAIN[axes].arguments(), "offset_scale": scale}
+    named["offset"][..., -1] = far
+    for name, found in results(named).items():
+        assert not found.any(), name
+
+
+@pytest.mark.parametrize("far", [torch.inf, -torch.inf, 1e20, -1e20, 1e5, -1e5])
+def test_a_far_point_reads_the_border(axes: int, far: float) -> None:
+    named = {**PLAIN[axes].arguments(), "boundary": "border"}
+    named["offset"].fill_(far)
+    found = results(named)
+    corner = named["value"][(slice(None), *[slice(-1, None) if far > 0 else slice(0, 1)] * axes)]
+    whole = corner.double() * named["weight"].double().sum(-1, keepdim=True)
+    assert_close(found["output"], whole)
+    assert not found["offset"].any()
+
+
+@pytest.mark.parametrize("poison", [torch.nan, torch.inf])
+def test_a_corner_outside_does_not_leak(axes: int, poison: float) -> None:
+    """Poison on the border of the field: points outside, whose corners would be clamped onto it, do not see it."""
+    named = PLAIN[axes].arguments()
+    field = torch.full_like(named["value"], poison)
+    field[(slice(None), *[slice(1, -1)] * axes)] = 0.0
+    named["value"] = field
+    named["offset"].fill_(-100.0)
+    for name, found in results(named).items():
+        assert found.isfinite().all(), name
+
+
+def test_poison_is_seen_where_it_is_read(axes: int) -> None:
+    """A corner in the field counts even with weight 0, as in grid_sample: only what is outside is skipped."""
+    named = PLAIN[axes].arguments()
+    named["offset"] = torch.zeros_like(named["offset"])
+    named["value"][(0, *[2] * axes, 1, 3)] = torch.inf
+    found = dk.deform_aggregate(**named)
+    expected = OPERATOR.reference(*named.values())
+    assert torch.equal(found.isfinite(), expected.isfinite())
+    assert not found[0, ..., 1, 3].isfinite().all() and found[1].isfinite().all()
+    found[..., 1, 3] = 0
+    assert found.isfinite().all(), "another head or channel"
+
+
+@every_case
+def test_on_grid_lines_as_the_reference(call: Call) -> None:
+    named = call.case.arguments()
+    # Scales that a float32 holds exactly: another one puts the points beside the lines, and on either side of them.
+    named["offset_scale"] = round(4 * named["offset_scale"]) / 4
+    named["offset"] = named["offset"].round()
+    check_against_reference(call, list(named.values()))
+    named["offset"] = torch.zeros_like(named["offset"])
+    check_against_reference(call, list(named.values()))
+
+
+def test_a_zero_offset_at_the_padding_can_start_to_learn(axes: int) -> None:
+    """At exactly -1 the derivative is the right-hand one: the first tap of a padded layer at zero offset is there."""
+    value = torch.full((1, *[4] * axes, 1, 1), 3.0)
+    offset = torch.zeros(1, *[6] * axes, 1, 1, axes, requires_grad=True)
+    dk.deform_aggregate(value, offset, torch.ones(1, *[6] * axes, 1, 1), 1, padding=1).sum().backward()
+    for axis in range(axes):
+        line = offset.grad[0, ..., 0, 0, axis].movedim(axis, -1)[(*[2] * (axes - 1), slice(None))]
+        assert line.tolist() == [3, 0, 0, 0, -3, 0]  # at -1, 0, 1, 2, 3 and, at the far end, 4
+
+
+def test_a_scale_of_zero_reads_the_centre(axes: int) -> None:
+    """Every tap reads the centre of its window, and no offset moves it."""
+    named = {**PLAIN[axes].arguments(), "kernel_size": [3] * axes, "padding": [1] * axes, "offset_scale": 0.0}
+    maps = (2, *PLAIN[axes].size, 3, 3**axes)
+    named.update(offset=torch.randn(*maps, axes), weight=torch.rand(maps))
+    found = results(named)
+    assert_close(found["output"], named["value"].double() * named["weight"].double().sum(-1, keepdim=True))
+    assert not found["offset"].any()
+
+
+# Empty and small
+
+
+@boundaries
+def test_batch_zero_forward_and_backward(axes: int, boundary: str, dtype: torch.dtype) -> None:
+    named = PLAIN[axes].arguments(dtype)
+    named.update({name: named[name][:0] for name in NAMES[1:]}, boundary=boundary)
+    found = results(named, dtype)
+    assert found["output"].shape == (0, *named["offset"].shape[1:-2], 4)
+    for name in NAMES[1:]:
+        assert found[name].shape == named[name].shape
+
+
+@every_case
+def test_batch_zero_by_the_reference(call: Call) -> None:
+    args = call.arguments()
+    args = [v[:0] if i in call.operator.batched else v for i, v in enumerate(args)]
+    found = [evaluate(f, args, call.positions(args), torch.float32) for f in (call.operator, call.operator.reference)]
+    for one, other in zip(*found, strict=True):
+        assert_equal(one, other)
+
+
+@pytest.mark.parametrize("batch", [1, 7, 11])
+@pytest.mark.parametrize("channels", [1, 2, 7, 9, 17, 33])
+def test_any_batch_and_any_number_of_channels(batch: int, channels: int) -> None:
+    for axes, heads in ((1, 5), (2, 1), (3, 3)):
+        call = Call(OPERATOR, Case(**{**PLAIN[axes].__dict__, "batch": batch, "channels": channels, "heads": heads}))
+        check_against_reference(call, call.arguments())
+
+
+# The same bits
+
+
+@every_case
+def test_same_bits_at_any_number_of_threads(call: Call, dtype: torch.dtype) -> None:
+    args = call.arguments(dtype)
+    found = []
+    for threads in (1, 2, 3):
+        torch.set_num_threads(threads)
+        found.append(evaluate(call.operator, args, call.positions(args), dtype))
+    for other in found[1:]:
+        for name, one, two in zip(NAMES, found[0], other, strict=True):
+            assert_equal(one, two, name)
+
+
+# Memory
+
+
+CRASH = """
+import torch, deformkit as dk
+torch.manual_seed(0)
+wild = [torch.nan, torch.inf, -torch.inf, 1e38, -1e38, 2.0**31, -2.0**31, 2.0**63, -2.0**63, -1.0, 1e5, -1e5]
+for axes in (1, 2, 3):
+    for dtype in (torch.float32, torch.bfloat16):
+        for boundary in ("zeros", "border"):
+            for value in wild:
+                field = torch.randn(2, *[5] * axes, 2, 16, dtype=dtype, requires_grad=True)
+                weight = torch.randn(2, *[5] * axes, 2, 3**axes, dtype=dtype, requires_grad=True)
+                offset = torch.randn(*weight.shape, axes, dtype=dtype)
+                offset = torch.where(torch.rand(offset.shape) < 0.5, torch.tensor(value).to(dtype), offset)
+                offset.requires_grad_()
+                dk.deform_aggregate(
+                    field, offset, weight, 3, padding=1, offset_scale=100.0, boundary=boundary
+                ).sum().backward()
+print("survived")
+"""
+
+
+def test_wild_offsets_do_not_crash() -> None:
+    done = subprocess.run([sys.executable, "-c", CRASH], capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stdout) == (0, "survived\n"), done.stderr
