@@ -125,10 +125,45 @@ def deform_aggregate(draw: random.Random) -> Call:
     return Call("deform_aggregate", list(named.values()), bool(named["offset"].isnan().any()))
 
 
+def ms_deform_attn(draw: random.Random) -> Call:
+    """A call of multi-scale deformable attention."""
+    from deformkit.ops.ms_deform_attn.cases import Case
+
+    axes = draw.choice((1, 2, 2, 3))
+    levels = draw.randint(1, 4)
+    most = {1: 60, 2: 12, 3: 6}[axes]
+    sizes = tuple(tuple(draw.randint(1, most) for _ in range(axes)) for _ in range(levels))
+    points = [draw.choice((0, 1, 2, 4, 5)) for _ in range(levels)]
+    points[draw.randrange(levels)] += 1
+    batch, queries = draw.choice((0, 1, 1, 2, 3, 9)), draw.choice((0, 1, 2, 7, 33, 150))
+    heads, channels = draw.choice((1, 2, 3, 8)), draw.choice((1, 2, 3, 5, 8, 16, 17, 32, 40))
+    if draw.random() < 0.004:  # a field that a kernel does not hold whole, of which few points are read
+        positions, heads, channels = draw.choice(((80_000, 2, 32), (100_000, 4, 9), (100_000, 3, 16)))
+        batch, sizes = 1, ((round(positions ** (1 / axes)),) * axes, *sizes[1:])
+    case = Case(
+        "fuzz",
+        batch,
+        sizes,
+        queries,
+        heads,
+        channels,
+        tuple(points),
+        mode=draw.choice(("linear", "linear", "nearest")),
+        reach=draw.choice((0.0, 1.5, 100.0)),
+        near=draw.choice((None, 2.0)) if queries <= sum(map(prod, sizes)) else None,
+    )
+    named = case.arguments(draw.choice(DTYPES), seed=draw.getrandbits(30))
+    undefined = draw.random() < 0.2
+    locations = sprinkle(draw, named["sampling_locations"], (*WILD, torch.nan) if undefined else WILD)
+    named["sampling_locations"] = locations
+    return Call("ms_deform_attn", list(named.values()), bool(locations.isnan().any()))
+
+
 # One generator for each operator.
 GENERATORS: dict[str, Callable[[random.Random], Call]] = {
     "deform_aggregate": deform_aggregate,
     "deform_conv": deform_conv,
+    "ms_deform_attn": ms_deform_attn,
 }
 
 

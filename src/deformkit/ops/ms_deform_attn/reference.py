@@ -36,7 +36,7 @@ def ms_deform_attn(
     dtype = compute_dtype(value.dtype)
 
     sizes = [list(spatial_shapes[i : i + axes]) for i in range(0, len(spatial_shapes), axes)]
-    fields = value.permute(0, 2, 3, 1).reshape(batch * heads, channels, -1).split([prod(size) for size in sizes], -1)
+    fields = value.permute(0, 2, 3, 1).flatten(0, 1).split([prod(size) for size in sizes], -1)
     # Per sample and head: [B*H, Q, P, N], in tensor-axis order, and [B*H, Q, P].
     locations = sampling_locations.flip(-1).to(dtype).transpose(1, 2).flatten(0, 1).split(list(num_points), 2)
     weights = attention_weights.to(dtype).transpose(1, 2).flatten(0, 1).split(list(num_points), 2)

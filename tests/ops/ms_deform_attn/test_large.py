@@ -1,0 +1,119 @@
+"""Multi-scale deformable attention at sizes where a kernel cuts its work, and where an index needs 64 bits."""
+
+from math import prod
+from pathlib import Path
+
+import pytest
+import torch
+from close import assert_close, assert_equal
+from rooms import Call, double, evaluate, needs_kernel
+
+import deformkit as dk
+from deformkit.ops._library import operators
+from deformkit.ops.ms_deform_attn.cases import Case
+
+OPERATOR = operators["ms_deform_attn"]
+
+LARGE = [
+    Case("1d-long", 1, ((100_000,), (3_000,)), 300, 4, 16, (3, 2)),
+    Case("1d-many-queries", 2, ((700,), (300,)), 3001, 3, 20, (2, 3)),
+    Case("1d-near", 1, ((3000,), (1500,)), 4500, 2, 32, (4, 4), near=2.0),
+    Case("2d-decoder", 3, ((50, 61), (25, 31), (13, 16)), 150, 8, 32, (4, 4, 4), reach=0.0),
+    Case("2d-encoder", 2, ((31, 37), (16, 19), (8, 10)), 1459, 5, 24, (4, 4, 4), near=2.0),
+    Case("2d-encoder-nearest", 1, ((31, 37), (16, 19), (8, 10)), 1459, 5, 24, (4, 1, 2), mode="nearest", near=2.0),
+    Case("2d-wide", 1, ((400, 391),), 211, 2, 70, (5,)),
+    Case("2d-many-heads", 1, ((20, 21),), 97, 67, 3, (3,)),
+    Case("2d-many-samples", 19, ((6, 7), (3, 4)), 13, 2, 8, (2, 2)),
+    Case("2d-one-pixel", 2, ((1, 1), (1, 1)), 2003, 2, 16, (3, 2)),
+    Case("3d-volume", 1, ((16, 20, 21), (8, 10, 11)), 900, 3, 16, (4, 4)),
+    Case("3d-near", 1, ((9, 10, 11), (4, 5, 6)), 1110, 2, 33, (3, 2), near=2.0),
+]
+each_large = pytest.mark.parametrize("case", LARGE, ids=lambda case: case.name)
+
+
+@each_large
+def test_values_and_gradients(case: Case) -> None:
+    check(case, torch.float32)
+
+
+@pytest.mark.parametrize("name", ["1d-many-queries", "2d-encoder", "2d-one-pixel", "3d-near"])
+def test_sums_do_not_pass_through_a_half_dtype(name: str) -> None:
+    check(next(case for case in LARGE if case.name == name), torch.bfloat16)
+
+
+def check(case: Case, dtype: torch.dtype) -> None:
+    args = Call(OPERATOR, case).arguments(dtype)
+    positions = list(OPERATOR.differentiable)
+    actual = evaluate(OPERATOR, args, positions, dtype)
+    reference = evaluate(OPERATOR.reference, args, positions, dtype)
+    truth = evaluate(OPERATOR.reference, double(args), positions, dtype)
+    for i, results in zip([None, *positions], zip(actual, truth, reference, strict=True), strict=True):
+        assert_close(*results, name="output" if i is None else f"gradient of {OPERATOR.arguments[i]}")
+
+
+@needs_kernel("ms_deform_attn")
+@each_large
+def test_same_bits_at_any_number_of_threads_and_in_any_batch(case: Case) -> None:
+    args = Call(OPERATOR, case).arguments()
+    positions = list(OPERATOR.differentiable)
+    found = []
+    for threads in (1, 2, 3):
+        torch.set_num_threads(threads)
+        found.append(evaluate(OPERATOR, args, positions, torch.float32))
+    for one, *others in zip(*found, strict=True):
+        for other in others:
+            assert_equal(one, other)
+    if case.batch > 1:
+        last = [v[-1:] if i in OPERATOR.batched else v for i, v in enumerate(args)]
+        assert_equal(OPERATOR(*last), found[0][0][-1:])
+
+
+class Peak:
+    """The most memory, in MiB, that this process has held beyond what it held at the start."""
+
+    def __init__(self) -> None:
+        try:
+            Path("/proc/self/clear_refs").write_text("5")
+            self.start = self._read()
+        except OSError:
+            pytest.skip("the peak of memory can be reset on Linux only")
+
+    def _read(self) -> int:
+        status = Path("/proc/self/status").read_text()
+        return int(status.split("VmHWM:")[1].split()[0]) // 1024
+
+    def so_far(self) -> int:
+        return self._read() - self.start
+
+
+@needs_kernel("ms_deform_attn")
+@pytest.mark.parametrize("mode", ["linear", "nearest"])
+@pytest.mark.parametrize(
+    ("heads", "channels", "sizes"),
+    [
+        (1, 1, [(2**33,)]),
+        (4, 8, [(2**28,)]),
+        (1, 1, [(2**17, 2**16)]),
+        (1, 1, [(2**13, 2**10, 2**10)]),
+        (1, 2, [(2**16, 2**16), (2**10, 2**10), (5, 3)]),
+    ],
+    ids=["1d", "1d-channels", "2d", "3d", "2d-levels"],
+)
+def test_more_than_2_to_the_31_elements(heads: int, channels: int, sizes: list[tuple[int, ...]], mode: str) -> None:
+    """All elements are one element in memory: an index that overflows reads elsewhere, or is taken for outside."""
+    axes, levels, value = len(sizes[0]), len(sizes), 1.5
+    length = sum(map(prod, sizes))
+    field = torch.full((1, 1, 1, 1), value, dtype=torch.float16).expand(1, length, heads, channels)
+    # Along the first axis from one end to the other, in the middle of the others. Exact in every step.
+    along = torch.tensor([0.125, 0.25, 0.5, 0.75, 0.875])
+    locations = torch.full((1, 5, heads, levels, 1, axes), 0.5)
+    locations[..., -1] = along.reshape(1, 5, 1, 1, 1)
+    locations.requires_grad_()
+    weights = torch.ones(1, 5, heads, levels, 1, dtype=torch.float16, requires_grad=True)
+    peak = Peak()
+    output = dk.ms_deform_attn(field, sizes, locations, weights, mode=mode)
+    assert_equal(output, torch.full_like(output, value * levels))
+    output.sum().backward()
+    assert_equal(weights.grad, torch.full_like(weights, value * channels))
+    assert_equal(locations.grad, torch.zeros_like(locations))
+    assert peak.so_far() < 300, "memory that grows with the value"
