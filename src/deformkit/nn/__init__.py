@@ -6,3 +6,4 @@ from .deform_conv import DeformConv3d as DeformConv3d
 from .deform_conv import PackedDeformConv1d as PackedDeformConv1d
 from .deform_conv import PackedDeformConv2d as PackedDeformConv2d
 from .deform_conv import PackedDeformConv3d as PackedDeformConv3d
+from .ms_deform_attn import MSDeformAttn as MSDeformAttn

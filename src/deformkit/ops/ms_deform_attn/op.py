@@ -82,7 +82,8 @@ def ms_deform_attn(
             f"attention_weights has shape {list(attention_weights.shape)}; with sampling_locations of shape "
             f"{list(sampling_locations.shape)} it must be {list(sampling_locations.shape[:-1])}"
         )
-    sizes = level_sizes(spatial_shapes, sampling_locations.shape[-1])
+    axes = sampling_locations.shape[-1]
+    sizes = level_sizes("spatial_shapes", spatial_shapes, axes, f"sampling_locations has {axes} coordinates")
     points = _points(num_points, sampling_locations, len(sizes))
     if sampling_locations.dim() == 6:
         sampling_locations, attention_weights = sampling_locations.flatten(3, 4), attention_weights.flatten(3, 4)
@@ -91,11 +92,18 @@ def ms_deform_attn(
     return _operator(value, flat_sizes, sampling_locations, attention_weights, points, mode)
 
 
-def level_sizes(spatial_shapes: SpatialShapes, axes: int) -> list[list[int]]:
-    """``spatial_shapes`` as L lists of ``axes`` ints, from any of the forms that it may have."""
+def level_sizes(name: str, spatial_shapes: SpatialShapes, axes: int, beside: str) -> list[list[int]]:
+    """``spatial_shapes`` as L lists of ``axes`` ints, from any of the forms that it may have.
+
+    Args:
+        name: of the argument, for messages.
+        spatial_shapes: see :func:`ms_deform_attn`.
+        axes: how many ints each level must have.
+        beside: who says so, such as ``"sampling_locations has 2 coordinates"``.
+    """
     if isinstance(spatial_shapes, Tensor):
         if spatial_shapes.dtype not in _INTEGERS:
-            raise TypeError(f"spatial_shapes has dtype {spatial_shapes.dtype}; it must be an integer dtype")
+            raise TypeError(f"{name} has dtype {spatial_shapes.dtype}; it must be an integer dtype")
         spatial_shapes = spatial_shapes.tolist()
     expected = "ints, or tuples of 1 int" if axes == 1 else f"tuples of {axes} ints"
     sizes: list[list[Any]] = []
@@ -104,12 +112,12 @@ def level_sizes(spatial_shapes: SpatialShapes, axes: int) -> list[list[int]]:
             row = [size] if axes == 1 and not hasattr(size, "__len__") else list(size)  # type: ignore[arg-type]
             sizes.append([_integer(v) for v in row])
     except (TypeError, AttributeError):
-        raise TypeError(f"spatial_shapes is {spatial_shapes!r}; it must be a sequence of {expected}") from None
+        raise TypeError(f"{name} is {spatial_shapes!r}; it must be a sequence of {expected}") from None
     if not sizes:
-        raise ValueError("spatial_shapes is empty; it needs at least one level")
+        raise ValueError(f"{name} is empty; it needs at least one level")
     for row in sizes:
         if len(row) != axes:
-            raise ValueError(f"spatial_shapes has {len(row)} columns; sampling_locations has {axes} coordinates")
+            raise ValueError(f"{name} has {len(row)} columns; {beside}")
     return sizes
 
 

@@ -1,0 +1,252 @@
+"""The layer of multi-scale deformable attention, which predicts its locations and weights from the queries."""
+
+from collections.abc import Sequence
+from math import pi, sqrt
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..ops._shape import check_tensor, compute_dtype
+from ..ops.ms_deform_attn.op import SpatialShapes, level_sizes, ms_deform_attn
+
+
+class MSDeformAttn(nn.Module):
+    """Multi-scale deformable attention: every query reads a few points, that it predicts, on every level of a pyramid.
+
+    ``output[b, q] = output_proj(concatenation over h of sum over l, p of
+    weight[b, q, h, l, p] * sample(value_l[b, h], location[b, q, h, l, p]))``
+
+    with ``value = value_proj(input_flatten)``, ``weight = softmax over l, p of attention_weights(query)`` and, for
+    reference points, ``location = reference_points[b, q, l] + sampling_offsets(query) / size_l``; for reference boxes
+    ``location = centre + sampling_offsets(query) / n_points * box_size / 2``. See :func:`deformkit.ms_deform_attn`.
+
+    A new layer looks from its reference point into as many directions as it has heads, point i at i + 1 pixels, and
+    weighs all points alike; in three dimensions the directions are spread over a sphere, in one they alternate.
+    The parameters are those of Deformable DETR, by name and order.
+
+    Args:
+        d_model: width of queries, inputs and outputs.
+        n_levels: L, levels of the pyramid.
+        n_heads: H; it divides ``d_model``.
+        n_points: P, points of one head on one level; or a list with one number for each level.
+        spatial_dims: N, axes of a level: 1, 2 or 3.
+        device: where the parameters are.
+        dtype: of the parameters.
+
+    Shapes of ``forward(query, reference_points, input_flatten, input_spatial_shapes, input_level_start_index=None,
+    input_padding_mask=None)``, all coordinates **x first**, normalised to 0 .. 1 over the levels:
+
+        * ``query [B, Q, d_model]``;
+        * ``reference_points [B, Q, L, N]``, or boxes ``[B, Q, L, 2N]``: centre, then size; an axis L of 1 serves all
+          levels. They should be float32 (float64 in a float64 layer) also where the rest is half: in half precision a
+          location may be off by more than a pixel;
+        * ``input_flatten [B, S, d_model]``: the levels, each flattened in row-major order, one after the other;
+        * ``input_spatial_shapes``: the size of each level in tensor-axis order, ``[(h, w), ...]``; a tensor ``[L, N]``
+          is read once, which waits for its device and cannot be compiled;
+        * ``input_level_start_index``: is not read, since the shapes say where a level starts; Deformable DETR has it
+          in this place;
+        * ``input_padding_mask [B, S]``: bool, True where the input is padding, whose values become 0;
+        * output ``[B, Q, d_model]``.
+
+    Raises:
+        TypeError: an argument has the wrong type or dtype.
+        ValueError: a value or a shape that does not fit, by name.
+
+    Example:
+        >>> layer = MSDeformAttn(64, n_levels=2, n_heads=4)
+        >>> pyramid = torch.randn(2, 32 * 48 + 16 * 24, 64)
+        >>> layer(torch.randn(2, 100, 64), torch.rand(2, 100, 2, 2), pyramid, [(32, 48), (16, 24)]).shape
+        torch.Size([2, 100, 64])
+
+    Paper: Deformable DETR, https://arxiv.org/abs/2010.04159.
+    """
+
+    def __init__(
+        self,
+        d_model: int = 256,
+        n_levels: int = 4,
+        n_heads: int = 8,
+        n_points: int | Sequence[int] = 4,
+        *,
+        spatial_dims: int = 2,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        for name, count in (("d_model", d_model), ("n_levels", n_levels), ("n_heads", n_heads)):
+            _check_count(name, count, 1)
+        if spatial_dims not in (1, 2, 3):
+            raise ValueError(f"spatial_dims is {spatial_dims!r}; it must be 1, 2 or 3")
+        if d_model % n_heads:
+            raise ValueError(f"d_model is {d_model}; it must be divisible by n_heads, which is {n_heads}")
+        super().__init__()
+        self.d_model = d_model
+        self.n_levels = n_levels
+        self.n_heads = n_heads
+        self._level_points = _level_points(n_points, n_levels)
+        self.n_points = n_points if isinstance(n_points, int) else self._level_points
+        self.spatial_dims = spatial_dims
+        points = n_heads * sum(self._level_points)
+        made: dict[str, Any] = {"device": device, "dtype": dtype}
+        self.sampling_offsets = nn.Linear(d_model, points * spatial_dims, **made)
+        self.attention_weights = nn.Linear(d_model, points, **made)
+        self.value_proj = nn.Linear(d_model, d_model, **made)
+        self.output_proj = nn.Linear(d_model, d_model, **made)
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """Draw the projections, and set the points to look around the reference point, all with the same weight."""
+        nn.init.zeros_(self.sampling_offsets.weight)
+        steps = torch.cat([torch.arange(1.0, points + 1) for points in self._level_points])
+        bias = _directions(self.n_heads, self.spatial_dims)[:, None] * steps[:, None]
+        with torch.no_grad():
+            self.sampling_offsets.bias.copy_(bias.flatten())
+        nn.init.zeros_(self.attention_weights.weight)
+        nn.init.zeros_(self.attention_weights.bias)
+        for projection in (self.value_proj, self.output_proj):
+            nn.init.xavier_uniform_(projection.weight)
+            nn.init.zeros_(projection.bias)
+
+    def forward(
+        self,
+        query: Tensor,
+        reference_points: Tensor,
+        input_flatten: Tensor,
+        input_spatial_shapes: SpatialShapes,
+        input_level_start_index: Any = None,
+        input_padding_mask: Tensor | None = None,
+    ) -> Tensor:
+        """What every query reads; see the class for shapes."""
+        self._check_features("query", query)
+        self._check_features("input_flatten", input_flatten)
+        if input_flatten.shape[0] != query.shape[0]:
+            raise ValueError(f"input_flatten has batch size {input_flatten.shape[0]}; query has {query.shape[0]}")
+        sizes = self._sizes(input_spatial_shapes)
+        locations = self._locations(query, reference_points, sizes)
+        weights = self.attention_weights(query).unflatten(-1, (self.n_heads, -1)).softmax(-1)
+        value = self.value_proj(input_flatten)
+        if input_padding_mask is not None:
+            check_tensor("input_padding_mask", input_padding_mask)
+            if input_padding_mask.dtype != torch.bool:
+                raise TypeError(f"input_padding_mask has dtype {input_padding_mask.dtype}; it must be torch.bool")
+            if input_padding_mask.shape != value.shape[:2]:
+                raise ValueError(
+                    f"input_padding_mask has shape {list(input_padding_mask.shape)}; "
+                    f"it must be {list(value.shape[:2])}, as input_flatten without its last axis"
+                )
+            value = value.masked_fill(input_padding_mask.unsqueeze(-1), 0.0)
+        value = value.unflatten(-1, (self.n_heads, -1))
+        return self.output_proj(ms_deform_attn(value, sizes, locations, weights, num_points=self._level_points))
+
+    def sampling_locations(
+        self, query: Tensor, reference_points: Tensor, input_spatial_shapes: SpatialShapes
+    ) -> Tensor:
+        """Where the layer reads its input; arguments as those of ``forward``.
+
+        Returns:
+            ``[B, Q, H, L, P, N]``, or ``[B, Q, H, P, N]`` with the points of all levels one after the other if
+            ``n_points`` is a list: x first, normalised to 0 .. 1 over the levels, in float32 or float64.
+
+        Raises:
+            TypeError: an argument has the wrong type or dtype.
+            ValueError: a shape that does not fit, by name.
+
+        Example:
+            >>> layer = MSDeformAttn(64, n_levels=2, n_heads=4)
+            >>> shapes = [(32, 48), (16, 24)]
+            >>> layer.sampling_locations(torch.randn(2, 100, 64), torch.rand(2, 100, 2, 2), shapes).shape
+            torch.Size([2, 100, 4, 2, 4, 2])
+        """
+        locations = self._locations(query, reference_points, self._sizes(input_spatial_shapes))
+        return locations.unflatten(3, (self.n_levels, self.n_points)) if isinstance(self.n_points, int) else locations
+
+    def extra_repr(self) -> str:
+        """The arguments."""
+        text = f"d_model={self.d_model}, n_levels={self.n_levels}, n_heads={self.n_heads}, n_points={self.n_points}"
+        return text if self.spatial_dims == 2 else f"{text}, spatial_dims={self.spatial_dims}"
+
+    def _locations(self, query: Tensor, reference_points: Tensor, sizes: list[list[int]]) -> Tensor:
+        """``[B, Q, H, P, N]``, computed in float32 at least, whatever the dtypes of the layer and of autocast."""
+        axes, heads = self.spatial_dims, self.n_heads
+        self._check_features("query", query)
+        check_tensor("reference_points", reference_points)
+        if not reference_points.is_floating_point():
+            raise TypeError(f"reference_points has dtype {reference_points.dtype}; it must be a floating dtype")
+        batch, queries, _ = query.shape
+        if (
+            reference_points.dim() != 4
+            or reference_points.shape[:2] != query.shape[:2]
+            or reference_points.shape[2] not in (1, self.n_levels)
+            or reference_points.shape[3] not in (axes, 2 * axes)
+        ):
+            raise ValueError(
+                f"reference_points has shape {list(reference_points.shape)}; it must be "
+                f"{[batch, queries, self.n_levels, axes]}, or with {2 * axes} coordinates for boxes"
+            )
+        offsets = self.sampling_offsets(query).unflatten(-1, (heads, -1, axes))
+        offsets = offsets.to(compute_dtype(offsets.dtype))
+        references = reference_points.to(offsets.dtype).expand(-1, -1, self.n_levels, -1)
+        references = self._of_points(references, 2).unsqueeze(2)
+        if references.shape[-1] == axes:
+            extent = torch.tensor([size[::-1] for size in sizes], device=offsets.device)
+            return references + offsets / self._of_points(extent, 0)
+        counts = torch.tensor(self._level_points, device=offsets.device).unsqueeze(-1)
+        return references[..., :axes] + offsets / self._of_points(counts, 0) * references[..., axes:] * 0.5
+
+    def _of_points(self, levels: Tensor, dim: int) -> Tensor:
+        """What each point has of its level: every entry along ``dim`` as often as its level has points."""
+        parts = zip(levels.split(1, dim), self._level_points, strict=True)
+        return torch.cat(
+            [level.expand(*level.shape[:dim], points, *level.shape[dim + 1 :]) for level, points in parts], dim
+        )
+
+    def _sizes(self, input_spatial_shapes: SpatialShapes) -> list[list[int]]:
+        beside = f"this layer has spatial_dims={self.spatial_dims}"
+        sizes = level_sizes("input_spatial_shapes", input_spatial_shapes, self.spatial_dims, beside)
+        if len(sizes) != self.n_levels:
+            raise ValueError(f"input_spatial_shapes has {len(sizes)} levels; this layer has n_levels={self.n_levels}")
+        return sizes
+
+    def _check_features(self, name: str, value: Tensor) -> None:
+        check_tensor(name, value)
+        if value.dim() != 3 or value.shape[-1] != self.d_model:
+            raise ValueError(f"{name} has shape {list(value.shape)}; it must have 3 axes, the last of {self.d_model}")
+
+
+def _directions(heads: int, axes: int) -> Tensor:
+    """``[H, N]``: one direction for each head, x first, scaled so that its largest component is 1 or -1."""
+    head = torch.arange(heads, dtype=torch.float64)
+    if axes == 1:
+        directions = (1 - 2 * (head % 2)).unsqueeze(-1)
+    elif axes == 2:
+        angle = head * (2 * pi / heads)
+        directions = torch.stack([angle.cos(), angle.sin()], -1)
+    else:
+        # A spiral from pole to pole that turns by the golden angle: no two points of it come close.
+        height, angle = 1 - (2 * head + 1) / heads, head * (pi * (3 - sqrt(5)))
+        radius = (1 - height**2).sqrt()
+        directions = torch.stack([radius * angle.cos(), radius * angle.sin(), height], -1)
+    return directions / directions.abs().amax(-1, keepdim=True)
+
+
+def _level_points(n_points: int | Sequence[int], levels: int) -> list[int]:
+    """The number of points on each level."""
+    if isinstance(n_points, int):
+        _check_count("n_points", n_points, 1)
+        return [n_points] * levels
+    try:
+        points = list(n_points)
+    except TypeError:
+        raise TypeError(f"n_points is {n_points!r}; it must be an int or a sequence of ints") from None
+    for count in points:
+        _check_count("n_points", count, 0)
+    if len(points) != levels or sum(points) < 1:
+        raise ValueError(f"n_points is {points}; it needs {levels} numbers, one for each level, that are not all 0")
+    return points
+
+
+def _check_count(name: str, value: Any, least: int) -> None:
+    if not isinstance(value, int):
+        raise TypeError(f"{name} is {value!r}; it must be an int")
+    if value < least:
+        raise ValueError(f"{name} is {value}; it must be at least {least}")
