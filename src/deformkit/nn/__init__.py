@@ -1,5 +1,9 @@
 """Layers over the operators, in the manner of :mod:`torch.nn`."""
 
+from ._convert import dcnv3_state_dict as dcnv3_state_dict
+from ._convert import dcnv4_state_dict as dcnv4_state_dict
+from .dcn import DCNv3 as DCNv3
+from .dcn import DCNv4 as DCNv4
 from .deform_conv import DeformConv1d as DeformConv1d
 from .deform_conv import DeformConv2d as DeformConv2d
 from .deform_conv import DeformConv3d as DeformConv3d

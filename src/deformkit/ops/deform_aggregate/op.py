@@ -1,7 +1,7 @@
 """Deformable aggregation: the public function, its checks, and the registration."""
 
 from collections.abc import Sequence
-from math import isfinite
+from math import inf
 
 from torch import Tensor
 
@@ -149,7 +149,7 @@ def check_offset_scale(offset_scale: float) -> None:
     """Raise unless ``offset_scale`` is a finite real number."""
     if isinstance(offset_scale, bool) or not isinstance(offset_scale, (int, float)):
         raise TypeError(f"offset_scale is {offset_scale!r}; it must be a real number")
-    if not isfinite(offset_scale):
+    if not -inf < offset_scale < inf:
         raise ValueError(f"offset_scale is {offset_scale}; it must be finite")
 
 
