@@ -159,10 +159,55 @@ def ms_deform_attn(draw: random.Random) -> Call:
     return Call("ms_deform_attn", list(named.values()), bool(locations.isnan().any()))
 
 
+def deform_roi_pool(draw: random.Random) -> Call:
+    """A call of deformable RoI pooling, with adaptive counts of samples that stay small on images and volumes."""
+    from deformkit.ops.deform_roi_pool.cases import Case
+
+    axes = draw.choice((1, 2, 2, 3))
+
+    def each(least: int, most: int) -> tuple[int, ...]:
+        return tuple(draw.randint(least, most) for _ in range(axes))
+
+    size, channels = each(1, {1: 60, 2: 14, 3: 6}[axes]), draw.choice((1, 2, 3, 5, 8, 16, 17, 32, 40))
+    batch, rois = draw.choice((0, 1, 1, 2, 3, 9)), draw.choice((0, 1, 2, 7, 20))
+    if draw.random() < 0.004:  # a field that a kernel does not hold whole, of which few points are read
+        positions, channels = draw.choice(((80_000, 36), (300_000, 18), (2_200_000, 2)))
+        batch, size = 1, tuple(round(positions ** (1 / axes)) + draw.randint(0, 9) for _ in range(axes))
+    case = Case(
+        "fuzz",
+        max(batch, 1),
+        channels,
+        size,
+        rois if batch else 0,
+        each(1, {1: 9, 2: 4, 3: 3}[axes]),
+        draw.choice((1.0, 0.5, 1 / 16, 3.0)),
+        draw.choice((0, 0, 1, 2, 3)),
+        draw.choice((0.1, 0.5, 1.0, -0.3)),
+        with_offset=draw.random() < 0.8,
+        bin_size=draw.choice((1.0, 2.5, 4.0)),
+        spread=draw.choice((-0.5, 0.0, 0.5, 1.5)),
+    )
+    dtype = draw.choice(DTYPES)
+    named = case.arguments(dtype, seed=draw.getrandbits(30))
+    named["input"] = named["input"][:batch]
+    undefined = draw.random() < 0.2
+    if case.with_offset:
+        if dtype in (torch.float16, torch.bfloat16) and draw.random() < 0.5:
+            named["offset"] = named["offset"].float()
+        named["offset"] = sprinkle(draw, named["offset"], (*WILD, torch.nan) if undefined else WILD)
+    if undefined:  # as are lengths and shifts from infinity to infinity
+        # All on one side: between two of them a point may lie anywhere, and roundings say where.
+        far = (torch.inf, torch.nan, 3e9, 1e30, 2.0**31, 2.0**63)[: None if case.sampling_ratio or axes == 1 else 2]
+        sign = draw.choice((1, -1))
+        named["rois"][:, 1:] = sprinkle(draw, named["rois"][:, 1:], tuple(sign * value for value in far))
+    return Call("deform_roi_pool", list(named.values()), undefined)
+
+
 # One generator for each operator.
 GENERATORS: dict[str, Callable[[random.Random], Call]] = {
     "deform_aggregate": deform_aggregate,
     "deform_conv": deform_conv,
+    "deform_roi_pool": deform_roi_pool,
     "ms_deform_attn": ms_deform_attn,
 }
 
@@ -227,7 +272,7 @@ def run_one(seed: int, compare: bool) -> str:
         try:
             output = operator.overload(*args)
             backward.overload(output, *args, [args[i] is not None for i in operator.differentiable])
-        except (RuntimeError, ValueError, TypeError, NotImplementedError):
+        except (RuntimeError, ValueError, TypeError, IndexError, NotImplementedError):
             return "refused"
         return "accepted"
 
