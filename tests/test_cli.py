@@ -1,5 +1,6 @@
 """The command line."""
 
+import importlib
 import subprocess
 import sys
 from pathlib import Path
@@ -9,7 +10,7 @@ from typer.testing import CliRunner
 
 import deformkit
 from deformkit import __main__, cli, demo, doctor
-from deformkit.ops.deform_conv import cases
+from deformkit.ops._library import operators
 
 run = CliRunner().invoke
 
@@ -33,10 +34,13 @@ def test_doctor_prints_its_report_and_fails_with_the_self_test(monkeypatch: pyte
 
 
 def test_bench(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(cases, "BENCHMARKS", cases.CASES)
+    forwards = [name for name in operators if not name.endswith("_backward")]
+    for name in forwards:
+        cases = importlib.import_module(f"deformkit.ops.{name}.cases")
+        monkeypatch.setattr(cases, "BENCHMARKS", cases.CASES)
     result = run(cli.app, ["bench", "--seconds", "0"])
     assert result.exit_code == 0, result.output
-    assert result.output.count("forward + backward") == 3
+    assert result.output.count("forward + backward") == 3 * len(forwards)
 
 
 def test_demo_is_called(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -125,7 +125,8 @@ def quick(seconds: float = 0.5) -> Iterator[tuple[Any, str, dict[str, Timing]]]:
 
 def _quick(operator: Operator, case: Any, seconds: float) -> Iterator[tuple[Any, str, dict[str, Timing]]]:
     named = case.arguments()
-    leaves = {key: value.requires_grad_() for key, value in named.items() if isinstance(value, Tensor)}
+    differentiable = [operator.arguments[i] for i in operator.differentiable]
+    leaves = {key: named[key].requires_grad_() for key in differentiable if named[key] is not None}
     args = [named[key] for key in operator.arguments]
     calls: dict[str, Callable[[], Tensor]] = {
         "deformkit": lambda: operator(*args),
