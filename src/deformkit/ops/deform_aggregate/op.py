@@ -131,7 +131,6 @@ def _check(
     taps = tap_count(kernel_size, remove_center)
     out_size = checked_output_size("value", size, kernel_size, stride, padding, dilation)
 
-    needed = f"a {times(kernel_size)} kernel{' without its centre' if remove_center else ''} has {taps}"
     for name, tensor, head_axis in (("offset", offset, -3), ("weight", weight, -2)):
         if tensor.shape[0] != batch:
             raise ValueError(f"{name} has batch size {tensor.shape[0]}; value has {batch}")
@@ -141,7 +140,8 @@ def _check(
         if tensor.shape[head_axis] != heads:
             raise ValueError(f"{name} has {tensor.shape[head_axis]} heads; value has {heads}")
         if tensor.shape[head_axis + 1] != taps:
-            raise ValueError(f"{name} has {tensor.shape[head_axis + 1]} taps; {needed}")
+            kernel = f"{times(kernel_size)} kernel{' without its centre' if remove_center else ''}"
+            raise ValueError(f"{name} has {tensor.shape[head_axis + 1]} taps; a {kernel} has {taps}")
     return out_size
 
 
