@@ -10,4 +10,6 @@ from .deform_conv import DeformConv3d as DeformConv3d
 from .deform_conv import PackedDeformConv1d as PackedDeformConv1d
 from .deform_conv import PackedDeformConv2d as PackedDeformConv2d
 from .deform_conv import PackedDeformConv3d as PackedDeformConv3d
+from .deform_roi_pool import DeformRoIPool as DeformRoIPool
+from .deform_roi_pool import PackedDeformRoIPool as PackedDeformRoIPool
 from .ms_deform_attn import MSDeformAttn as MSDeformAttn

@@ -56,8 +56,8 @@ def deform_roi_pool(
         An empty or inverted RoI (``high <= low`` on an axis) has no samples with ``sampling_ratio=0`` and pools to 0;
         with a fixed ratio an empty one is sampled at its point and an inverted one backwards. A NaN offset gives NaN in
         its bin and in its own gradient, a NaN corner in the whole RoI. An infinite corner leaves points at infinity,
-        which count 0, or undefined, which are NaN. With ``sampling_ratio=0`` a RoI of no finite length has one sample a
-        bin.
+        which count 0, or undefined, which are NaN; the gradient of its offsets is NaN. With ``sampling_ratio=0`` a RoI
+        whose length is not finite has one sample in a bin.
 
     Raises:
         TypeError: an argument is no tensor or no number, or has a wrong dtype.
@@ -123,6 +123,11 @@ def _check(
                 f"offset has shape {list(offset.shape)}; it must be {shape}: "
                 f"{rois.shape[0]} RoIs, {axes} coordinates, {times(output_size)} bins"
             )
+    check_numbers(spatial_scale, sampling_ratio, gamma)
+
+
+def check_numbers(spatial_scale: float, sampling_ratio: int, gamma: float) -> None:
+    """Raise unless each is a number that pooling can use."""
     _check_number("spatial_scale", spatial_scale, (int, float), 0, "a finite number above 0")
     _check_number("sampling_ratio", sampling_ratio, (int,), -1, "an int of at least 0")
     _check_number("gamma", gamma, (int, float), -inf, "a finite number")

@@ -1,0 +1,199 @@
+"""Layers of deformable RoI pooling: offsets given, or predicted by the layer itself ("packed")."""
+
+from collections.abc import Sequence
+from math import prod
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..ops._shape import check_tensor, ntuple
+from ..ops.deform_roi_pool.op import check_numbers, deform_roi_pool
+
+
+class DeformRoIPool(nn.Module):
+    """Deformable RoI pooling with the offsets, if any, given to ``forward``; see :func:`deformkit.deform_roi_pool`.
+
+    ``output[r, c, bin] = mean over i of sample(input[b_r, c], p[r, bin, i])``, where along each axis
+    ``p = start + gamma * length * offset[r, bin] + (bin + (i + 1/2) / n) * length / output_size``
+
+    Args:
+        output_size: number of bins along each axis of the input, one int for all or N ints.
+        spatial_scale: pixels of the input for one unit of the RoIs, such as 1/16.
+        sampling_ratio: n, the samples in a bin along each axis; 0: one for each pixel that a bin is long, rounded up.
+        gamma: how far an offset of 1 moves a bin, in lengths of its RoI.
+        spatial_dims: N, the axes of a RoI: 1, 2 or 3.
+
+    Shapes of ``forward(input, rois, offset=None)``:
+        ``input [B, C, *S]``; ``rois [R, 1 + 2N]``: the index of the image, then the corners, **x first**, float32
+        (float64 with a float64 input); ``offset [R, N, *output_size]``, **x first**; output ``[R, C, *output_size]``.
+
+    Raises:
+        TypeError: an argument has the wrong type or dtype.
+        ValueError: a value, a shape or a batch index that does not fit, by name.
+
+    Example:
+        >>> layer = DeformRoIPool(7, spatial_scale=1 / 16)
+        >>> rois = torch.tensor([[0.0, 16.0, 32.0, 240.0, 160.0], [1.0, 0.0, 0.0, 480.0, 320.0]])
+        >>> layer(torch.randn(2, 8, 20, 30), rois).shape
+        torch.Size([2, 8, 7, 7])
+
+    Paper: Deformable Convolutional Networks, https://arxiv.org/abs/1703.06211.
+    """
+
+    def __init__(
+        self,
+        output_size: int | Sequence[int],
+        spatial_scale: float = 1.0,
+        sampling_ratio: int = 0,
+        gamma: float = 0.1,
+        *,
+        spatial_dims: int = 2,
+    ) -> None:
+        if spatial_dims not in (1, 2, 3):
+            raise ValueError(f"spatial_dims is {spatial_dims!r}; it must be 1, 2 or 3")
+        check_numbers(spatial_scale, sampling_ratio, gamma)
+        super().__init__()
+        self.output_size = tuple(ntuple(output_size, spatial_dims, "output_size", 1))
+        self.spatial_scale = spatial_scale
+        self.sampling_ratio = sampling_ratio
+        self.gamma = gamma
+        self.spatial_dims = spatial_dims
+
+    def forward(self, input: Tensor, rois: Tensor, offset: Tensor | None = None) -> Tensor:
+        """The means over the bins of each RoI, moved by ``offset``."""
+        return self._pool(input, rois, offset)
+
+    def extra_repr(self) -> str:
+        """The sizes and numbers, and the number of axes unless it is 2."""
+        names = ["output_size", "spatial_scale", "sampling_ratio", "gamma"]
+        if self.spatial_dims != 2:
+            names.append("spatial_dims")
+        return ", ".join(f"{name}={getattr(self, name)}" for name in names)
+
+    def _pool(self, input: Tensor, rois: Tensor, offset: Tensor | None) -> Tensor:
+        # The operator reads the number of axes off the input: a wrong one would be taken for another layer.
+        check_tensor("input", input)
+        if input.dim() != self.spatial_dims + 2:
+            raise ValueError(f"input has shape {list(input.shape)}; it must have {self.spatial_dims + 2} axes")
+        return deform_roi_pool(
+            input,
+            rois,
+            offset,
+            output_size=self.output_size,
+            spatial_scale=self.spatial_scale,
+            sampling_ratio=self.sampling_ratio,
+            gamma=self.gamma,
+        )
+
+
+class PackedDeformRoIPool(DeformRoIPool):
+    """Deformable RoI pooling that predicts its own offsets, and a mask upon its output if ``modulated``.
+
+    ``output = pool(input, rois, offset_fc(plain)) * mask_fc(plain)`` with ``plain = pool(input, rois)``
+
+    Each RoI is pooled once without offsets; fully connected layers take all its bins and channels and give its offsets
+    and its mask. The last layer of both starts at zero: a new layer computes plain pooling, or half of it where it is
+    modulated, whose mask ``sigmoid(0)`` is 1/2. The parameters are those of mmcv's ``DeformRoIPoolPack`` and
+    ``ModulatedDeformRoIPoolPack``, by name and order.
+
+    Args:
+        output_size: this and all that is not said here as in :class:`DeformRoIPool`.
+        output_channels: C, channels of the input and of the output.
+        deform_fc_channels: width of the fully connected layers.
+        modulated: multiply each bin by a predicted mask between 0 and 1.
+        device: where the parameters are.
+        dtype: of the parameters.
+
+    Shapes of ``forward(input, rois)``:
+        ``input [B, C, *S]``; ``rois [R, 1 + 2N]`` as in :class:`DeformRoIPool`; output ``[R, C, *output_size]``.
+
+    Raises:
+        TypeError: an argument has the wrong type or dtype.
+        ValueError: a value, a shape or a batch index that does not fit, by name.
+
+    Example:
+        >>> layer = PackedDeformRoIPool(7, 8, spatial_scale=1 / 16, modulated=True)
+        >>> rois = torch.tensor([[0.0, 16.0, 32.0, 240.0, 160.0], [1.0, 0.0, 0.0, 480.0, 320.0]])
+        >>> layer(torch.randn(2, 8, 20, 30), rois).shape
+        torch.Size([2, 8, 7, 7])
+
+    Papers: Deformable Convolutional Networks, https://arxiv.org/abs/1703.06211;
+    Deformable ConvNets v2, https://arxiv.org/abs/1811.11168.
+    """
+
+    def __init__(
+        self,
+        output_size: int | Sequence[int],
+        output_channels: int,
+        deform_fc_channels: int = 1024,
+        spatial_scale: float = 1.0,
+        sampling_ratio: int = 0,
+        gamma: float = 0.1,
+        *,
+        modulated: bool = False,
+        spatial_dims: int = 2,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__(output_size, spatial_scale, sampling_ratio, gamma, spatial_dims=spatial_dims)
+        for name, count in (("output_channels", output_channels), ("deform_fc_channels", deform_fc_channels)):
+            if not isinstance(count, int):
+                raise TypeError(f"{name} is {count!r}; it must be an int")
+            if count < 1:
+                raise ValueError(f"{name} is {count}; it must be at least 1")
+        self.output_channels = output_channels
+        self.deform_fc_channels = deform_fc_channels
+        self.modulated = modulated
+        made: dict[str, Any] = {"device": device, "dtype": dtype}
+        bins, width = prod(self.output_size), deform_fc_channels
+        self.offset_fc = nn.Sequential(
+            nn.Linear(bins * output_channels, width, **made),
+            nn.ReLU(),
+            nn.Linear(width, width, **made),
+            nn.ReLU(),
+            nn.Linear(width, bins * spatial_dims, **made),
+        )
+        if modulated:
+            self.mask_fc = nn.Sequential(
+                nn.Linear(bins * output_channels, width, **made),
+                nn.ReLU(),
+                nn.Linear(width, bins, **made),
+                nn.Sigmoid(),
+            )
+        self._reset_heads()
+
+    def reset_parameters(self) -> None:
+        """Draw the fully connected layers as :class:`torch.nn.Linear` does, and set the last ones to zero."""
+        for module in self.modules():
+            if isinstance(module, nn.Linear):
+                module.reset_parameters()
+        self._reset_heads()
+
+    def predict(self, input: Tensor, rois: Tensor) -> tuple[Tensor, Tensor | None]:
+        """The offsets ``[R, N, *output_size]``, **x first**, and the mask ``[R, 1, *output_size]`` or None."""
+        plain = self._pool(input, rois, None)
+        if plain.shape[1] != self.output_channels:
+            raise ValueError(
+                f"input has {plain.shape[1]} channels; this layer has output_channels={self.output_channels}"
+            )
+        flat = plain.flatten(1)
+        offset = self.offset_fc(flat).unflatten(1, (self.spatial_dims, *self.output_size))
+        return offset, self.mask_fc(flat).unflatten(1, (1, *self.output_size)) if self.modulated else None
+
+    def forward(self, input: Tensor, rois: Tensor) -> Tensor:  # type: ignore[override]  # it makes its own offsets
+        """The means over the bins of each RoI, at the offsets that it predicts and times the mask."""
+        offset, mask = self.predict(input, rois)
+        output = self._pool(input, rois, offset)
+        return output if mask is None else output * mask
+
+    def extra_repr(self) -> str:
+        """As the base class, with the channels and whether there is a mask."""
+        own = f", output_channels={self.output_channels}, deform_fc_channels={self.deform_fc_channels}"
+        return super().extra_repr() + own + (", modulated=True" if self.modulated else "")
+
+    def _reset_heads(self) -> None:
+        lasts = [self.offset_fc[4], *([self.mask_fc[2]] if self.modulated else [])]
+        for last in lasts:
+            for parameter in last.parameters():
+                nn.init.zeros_(parameter)
