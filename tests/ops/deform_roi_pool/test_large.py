@@ -1,0 +1,133 @@
+"""Deformable RoI pooling at sizes where a kernel cuts its work, and where an index needs 64 bits."""
+
+from pathlib import Path
+
+import pytest
+import torch
+from close import assert_close, assert_equal
+from rooms import Call, double, evaluate
+
+import deformkit as dk
+from deformkit.ops._library import operators
+from deformkit.ops.deform_roi_pool.cases import Case
+
+OPERATOR = operators["deform_roi_pool"]
+KERNEL = torch._C._dispatch_has_kernel_for_dispatch_key("deformkit::deform_roi_pool", "CPU")
+
+# Fields of more than 16 MB of which few points are read; then many RoIs, channels or bins of small fields.
+LARGE = [
+    Case("1d-long", 1, 8, (600_000,), 40, (3,), bin_size=500.0),
+    Case("1d-long-adaptive", 2, 4, (600_000,), 30, (5,), 1 / 4, sampling_ratio=0, bin_size=7.0, spread=1.5),
+    Case("2d-large", 1, 34, (400, 391), 30, (3, 2), sampling_ratio=3, gamma=0.5, bin_size=60.0, spread=0.5),
+    Case("2d-large-adaptive", 2, 20, (300, 500), 12, (2, 2), 1 / 8, sampling_ratio=0, bin_size=7.0, spread=0.5),
+    Case("2d-large-plain", 1, 33, (390, 331), 12, (4, 3), with_offset=False, bin_size=30.0),
+    Case("3d-large", 1, 33, (40, 61, 60), 9, (2, 3, 2), bin_size=8.0),
+    Case("1d-many-bins", 2, 5, (300,), 7, (200,), sampling_ratio=1),
+    Case("2d-many-rois", 3, 8, (30, 40), 101, (7, 7), bin_size=3.0, spread=0.5),
+    Case("2d-many-channels", 2, 300, (19, 21), 7, (5, 5)),
+    Case("2d-one-place", 2, 70, (3, 3), 150, (1, 1), sampling_ratio=1, bin_size=1.0),
+    Case("3d-blocks", 2, 40, (9, 12, 11), 17, (3, 3, 3), sampling_ratio=0),
+]
+each_large = pytest.mark.parametrize("case", LARGE, ids=lambda case: case.name)
+
+
+@each_large
+def test_values_and_gradients(case: Case) -> None:
+    check(case, torch.float32)
+
+
+@pytest.mark.parametrize("name", ["1d-long", "2d-many-rois", "2d-many-channels", "2d-one-place"])
+def test_sums_do_not_pass_through_a_half_dtype(name: str) -> None:
+    check(next(case for case in LARGE if case.name == name), torch.bfloat16)
+
+
+def check(case: Case, dtype: torch.dtype) -> None:
+    args = Call(OPERATOR, case).arguments(dtype)
+    positions = [i for i in OPERATOR.differentiable if args[i] is not None]
+    actual, reference = (evaluate(f, args, positions, dtype) for f in (OPERATOR, OPERATOR.reference))
+    truth = evaluate(OPERATOR.reference, double(args), positions, dtype)
+    for i, results in zip([None, *positions], zip(actual, truth, reference, strict=True), strict=True):
+        assert_close(*results, name="output" if i is None else f"gradient of {OPERATOR.arguments[i]}")
+
+
+@each_large
+def test_same_bits_at_any_number_of_threads(case: Case) -> None:
+    args = Call(OPERATOR, case).arguments()
+    positions = [i for i in OPERATOR.differentiable if args[i] is not None]
+    found = []
+    for threads in (1, 2, 3):
+        torch.set_num_threads(threads)
+        found.append(evaluate(OPERATOR, args, positions, torch.float32))
+    for one, *others in zip(*found, strict=True):
+        for other in others:
+            assert_equal(one, other)
+
+
+class Peak:
+    """The most memory, in MiB, that this process has held beyond what it held at the start."""
+
+    def __init__(self) -> None:
+        try:
+            Path("/proc/self/clear_refs").write_text("5")
+            self.start = self._read()
+        except OSError:
+            pytest.skip("the peak of memory can be reset on Linux only")
+
+    def _read(self) -> int:
+        status = Path("/proc/self/status").read_text()
+        return int(status.split("VmHWM:")[1].split()[0]) // 1024
+
+    def so_far(self) -> int:
+        return self._read() - self.start
+
+
+@pytest.mark.skipif(not KERNEL, reason="the reference copies its input")
+@pytest.mark.parametrize(
+    ("channels", "size"),
+    [(1, (2**31 + 1024,)), (32, (2**26 + 1024,)), (1, (2**16 + 1024, 2**15)), (1, (2**12 + 1024, 2**10, 2**9))],
+    ids=["1d", "1d-channels", "2d", "3d"],
+)
+def test_more_than_2_to_the_31_elements(channels: int, size: tuple[int, ...]) -> None:
+    """All elements are one element in memory: an index that overflows reads elsewhere, or is taken for outside."""
+    axes, value, extent = len(size), 1.5, 256.0
+    input = torch.full((1, 1, *[1] * axes), value, dtype=torch.float16).expand(1, channels, *size)
+    assert input.numel() > 2**31
+    low = [size[0] // 16 * i for i in range(16)] + [size[0] - 256, size[0] - 128, size[0] + 256]
+    rois = torch.zeros(len(low), 1 + 2 * axes)
+    rois[:, 1 + axes :] = torch.tensor([float(n) for n in reversed(size)])
+    rois[:, axes] = torch.tensor([float(n) for n in low])
+    rois[:, 2 * axes] = rois[:, axes] + extent
+    offset = torch.zeros(len(low), axes, *[1] * axes, requires_grad=True)
+    peak = Peak()
+    output = dk.deform_roi_pool(input, rois, offset, output_size=1, sampling_ratio=2)
+    expected = torch.tensor([value] * 17 + [value / 2, 0.0], dtype=torch.float16)
+    assert_equal(output.flatten(1), expected.unsqueeze(1).expand(-1, channels))
+    output.sum().backward()
+    assert offset.grad is not None and not offset.grad.any()
+    assert peak.so_far() < 300, "memory that grows with the input"
+
+
+@pytest.mark.skipif(not KERNEL, reason="the reference copies its input")
+def test_the_last_of_very_many_images() -> None:
+    batch = 2**24 - 1
+    input = torch.full((1, 1, 1), 1.5, dtype=torch.float16).expand(batch, 1, 2**8)
+    assert input.numel() > 2**31
+    rois = torch.tensor([[0.0, 8.0, 16.0], [batch - 1.0, 8.0, 16.0], [batch - 1.0, 256.0, 512.0]])
+    peak = Peak()
+    output = dk.deform_roi_pool(input, rois, output_size=1, sampling_ratio=2)
+    assert output.flatten().tolist() == [1.5, 1.5, 0.0]
+    with pytest.raises(ValueError, match=r"rois\[2, 0\] is 1.67772e\+07"):
+        dk.deform_roi_pool(input, rois + torch.tensor([0.0, 0.0, 1.0]).unsqueeze(1), output_size=1)
+    assert peak.so_far() < 300, "memory that grows with the input"
+
+
+@pytest.mark.skipif(not KERNEL, reason="the reference keeps every sample")
+def test_workspace_does_not_grow_with_the_samples() -> None:
+    """The samples alone would take 379 MB here, and twice that in the backward."""
+    named = Case("many", 1, 64, (60, 80), 250, (7, 7), sampling_ratio=11, bin_size=12.0).arguments()
+    args = list(named.values())
+    peak = Peak()
+    output = OPERATOR(*args)
+    grads = operators["deform_roi_pool_backward"](output, *args, [True, True])
+    kept = sum(t.numel() * t.element_size() for t in (output, *grads)) // 2**20
+    assert peak.so_far() - kept < 150
