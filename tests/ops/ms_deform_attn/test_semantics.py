@@ -27,14 +27,15 @@ def small(axes: int, **changes: Any) -> Case:
     return Case("small", sizes=((4, 5, 3)[:axes], (2, 3, 2)[:axes]), **options)
 
 
-def results(case: Case, named: dict[str, Any]) -> dict[str, Tensor]:
+def results(case: Case, named: dict[str, Any], cotangent_dtype: torch.dtype | None = None) -> dict[str, Tensor]:
     """Output and gradients by name."""
 
     def function(value: Tensor, locations: Tensor, weights: Tensor) -> Tensor:
         return dk.ms_deform_attn(value, case.sizes, locations, weights, num_points=case.points, mode=case.mode)
 
     given = [named[name] for name in TENSORS]
-    return dict(zip(("output", *TENSORS), evaluate(function, given, range(3), given[0].dtype), strict=True))
+    found = evaluate(function, given, range(3), cotangent_dtype or given[0].dtype)
+    return dict(zip(("output", *TENSORS), found, strict=True))
 
 
 def check_against_reference(call: Call, args: list[Any]) -> None:
@@ -276,6 +277,20 @@ def test_a_level_without_points_is_as_good_as_none(axes: int) -> None:
     for name in ("output", *TENSORS[1:]):
         assert_close(found[name], expected[name].double(), expected[name], name=name)
     assert not found["value"][:, length:].any()
+
+
+# Precision
+
+
+@pytest.mark.parametrize("half", [torch.float16, torch.bfloat16], ids=["float16", "bfloat16"])
+def test_half_values_cost_their_own_rounding_alone(axes: int, half: torch.dtype) -> None:
+    """Locations and sums are not rounded to half: neither on a long axis nor over many points and queries."""
+    for sizes in (((1000, 3, 2)[:axes],), ((2,) * axes,) * 4):
+        case = Case("half", 1, sizes, 600, 2, 3, (16,) * len(sizes))
+        named = case.arguments(half)
+        truth = results(case, {name: _double(value) for name, value in named.items()}, half)
+        for name, value in results(case, named).items():
+            assert_close(value, truth[name], name=name)
 
 
 # The same bits
