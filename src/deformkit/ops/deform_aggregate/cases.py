@@ -54,7 +54,7 @@ class Case:
         tensors = {
             "value": normal(self.batch, *self.size, self.heads, self.channels),
             "offset": shift / self.offset_scale - from_centre,
-            "weight": normal(*maps).softmax(-1),
+            "weight": normal(*maps) / len(from_centre) ** 0.5,
         }
         return {
             **{name: tensor.to(device, dtype) for name, tensor in tensors.items()},
