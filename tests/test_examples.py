@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 
+NEEDS = {"detection_2d": ("sklearn", "matplotlib", "rich")}
 EXAMPLES = sorted((Path(__file__).parents[1] / "examples").glob("*.py"))
 
 
@@ -14,7 +15,12 @@ def test_there_are_examples() -> None:
 
 
 @pytest.mark.parametrize("path", EXAMPLES, ids=lambda path: path.stem)
-def test_example(path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_example(
+    path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for package in NEEDS.get(path.stem, ()):
+        pytest.importorskip(package)
+    monkeypatch.chdir(tmp_path)
     main = runpy.run_path(str(path))["main"]
     assert "steps" in inspect.signature(main).parameters, "an example takes the number of its steps"
     main(steps=2)
