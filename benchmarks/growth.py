@@ -6,31 +6,50 @@ from typing import Any
 
 import torch
 from measure import PASSES, cotangent
-from rivals import OURS, RIVALS
+from rivals import ours
+from rooms import about, aggregate, attn, conv, operator, roi
 
 from deformkit import bench
 
 FACTORS = (1, 2, 4, 8, 16)
+GROWING = [
+    conv.Case("2d 64x48x48", 1, 64, (48, 48), 64, (3, 3), padding=1),
+    conv.Case("1d k5 L2048", 1, 128, (2048,), 128, (5,), padding=2, modulated=False),
+    attn.Case("2d Q512", 1, ((32, 32), (16, 16)), 512, 8, 32, (4, 4), reach=0.0),
+    aggregate.Case("2d 128x32x32", 1, (32, 32), 4, 32, (3, 3), padding=1),
+    roi.Case("2d 32 RoIs", 1, 128, (50, 84), 32, (7, 7), 1 / 8, bin_size=3.0),
+]
+KINDS: dict[str, dict[str, tuple[str, ...]]] = {
+    "deform_conv": {"batch": ("batch",), "positions": ("size",)},
+    "ms_deform_attn": {"batch": ("batch",), "queries": ("queries",)},
+    "deform_aggregate": {"batch": ("batch",), "positions": ("size",)},
+    "deform_roi_pool": {"batch": ("batch", "rois"), "RoIs": ("rois",)},
+}
+"""What can grow, and the fields of a case that make it grow; of a size its first axis."""
 
 
 def size_rows(base: Any, seconds: float, factors: Iterable[int] = FACTORS) -> Iterator[dict[str, Any]]:
-    """Time at each multiple of the smallest batch, and of its positions along the first axis; on one thread."""
+    """Time at each multiple of the base, kind by kind; on one thread."""
     default = torch.get_num_threads()
     torch.set_num_threads(1)
-    kinds: dict[str, Callable[[int], Any]] = {
-        "batch": lambda factor: replace(base, batch=base.batch * factor),
-        "positions": lambda factor: replace(base, size=(base.size[0] * factor, *base.size[1:])),
-    }
-    for kind, grown in kinds.items():
-        calls = {factor: RIVALS[OURS](grown(factor), grown(factor).arguments()) for factor in factors}
+    for kind, fields in KINDS[operator(base)].items():
+        cases = {factor: _grown(base, fields, factor) for factor in factors}
+        calls = {factor: ours(case, case.arguments()) for factor, case in cases.items()}
         for what in PASSES:
             runs = {str(f): call.forward() if what == PASSES[0] else call.both() for f, call in calls.items()}
             times = {int(name): timing.median for name, timing in bench.alternate(runs, seconds).items()}
             # Against twice the base, below which the cost of a call itself and of waking threads shows.
             start = sorted(times)[1]
             linear = {factor: time / times[start] * start / factor for factor, time in times.items()}
-            yield {"case": base.name, "sizes": str(base), "grows": kind, "pass": what, "times": times, "linear": linear}
+            yield {**about(base), "grows": kind, "pass": what, "times": times, "linear": linear}
     torch.set_num_threads(default)
+
+
+def _grown(base: Any, fields: Iterable[str], factor: int) -> Any:
+    values = {field: getattr(base, field) for field in fields}
+    return replace(
+        base, **{f: (v[0] * factor, *v[1:]) if isinstance(v, tuple) else v * factor for f, v in values.items()}
+    )
 
 
 def thread_rows(cases: Iterable[Any], seconds: float) -> Iterator[dict[str, Any]]:
@@ -38,7 +57,7 @@ def thread_rows(cases: Iterable[Any], seconds: float) -> Iterator[dict[str, Any]
     default = torch.get_num_threads()
     for case in cases:
         arguments = case.arguments()
-        call, weights = RIVALS[OURS](case, arguments), cotangent(case, arguments)
+        call, weights = ours(case, arguments), cotangent(case, arguments)
 
         results = []
         for threads in (1, 2, 3):
@@ -50,8 +69,7 @@ def thread_rows(cases: Iterable[Any], seconds: float) -> Iterator[dict[str, Any]
             timings = bench.alternate({str(threads): _at(threads, run) for threads in (1, 2)}, seconds)
             times = {name: timing.median for name, timing in timings.items()}
             speedup = times["1"] / times["2"]
-            result = {"times": times, "speedup": speedup, "same": same}
-            yield {"case": case.name, "sizes": str(case), "pass": what, **result}
+            yield {**about(case), "pass": what, "times": times, "speedup": speedup, "same": same}
         torch.set_num_threads(default)
 
 

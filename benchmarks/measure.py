@@ -1,11 +1,12 @@
 """Correctness first, then time: one row of a table is one case, forward or with backward, for several rivals."""
 
 import sys
-from collections.abc import Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator
 from typing import Any
 
 import torch
-from rivals import ABSENT, OURS, PLAIN, RIVALS, Call, Unfit, reference
+from rivals import ABSENT, OURS, PLAIN, Call, Unfit, ours, reference, rivals
+from rooms import about
 from torch import Tensor
 
 from deformkit import bench
@@ -15,7 +16,7 @@ PASSES = ("forward", "forward + backward")
 
 def cotangent(case: Any, arguments: dict[str, Any]) -> Tensor:
     with torch.no_grad():
-        shape = RIVALS[OURS](case, arguments).run().shape
+        shape = ours(case, arguments).run().shape
     return torch.randn(shape, generator=torch.Generator().manual_seed(1)).to(torch.bfloat16)
 
 
@@ -35,17 +36,17 @@ def tolerance(dtype: torch.dtype) -> float:
     return torch.finfo(dtype).eps ** 0.5
 
 
-def rows(cases: Iterable[Any], names: Iterable[str], seconds: float) -> Iterator[dict[str, Any]]:
+def rows(cases: Iterable[Any], names: Collection[str], seconds: float) -> Iterator[dict[str, Any]]:
     """Ours and its rivals in float32: for each case the two passes."""
     for case in cases:
         arguments = case.arguments()
         expected, weights = truth(case, arguments), cotangent(case, arguments)
         calls, notes = {}, {}
-        for name in names:
+        for name, adapter in rivals(case, names).items():
             try:
                 if name in ABSENT:
                     raise Unfit("not installed")
-                call = RIVALS[name](case, arguments)
+                call = adapter(case, arguments)
             except Unfit as reason:
                 notes[name] = {"skipped": str(reason)}
                 continue
@@ -66,7 +67,7 @@ def rows(cases: Iterable[Any], names: Iterable[str], seconds: float) -> Iterator
         del expected
         for what in PASSES:
             runs = {name: call.forward() if what == PASSES[0] else call.both() for name, call in calls.items()}
-            yield {"case": case.name, "sizes": str(case), "pass": what, "rivals": timed(runs, notes, seconds)}
+            yield {**about(case), "pass": what, "rivals": timed(runs, notes, seconds)}
 
 
 def half_rows(cases: Iterable[Any], seconds: float) -> Iterator[dict[str, Any]]:
@@ -75,7 +76,7 @@ def half_rows(cases: Iterable[Any], seconds: float) -> Iterator[dict[str, Any]]:
         calls, notes = {}, {}
         for dtype in (torch.float32, torch.bfloat16, torch.float16):
             arguments = case.arguments(dtype)
-            call, name = RIVALS[OURS](case, arguments), str(dtype).removeprefix("torch.")
+            call, name = ours(case, arguments), str(dtype).removeprefix("torch.")
             worst = error(call, truth(case, arguments, torch.float32), cotangent(case, arguments))
             notes[name] = {"error": worst}
             if worst <= tolerance(dtype):
@@ -84,8 +85,7 @@ def half_rows(cases: Iterable[Any], seconds: float) -> Iterator[dict[str, Any]]:
                 notes[name]["skipped"] = f"wrong: error {worst:.2g}"
         for what in PASSES:
             runs = {name: call.forward() if what == PASSES[0] else call.both() for name, call in calls.items()}
-            result = timed(runs, notes, seconds)
-            yield {"case": case.name, "sizes": str(case), "pass": what, "rivals": result}
+            yield {**about(case), "pass": what, "rivals": timed(runs, notes, seconds)}
 
 
 def timed(runs: dict[str, Any], notes: dict[str, Any], seconds: float) -> dict[str, Any]:

@@ -12,38 +12,44 @@ import json
 import os
 import subprocess
 import sys
-from collections.abc import Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
 from measure import PASSES
-from rivals import ABSENT, RIVALS, Unfit
-
-from deformkit.ops.deform_conv.cases import BENCHMARKS, CASES, Case
+from rivals import ABSENT, Unfit, rivals
+from rooms import ROOMS, about, aggregate, attn, conv, operator, roi, tiny
 
 HUGE = [
-    Case("2d 64x1024x1024", 1, 64, (1024, 1024), 64, (3, 3), padding=1),
-    Case("2d 256x128x128 B8", 8, 256, (128, 128), 256, (3, 3), padding=1),
-    Case("1d k5 L200000", 4, 64, (200000,), 64, (5,), padding=2, modulated=False),
-    Case("3d 32x64x128x128", 1, 32, (64, 128, 128), 32, (3, 3, 3), padding=1),
+    conv.Case("2d 64x1024x1024", 1, 64, (1024, 1024), 64, (3, 3), padding=1),
+    conv.Case("2d 256x128x128 B8", 8, 256, (128, 128), 256, (3, 3), padding=1),
+    conv.Case("1d k5 L200000", 4, 64, (200000,), 64, (5,), padding=2, modulated=False),
+    conv.Case("3d 32x64x128x128", 1, 32, (64, 128, 128), 32, (3, 3, 3), padding=1),
+    attn.Case("2d Q20000", 1, ((256, 256), (128, 128), (64, 64), (32, 32)), 20000, 8, 32, (4, 4, 4, 4), reach=0.0),
+    attn.Case("3d 64x64x64", 1, ((64, 64, 64), (32, 32, 32)), 20000, 8, 32, (4, 4), reach=0.0),
+    aggregate.Case("2d 128x512x512", 1, (512, 512), 4, 32, (3, 3), padding=1),
+    aggregate.Case("1d 256x200000", 1, (200000,), 8, 32, (5,), padding=2),
+    aggregate.Case("3d 64x32x64x64", 1, (32, 64, 64), 4, 16, (3, 3, 3), padding=1),
+    roi.Case("2d 4000 RoIs", 2, 256, (200, 334), 4000, (7, 7), 1 / 4, bin_size=6.0),
+    roi.Case("3d 500 cuboids", 1, 64, (32, 100, 168), 500, (7, 7, 7), 1 / 4, bin_size=3.0),
 ]
 MIB = 2**20
 _SEPARATE_BLOCKS = {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536"}
 
 
-def rows(cases: Iterable[Any], names: Iterable[str], threads: int) -> Iterator[dict[str, Any]]:
+def rows(cases: Iterable[Any], names: Collection[str], threads: int) -> Iterator[dict[str, Any]]:
     for case in cases:
         for what in PASSES:
-            found = {name: _child(case, name, what, threads) for name in names}
-            yield {"case": case.name, "sizes": str(case), "pass": what, "rivals": found}
+            found = {name: _child(case, name, what, threads) for name in rivals(case, names)}
+            yield {**about(case), "pass": what, "rivals": found}
 
 
 def _child(case: Any, name: str, what: str, threads: int) -> dict[str, Any]:
     if name in ABSENT:
         return {"skipped": "not installed"}
     done = subprocess.run(
-        [sys.executable, str(Path(__file__)), case.name, name, what, str(threads)],
+        [sys.executable, str(Path(__file__)), operator(case), str(case), name, what, str(threads)],
         env={**os.environ, **_SEPARATE_BLOCKS},
         capture_output=True,
         text=True,
@@ -54,10 +60,10 @@ def _child(case: Any, name: str, what: str, threads: int) -> dict[str, Any]:
 
 
 def _measure(case: Any, name: str, what: str) -> dict[str, Any]:
-    tiny = next(small for small in CASES if small.axes == case.axes and small.padding)
+    adapter, small = rivals(case, [name])[name], tiny(operator(case))[case.axes - 1]
     try:
-        _once(RIVALS[name](tiny, tiny.arguments()), what)
-        call = RIVALS[name](case, case.arguments())
+        _once(adapter(small, small.arguments()), what)
+        call = adapter(case, case.arguments())
     except Unfit as reason:
         return {"skipped": str(reason)}
     gc.collect()
@@ -84,7 +90,8 @@ def _resident(field: str) -> int:
 
 
 if __name__ == "__main__":
-    wanted, rival, which, count = sys.argv[1:]
+    family, wanted, rival, which, count = sys.argv[1:]
     torch.set_num_threads(int(count))
-    chosen = next(case for case in [*BENCHMARKS, *HUGE, *CASES] if case.name == wanted)
-    print(json.dumps(_measure(chosen, rival, which)))
+    huge = [case for case in HUGE if operator(case) == family]
+    known = [*ROOMS[family].BENCHMARKS, *huge, *tiny(family)]
+    print(json.dumps(_measure(next(case for case in known if str(case) == wanted), rival, which)))

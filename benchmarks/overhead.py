@@ -5,34 +5,28 @@ of the arguments. The public function is the whole way: checks, autograd, and in
 thread: calls this small gain nothing from a second, and waking it is not what is asked about.
 """
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator
 from functools import partial
 from typing import Any
 
 import torch
-from rivals import ABSENT, OURS, PLAIN, RIVALS, Unfit
+from rivals import ABSENT, OURS, Unfit, rivals
+from rooms import about, operator
 
 from deformkit import bench
 from deformkit.ops._library import operators
-from deformkit.ops.deform_conv.cases import Case
-
-SMALL = [
-    Case("1d small", 1, 8, (16,), 8, (3,), padding=1, modulated=False),
-    Case("2d small", 1, 8, (8, 8), 8, (3, 3), padding=1),
-    Case("3d small", 1, 4, (4, 4, 4), 4, (3, 3, 3), padding=1),
-]
 
 
-def rows(cases: Iterable[Any], seconds: float) -> Iterator[dict[str, Any]]:
-    forward, backward = operators["deform_conv"], operators["deform_conv_backward"]
+def rows(cases: Iterable[Any], names: Collection[str], seconds: float) -> Iterator[dict[str, Any]]:
     default = torch.get_num_threads()
     torch.set_num_threads(1)
     for case in cases:
+        forward, backward = operators[operator(case)], operators[f"{operator(case)}_backward"]
         calls = {}
-        for name in (OURS, PLAIN, "torchvision", "dc1d"):
+        for name, adapter in rivals(case, names).items():
             try:
                 if name not in ABSENT:
-                    calls[name] = RIVALS[name](case, case.arguments())
+                    calls[name] = adapter(case, case.arguments())
             except Unfit:
                 continue
         arguments = case.arguments()
@@ -50,7 +44,7 @@ def rows(cases: Iterable[Any], seconds: float) -> Iterator[dict[str, Any]]:
             timings = bench.alternate({"kernel": partial(_below_autograd, kernels), **by_rival}, seconds, most=200)
             times = {name: timing.median for name, timing in timings.items()}
             over = times[OURS] - times["kernel"]
-            yield {"case": case.name, "sizes": str(case), "pass": what, "times": times, "overhead": over}
+            yield {**about(case), "pass": what, "times": times, "overhead": over}
     torch.set_num_threads(default)
 
 

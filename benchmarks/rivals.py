@@ -5,16 +5,19 @@ is timed; or it raises :class:`Unfit`, with the reason.
 """
 
 import importlib.util
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import dataclass
 from typing import Any
 
 import torch
+from rooms import operator
 from torch import Tensor
+from torch.nn import functional as F
 
+import deformkit
 from deformkit import bench
-from deformkit.ops import deform_conv
 from deformkit.ops._library import operators
+from deformkit.ops.deform_aggregate.reference import points
 
 
 class Unfit(Exception):
@@ -43,28 +46,34 @@ class Call:
 
 
 def ours(case: Any, arguments: dict[str, Any]) -> Call:
-    function = (deform_conv.deform_conv1d, deform_conv.deform_conv2d, deform_conv.deform_conv3d)[case.axes - 1]
-    arguments, leaves = differentiable(arguments)
+    name = operator(case)
+    arguments, leaves = differentiable(case, arguments)
+    if name == "deform_conv":
+        name += f"{case.axes}d"
+    if name == "ms_deform_attn":
+        flat, axes = arguments["spatial_shapes"], case.axes
+        arguments["spatial_shapes"] = [flat[i : i + axes] for i in range(0, len(flat), axes)]
+    function = getattr(deformkit, name)
     return Call(lambda: function(**arguments), leaves)
 
 
 def reference(case: Any, arguments: dict[str, Any]) -> Call:
-    arguments, leaves = differentiable(arguments)
-    values = list(arguments.values())
-    return Call(lambda: operators["deform_conv"].reference(*values), leaves)
+    arguments, leaves = differentiable(case, arguments)
+    values, function = list(arguments.values()), operators[operator(case)].reference
+    return Call(lambda: function(*values), leaves)
 
 
 def compiled_reference(case: Any, arguments: dict[str, Any]) -> Call:
-    arguments, leaves = differentiable(arguments)
+    arguments, leaves = differentiable(case, arguments)
     values = list(arguments.values())
     torch.compiler.reset()
-    function = torch.compile(operators["deform_conv"].reference, dynamic=False)
+    function = torch.compile(operators[operator(case)].reference, dynamic=False)
     return Call(lambda: function(*values), leaves)
 
 
 def plain(case: Any, arguments: dict[str, Any]) -> Call:
     """Not the same result: the convolution of the same shape, as a yardstick."""
-    arguments, leaves = differentiable(arguments)
+    arguments, leaves = differentiable(case, arguments)
     return Call(
         lambda: bench.plain_convolution(**arguments),
         {name: leaf for name, leaf in leaves.items() if name in ("input", "weight", "bias")},
@@ -80,7 +89,7 @@ def torchvision(case: Any, arguments: dict[str, Any]) -> Call:
         raise Unfit("zeros only")
     if arguments["input"].dtype not in (torch.float32, torch.float64):
         raise Unfit("no half precision on a CPU")
-    arguments, leaves = differentiable(arguments)
+    arguments, leaves = differentiable(case, arguments)
     del arguments["boundary"]
     return Call(lambda: deform_conv2d(**arguments), leaves)
 
@@ -98,7 +107,7 @@ def dc1d(case: Any, arguments: dict[str, Any]) -> Call:
     for name in ("offset", "mask"):
         if arguments[name] is not None:
             arguments[name] = arguments[name].unflatten(1, (-1, taps)).transpose(2, 3).contiguous()
-    arguments, leaves = differentiable(arguments)
+    arguments, leaves = differentiable(case, arguments)
     layer = DeformConv1d(
         case.channels,
         case.out_channels,
@@ -122,21 +131,78 @@ def dc1d(case: Any, arguments: dict[str, Any]) -> Call:
     return Call(lambda: layer(arguments["input"], arguments["offset"], arguments["mask"]), leaves, layout)
 
 
-def differentiable(arguments: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Tensor]]:
-    """The arguments with tensors of their own, and those tensors."""
+def transformers(case: Any, arguments: dict[str, Any]) -> Call:
+    from transformers.models.deformable_detr.modeling_deformable_detr import MultiScaleDeformableAttention
+
+    if case.axes != 2:
+        raise Unfit("2-D only")
+    if arguments["mode"] != "linear" or len(set(case.points)) > 1:
+        raise Unfit("linear, as many points on every level")
+    arguments = dict(arguments)
+    for name in ("sampling_locations", "attention_weights"):
+        arguments[name] = arguments[name].unflatten(3, (len(case.sizes), case.points[0]))
+    arguments, leaves = differentiable(case, arguments)
+    shapes = torch.tensor(case.sizes)
+    starts = F.pad(shapes.prod(1).cumsum(0)[:-1], (1, 0))
+    value, locations, weights = leaves.values()
+    core = MultiScaleDeformableAttention()
+
+    def layout(name: str, gradient: Tensor) -> Tensor:
+        return gradient if name == "value" else gradient.flatten(3, 4)
+
+    # Its last argument, a block size, is for its CUDA kernel.
+    return Call(lambda: core(value, shapes, list(case.sizes), starts, locations, weights, 64), leaves, layout)
+
+
+def grid_sample(case: Any, arguments: dict[str, Any]) -> Call:
+    """Every head an image of its own, and its points one grid, with a row of taps for each position."""
+    if case.axes != 2:
+        raise Unfit("2-D only")
+    arguments, leaves = differentiable(case, arguments)
+    value, offset, weight = leaves.values()
+    window = [arguments[n] for n in ("kernel_size", "stride", "padding", "dilation", "offset_scale", "remove_center")]
+    extent = torch.tensor(case.size[::-1], dtype=value.dtype)
+
+    def run() -> Tensor:
+        batch, *_, heads, channels = value.shape
+        base, shift = points(offset, *window)
+        grid = ((base + shift).flip(-1) * 2 + 1) / extent - 1
+        images = value.permute(0, 3, 4, 1, 2).flatten(0, 1)
+        rows = grid.movedim(3, 1).flatten(2, 3).flatten(0, 1)
+        samples = F.grid_sample(images, rows, padding_mode=case.boundary, align_corners=False)
+        sums = (samples * weight.movedim(3, 1).flatten(2, 3).flatten(0, 1).unsqueeze(1)).sum(-1)
+        return sums.reshape(batch, heads, channels, *weight.shape[1:3]).permute(0, 3, 4, 1, 2).contiguous()
+
+    return Call(run, leaves)
+
+
+def differentiable(case: Any, arguments: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """The arguments, those that have a gradient as tensors of their own; and those tensors."""
+    described = operators[operator(case)]
+    names = [described.arguments[i] for i in described.differentiable]
     leaves = {
-        name: value.detach().clone().requires_grad_() for name, value in arguments.items() if isinstance(value, Tensor)
+        name: value.detach().clone().requires_grad_()
+        for name, value in arguments.items()
+        if name in names and value is not None
     }
     return {**arguments, **leaves}, leaves
 
 
+Adapter = Callable[[Any, dict[str, Any]], Call]
 OURS, PLAIN = "deformkit", "plain"
-RIVALS: dict[str, Callable[[Any, dict[str, Any]], Call]] = {
-    OURS: ours,
-    PLAIN: plain,
-    "torchvision": torchvision,
-    "dc1d": dc1d,
-    "reference": reference,
-    "compiled": compiled_reference,
+DEFINITION: dict[str, Adapter] = {"reference": reference, "compiled": compiled_reference}
+LIBRARIES: dict[str, dict[str, Adapter]] = {
+    "deform_conv": {PLAIN: plain, "torchvision": torchvision, "dc1d": dc1d},
+    "ms_deform_attn": {"transformers": transformers},
+    "deform_aggregate": {"grid_sample": grid_sample},
+    "deform_roi_pool": {},
 }
-ABSENT = [name for name in ("torchvision", "dc1d") if importlib.util.find_spec(name) is None]
+EVERYONE = [OURS, *(name for others in LIBRARIES.values() for name in others), *DEFINITION]
+PACKAGES = ("torchvision", "dc1d", "transformers")
+ABSENT = [name for name in PACKAGES if importlib.util.find_spec(name) is None]
+
+
+def rivals(case: Any, names: Collection[str]) -> dict[str, Adapter]:
+    """Those of ``names`` that answer calls of the case's operator."""
+    answering = {OURS: ours, **LIBRARIES[operator(case)], **DEFINITION}
+    return {name: adapter for name, adapter in answering.items() if name in names}

@@ -5,7 +5,7 @@ import json
 import os
 import platform
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from datetime import datetime, timezone
 from importlib import metadata
 from typing import Any
@@ -16,16 +16,10 @@ import memory
 import overhead
 import table
 import torch
-from rivals import ABSENT, OURS, RIVALS
+from rivals import ABSENT, DEFINITION, EVERYONE, OURS, PACKAGES
+from rooms import ROOMS, operator, tiny
 
 from deformkit import __version__, _kernels, doctor
-from deformkit.ops.deform_conv.cases import BENCHMARKS, CASES, Case
-
-GROWING = [
-    Case("2d 64x48x48", 1, 64, (48, 48), 64, (3, 3), padding=1),
-    Case("1d k5 L2048", 1, 128, (2048,), 128, (5,), padding=2, modulated=False),
-]
-REMEMBERING = (OURS, "plain", "torchvision", "dc1d")
 
 
 def main() -> None:
@@ -35,7 +29,7 @@ def main() -> None:
     for section in options.sections or table.SECTIONS:
         document = {"section": section, **origin(), "rows": []}
         for row in _rows(section, options):
-            print(f"{section}: {row['sizes']}, {row['pass']}", file=sys.stderr, flush=True)
+            print(f"{section}: {row['operator']} {row['sizes']}, {row['pass']}", file=sys.stderr, flush=True)
             document["rows"].append(row)
         print(table.page([document]).split("\n", 4)[-1], flush=True)
         if options.save:
@@ -49,7 +43,7 @@ def origin() -> dict[str, Any]:
     """Where and with what the figures come about; the load is that of whatever else ran before."""
     selection = _kernels.selection
     versions = {"python": platform.python_version(), "torch": torch.__version__, "deformkit": __version__}
-    present = {name: metadata.version(name) for name in ("torchvision", "dc1d") if name not in ABSENT}
+    present = {name: metadata.version(name) for name in PACKAGES if name not in ABSENT}
     return {
         "date": datetime.now(timezone.utc).date().isoformat(),
         "machine": {
@@ -67,31 +61,33 @@ def origin() -> dict[str, Any]:
 
 
 def _rows(section: str, options: argparse.Namespace) -> Iterator[dict[str, Any]]:
-    def chosen(cases: list[Any]) -> list[Any]:
-        return [case for case in cases if options.case in case.name]
+    def chosen(cases: Iterable[Any]) -> list[Any]:
+        return [case for case in cases if options.case in f"{operator(case)} {case.name}"]
 
     seconds = 0.0 if options.tiny else options.seconds
-    tiny = [next(case for case in CASES if case.axes == axes) for axes in (1, 2, 3)]
-    cases = chosen(tiny if options.tiny else BENCHMARKS)
-    if section == "conv":
-        yield from measure.rows(cases, options.rivals or list(RIVALS), seconds)
+    names = [table.OPERATORS[section]] if section in table.OPERATORS else list(ROOMS)
+    small = [case for name in names for case in tiny(name)]
+    cases = chosen(small if options.tiny else [case for name in names for case in ROOMS[name].BENCHMARKS])
+    libraries = options.rivals or [name for name in EVERYONE if name not in DEFINITION]
+    if section in table.OPERATORS:
+        yield from measure.rows(cases, options.rivals or EVERYONE, seconds)
     elif section == "half":
         yield from measure.half_rows(cases, seconds)
     elif section == "memory":
         huge = [] if options.tiny else chosen(memory.HUGE)
-        yield from memory.rows([*cases, *huge], options.rivals or REMEMBERING, torch.get_num_threads())
+        yield from memory.rows([*cases, *huge], libraries, torch.get_num_threads())
     elif section == "growth":
-        for case in chosen(tiny[:1] if options.tiny else GROWING):
+        for case in chosen([case for case in small if case.axes == 1] if options.tiny else growth.GROWING):
             yield from growth.size_rows(case, seconds)
         yield from growth.thread_rows(cases, seconds)
     else:
-        yield from overhead.rows(chosen(overhead.SMALL), seconds)
+        yield from overhead.rows(chosen(small), libraries, seconds)
 
 
 def _options() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description="Benchmarks of deformkit's operators.")
     parser.add_argument("sections", nargs="*", metavar="section", help=f"of {', '.join(table.SECTIONS)}; default: all")
-    parser.add_argument("--case", default="", help="only cases with this in their name")
+    parser.add_argument("--case", default="", help="only cases with this in 'operator name'")
     parser.add_argument(
         "--rivals", type=lambda names: [OURS, *names.split(",")], help="only these, separated by commas"
     )
@@ -104,8 +100,8 @@ def _options() -> argparse.Namespace:
         if section not in table.SECTIONS:
             parser.error(f"no section {section}; there are {', '.join(table.SECTIONS)}")
     for name in options.rivals or []:
-        if name not in RIVALS:
-            parser.error(f"no rival {name}; there are {', '.join(RIVALS)}")
+        if name not in EVERYONE:
+            parser.error(f"no rival {name}; there are {', '.join(EVERYONE)}")
     if options.tiny and options.save:
         parser.error("figures of tiny cases are not worth saving")
     return options

@@ -2,6 +2,8 @@
 
 import json
 from collections.abc import Iterable, Iterator, Sequence
+from functools import partial
+from itertools import product
 from pathlib import Path
 from statistics import geometric_mean
 from typing import Any
@@ -25,22 +27,26 @@ def page(documents: Iterable[dict[str, Any]]) -> str:
     return "\n\n".join(parts) + "\n"
 
 
-def conv(rows: Sequence[dict[str, Any]]) -> Iterator[str]:
-    yield (
-        "`2.0x` under a rival: ours takes half of its time. Under `plain`, the convolution of the same shape without "
-        "deformation: ours takes that many times its time. Medians of calls in turn in one process."
+def against(operator: str, rows: Sequence[dict[str, Any]]) -> Iterator[str]:
+    plain = (
+        " Under `plain`, the convolution of the same shape without deformation: ours takes that many times its time."
     )
-    listed = {name for table in targets.TABLES for name in table.cases}
+    yield (
+        "`2.0x` under a rival: ours takes half of its time."
+        f"{plain if PLAIN in rows[0]['rivals'] else ''} Medians of calls in turn in one process."
+    )
+    tables = [table for table in targets.TABLES if table.operator == operator]
+    listed = {name for table in tables for name in table.cases}
     rest = tuple(dict.fromkeys(row["case"] for row in rows if row["case"] not in listed))
-    for table in [*targets.TABLES, targets.Table("Others", rest, {})]:
+    for table in [*tables, targets.Table(operator, "Others", rest, {})]:
         for index, what in enumerate(PASSES):
             chosen = [row for row in rows if row["case"] in table.cases and row["pass"] == what]
             if chosen:
                 yield f"### {table.title}: {what}"
-                yield _conv_table(chosen, {name: pair[index] for name, pair in table.targets.items()})
+                yield _against_table(chosen, {name: pair[index] for name, pair in table.targets.items()})
 
 
-def _conv_table(rows: Sequence[dict[str, Any]], aims: dict[str, float]) -> str:
+def _against_table(rows: Sequence[dict[str, Any]], aims: dict[str, float]) -> str:
     timed_once = {name for row in rows for name, found in row["rivals"].items() if "median" in found}
     rivals = [name for name in rows[0]["rivals"] if name in timed_once and name != OURS]
     lines, ratios = [], {name: [] for name in rivals}
@@ -78,9 +84,9 @@ def _aim(name: str, aim: float | None, mean: float | None) -> str:
 
 def half(rows: Sequence[dict[str, Any]]) -> Iterator[str]:
     yield f"Time over our float32's. Target: at most {targets.HALF:g}x, by the geometric mean."
-    for what in PASSES:
+    for title, chosen in _groups(rows):
         lines, ratios = [], {"bfloat16": [], "float16": []}
-        for row in (row for row in rows if row["pass"] == what):
+        for row in chosen:
             timed, cells = row["rivals"], []
             for name, values in ratios.items():
                 if "median" in timed[name]:
@@ -89,7 +95,7 @@ def half(rows: Sequence[dict[str, Any]]) -> Iterator[str]:
             lines.append([row["sizes"], _time(timed["float32"]), *cells])
         means = [geometric_mean(values) if values else float("nan") for values in ratios.values()]
         lines.append(["geometric mean", "", *(f"{mean:.2f}x, {_met(mean <= targets.HALF)}" for mean in means)])
-        yield f"### {what}"
+        yield f"### {title}"
         yield _table(["case", "float32", *ratios], lines)
 
 
@@ -98,8 +104,7 @@ def memory(rows: Sequence[dict[str, Any]]) -> Iterator[str]:
         "Peak resident memory beyond inputs, outputs and gradients, in MiB; how it is measured stands in "
         f"`benchmarks/memory.py`. Target for ours: at most {targets.WORKSPACE // MIB} at any size."
     )
-    for what in PASSES:
-        chosen = [row for row in rows if row["pass"] == what]
+    for title, chosen in _groups(rows):
         rivals = list(dict.fromkeys(name for row in chosen for name in row["rivals"]))
         lines = []
         for row in chosen:
@@ -109,7 +114,7 @@ def memory(rows: Sequence[dict[str, Any]]) -> Iterator[str]:
                 for name in rivals
             ]
             lines.append([row["sizes"], *cells, _met(found[OURS].get("workspace", float("inf")) <= targets.WORKSPACE)])
-        yield f"### {what}"
+        yield f"### {title}"
         yield _table(["case", *rivals, "target"], lines)
 
 
@@ -125,42 +130,63 @@ def growth(rows: Sequence[dict[str, Any]]) -> Iterator[str]:
         for row in sizes:
             linear = list(row["linear"].values())
             straight = all(abs(value - 1) <= targets.LINEAR for value in linear[1:])
-            lines.append(
-                [f"{row['sizes']}, {row['grows']}", row["pass"], *(f"{v:.2f}" for v in linear), _met(straight)]
-            )
+            what = f"{_operator(row)} {row['sizes']}, {row['grows']}"
+            lines.append([what, row["pass"], *(f"{v:.2f}" for v in linear), _met(straight)])
         yield _table(["grows from", "pass", *(f"{factor}x" for factor in factors), "target"], lines)
     if threads:
         yield f"One thread against two; target: at least {targets.THREADS:g}x, and the same bits at 1, 2 and 3 threads."
-        lines = [
-            [
-                row["sizes"],
-                row["pass"],
-                f"{row['speedup']:.2f}x",
-                _met(row["speedup"] >= targets.THREADS),
-                _yes(row["same"]),
+        for title, chosen in _groups(threads):
+            lines = [
+                [row["sizes"], f"{row['speedup']:.2f}x", _met(row["speedup"] >= targets.THREADS), _yes(row["same"])]
+                for row in chosen
             ]
-            for row in threads
-        ]
-        for what in PASSES:
-            mean = geometric_mean([row["speedup"] for row in threads if row["pass"] == what])
-            lines.append(["geometric mean", what, f"{mean:.2f}x", _met(mean >= targets.THREADS), ""])
-        yield _table(["case", "pass", "2 threads", "target", "same bits"], lines)
+            mean = geometric_mean([row["speedup"] for row in chosen])
+            lines.append(["geometric mean", f"{mean:.2f}x", _met(mean >= targets.THREADS), ""])
+            yield f"### {title}"
+            yield _table(["case", "2 threads", "target", "same bits"], lines)
 
 
 def overhead(rows: Sequence[dict[str, Any]]) -> Iterator[str]:
     yield "Microseconds of a small call; over the kernel is what everything but the kernel costs."
-    rivals = list(dict.fromkeys(name for row in rows for name in row["times"]))
-    lines = []
-    for row in rows:
-        cells = [f"{1e6 * row['times'][name]:.1f}" if name in row["times"] else "" for name in rivals]
-        aim = targets.OVERHEAD.get(row["pass"])
-        verdict = f"at most {1e6 * aim:.0f}: {_met(row['overhead'] <= aim)}" if aim else ""
-        lines.append([row["sizes"], row["pass"], *cells, f"{1e6 * row['overhead']:.1f}", verdict])
-    yield _table(["case", "pass", *rivals, "over the kernel", "target"], lines)
+    for operator in dict.fromkeys(_operator(row) for row in rows):
+        chosen = [row for row in rows if _operator(row) == operator]
+        rivals = list(dict.fromkeys(name for row in chosen for name in row["times"]))
+        lines = []
+        for row in chosen:
+            cells = [f"{1e6 * row['times'][name]:.1f}" if name in row["times"] else "" for name in rivals]
+            aim = targets.OVERHEAD.get(row["pass"])
+            verdict = f"at most {1e6 * aim:.0f}: {_met(row['overhead'] <= aim)}" if aim else ""
+            lines.append([row["sizes"], row["pass"], *cells, f"{1e6 * row['overhead']:.1f}", verdict])
+        yield f"### {operator}"
+        yield _table(["case", "pass", *rivals, "over the kernel", "target"], lines)
 
+
+def _groups(rows: Sequence[dict[str, Any]]) -> Iterator[tuple[str, list[dict[str, Any]]]]:
+    """The rows of each operator and pass, with a title."""
+    for operator, what in product(dict.fromkeys(_operator(row) for row in rows), PASSES):
+        chosen = [row for row in rows if (_operator(row), row["pass"]) == (operator, what)]
+        if chosen:
+            yield f"{operator}: {what}", chosen
+
+
+def _operator(row: dict[str, Any]) -> str:
+    # A row that does not say is of the first operator.
+    return row.get("operator", "deform_conv")
+
+
+OPERATORS = {
+    "conv": "deform_conv",
+    "attn": "ms_deform_attn",
+    "aggregate": "deform_aggregate",
+    "roi": "deform_roi_pool",
+}
+"""The sections that compare one operator with others."""
 
 SECTIONS = {
-    "conv": ("Deformable convolution against others", conv),
+    "conv": ("Deformable convolution against others", partial(against, "deform_conv")),
+    "attn": ("Multi-scale deformable attention against others", partial(against, "ms_deform_attn")),
+    "aggregate": ("Deformable aggregation against others", partial(against, "deform_aggregate")),
+    "roi": ("Deformable RoI pooling against others", partial(against, "deform_roi_pool")),
     "half": ("Half precision", half),
     "memory": ("Memory", memory),
     "growth": ("Growth", growth),

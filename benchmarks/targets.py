@@ -12,6 +12,7 @@ COMPILED = (3.0, 3.0)
 
 @dataclass(frozen=True)
 class Table:
+    operator: str
     title: str
     cases: tuple[str, ...]
     targets: dict[str, tuple[float, float]]
@@ -19,6 +20,7 @@ class Table:
 
 TABLES = [
     Table(
+        "deform_conv",
         "deform_conv2d with mask, 3x3",
         (
             "2d 64x128x128",
@@ -31,25 +33,73 @@ TABLES = [
         {"torchvision": (12, 28), "plain": (1.2, 1.2), "compiled": COMPILED},
     ),
     Table(
+        "deform_conv",
         "deform_conv2d with mask, 7x7",
         ("2d k7 64x64x64",),
         {"torchvision": (8, 15), "plain": (1.25, 1.25), "compiled": COMPILED},
     ),
     Table(
+        "deform_conv",
         "deform_conv1d, long kernel",
         ("1d k16 d3 L128",),
         {"dc1d": (4, 4), "plain": (0.8, 1.0), "compiled": COMPILED},
     ),
-    Table("deform_conv1d", ("1d k5 L1024",), {"dc1d": (5, 5), "plain": (1.25, 1.25), "compiled": COMPILED}),
     Table(
+        "deform_conv", "deform_conv1d", ("1d k5 L1024",), {"dc1d": (5, 5), "plain": (1.25, 1.25), "compiled": COMPILED}
+    ),
+    Table(
+        "deform_conv",
         "deform_conv1d, depthwise, offsets per channel",
         ("1d depthwise",),
         {"dc1d": (25, 15), "compiled": COMPILED},
     ),
     Table(
+        "deform_conv",
         "deform_conv3d with mask, 3x3x3",
         ("3d 32x16x32x32", "3d 64x8x28x28"),
         {"reference": (10, 10), "plain": (2, 2), "compiled": COMPILED},
+    ),
+    Table(
+        "ms_deform_attn",
+        "ms_deform_attn, decoder",
+        ("2d decoder",),
+        {"transformers": (16, 14), "compiled": COMPILED},
+    ),
+    Table(
+        "ms_deform_attn",
+        "ms_deform_attn, encoder",
+        ("2d encoder", "2d encoder, detection"),
+        {"transformers": (30, 18), "compiled": COMPILED},
+    ),
+    Table(
+        "ms_deform_attn",
+        "ms_deform_attn, 3-D and 1-D",
+        ("3d", "1d"),
+        {"reference": (10, 6), "compiled": COMPILED},
+    ),
+    Table(
+        "deform_aggregate",
+        "deform_aggregate, 3x3",
+        ("2d 128x56x56", "2d 512x14x14", "2d 256x100x160"),
+        {"grid_sample": (15, 10), "compiled": COMPILED},
+    ),
+    Table(
+        "deform_aggregate",
+        "deform_aggregate, 1-D and 3-D",
+        ("1d 256x2048", "3d 64x16x32x32"),
+        {"compiled": COMPILED},
+    ),
+    Table(
+        "deform_roi_pool",
+        "deform_roi_pool, 500 RoIs",
+        ("2d 500 RoIs",),
+        {"reference": (10, 8), "compiled": COMPILED},
+    ),
+    Table(
+        "deform_roi_pool",
+        "deform_roi_pool, adaptive, 1-D and 3-D",
+        ("2d 100 RoIs adaptive", "1d 200 segments", "3d 50 cuboids"),
+        {"reference": (10, 8), "compiled": COMPILED},
     ),
 ]
 

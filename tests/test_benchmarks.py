@@ -6,16 +6,56 @@ from pathlib import Path
 
 import pytest
 
-RUN = Path(__file__).parents[1] / "benchmarks" / "run.py"
+from deformkit.ops._library import operators
+
+BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
+FORWARD = [name for name in operators if not name.endswith("_backward")]
+RIVALS = {"conv": ["plain"], "attn": ["transformers"], "aggregate": ["grid_sample"], "roi": []}
+
+
+def run(*options: str) -> str:
+    program = [sys.executable, str(BENCHMARKS / "run.py"), "--tiny", *options]
+    done = subprocess.run(program, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert "wrong" not in done.stdout and "failed" not in done.stdout
+    return done.stdout
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("section", ["conv", "half", "memory", "growth", "overhead"])
-def test_section(section: str) -> None:
+@pytest.mark.parametrize("section", RIVALS)
+def test_operator_against_others(section: str) -> None:
+    rivals = [*RIVALS[section], "reference"]
+    output = run(section, "--rivals", ",".join(rivals))
+    heads = [line for line in output.splitlines() if line.startswith("| case")]
+    assert {rival for rival in rivals for head in heads if f"| {rival} |" in head} == set(rivals)
+    for axes in (1, 2, 3):
+        assert output.count(f"| {axes}d (") == 2
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("section", ["half", "memory", "growth", "overhead"])
+def test_all_operators(section: str) -> None:
     if section == "memory" and not Path("/proc/self/clear_refs").exists():
         pytest.skip("the peak of resident memory is read from /proc")
-    program = [sys.executable, str(RUN), section, "--tiny", "--case", "1d", "--rivals", "plain,reference"]
-    done = subprocess.run(program, capture_output=True, text=True)
+    output = run(section, "--case", "1d", "--rivals", "plain,reference")
+    assert "| 1d (" in output
+    for name in FORWARD:
+        assert f"### {name}" in output
+
+
+def test_tables_are_those_of_the_results() -> None:
+    program = "import table; assert table.page(table.load()) == table.PAGE.read_text()"
+    done = subprocess.run([sys.executable, "-c", program], cwd=BENCHMARKS, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-    assert "| 1d" in done.stdout
-    assert "wrong" not in done.stdout and "failed" not in done.stdout
+
+
+def test_targets_are_of_cases_that_there_are() -> None:
+    program = """
+import rooms, rivals, targets
+for table in targets.TABLES:
+    cases = {case.name: case for case in rooms.ROOMS[table.operator].BENCHMARKS}
+    for name in table.cases:
+        assert set(table.targets) <= set(rivals.rivals(cases[name], rivals.EVERYONE)), name
+"""
+    done = subprocess.run([sys.executable, "-c", program], cwd=BENCHMARKS, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
