@@ -41,6 +41,11 @@ def test_slow_calls_are_spread_over_the_rounds(clock: Clock) -> None:
     assert "".join(clock.log[4:]) == "fffs" * 3
 
 
+def test_a_slow_call_can_be_timed_once(clock: Clock) -> None:
+    timings = bench.alternate({"fast": clock.call("f", 0.1), "slow": clock.call("s", 2.0)}, seconds=0.5, least=1)
+    assert {name: len(timing.samples) for name, timing in timings.items()} == {"fast": 5, "slow": 1}
+
+
 def test_short_calls_are_timed_together(clock: Clock) -> None:
     timings = bench.alternate({"short": clock.call("s", 1e-5)}, seconds=0.01)
     assert timings["short"].median == pytest.approx(1e-5)

@@ -41,6 +41,8 @@ def test_bench(monkeypatch: pytest.MonkeyPatch) -> None:
     result = run(cli.app, ["bench", "--seconds", "0"])
     assert result.exit_code == 0, result.output
     assert result.output.count("forward + backward") == 3 * len(forwards)
+    for name in forwards:
+        assert result.output.count(name) == 1
 
 
 def test_demo_is_called(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -8,7 +8,7 @@ import importlib
 import statistics
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -38,21 +38,24 @@ class Timing:
         return low, high
 
 
-def alternate(calls: Mapping[str, Callable[[], object]], seconds: float = 1.0, most: int = 30) -> dict[str, Timing]:
+def alternate(
+    calls: Mapping[str, Callable[[], object]], seconds: float = 1.0, most: int = 30, least: int | None = None
+) -> dict[str, Timing]:
     """Time each call in turn, round after round, so that what slows the machine down slows all of them.
 
     Args:
         calls: what to time, by name. Each is called once before, untimed.
-        seconds: how long to spend on each. A call of less than a second is timed five times at least, a longer one
-            three times.
+        seconds: how long to spend on each.
         most: how many times at most.
+        least: how many times at least; None: five times, a call of more than a second three times.
     """
     repeats, counts = {}, {}
     for name, call in calls.items():
         call()
         estimate = _time(call, 1)
         repeats[name] = max(1, round(_SHORTEST_SAMPLE / estimate))
-        counts[name] = min(most, max(5 if estimate < 1 else 3, int(seconds / (estimate * repeats[name]))))
+        fewest = (5 if estimate < 1 else 3) if least is None else least
+        counts[name] = min(most, max(fewest, int(seconds / (estimate * repeats[name]))))
     rounds = max(counts.values(), default=0)
     samples: dict[str, list[float]] = {name: [] for name in calls}
     collecting = gc.isenabled()
@@ -109,21 +112,25 @@ def plain_convolution(
 PLAIN = {"deform_conv": plain_convolution}
 
 
-def quick(seconds: float = 0.5) -> Iterator[tuple[Any, str, dict[str, Timing]]]:
-    """Time one case of each operator and number of axes: ours, the reference, and the plain counterpart.
+def quick(seconds: float = 0.5) -> Iterator[tuple[str, Any, str, dict[str, Timing]]]:
+    """Time one case of each operator and number of axes, of one sample: ours, the reference, and the plain counterpart.
+
+    The reference takes up to seconds a call: a call that is longer than ``seconds`` is timed once.
 
     Yields:
-        The case, ``"forward"`` or ``"forward + backward"``, and the timings by rival.
+        The operator's name, the case, ``"forward"`` or ``"forward + backward"``, and the timings by rival.
     """
     for name, operator in operators.items():
         if not name.endswith("_backward"):
             benchmarks = importlib.import_module(f"{__package__}.ops.{name}.cases").BENCHMARKS
-            for axes in sorted({case.axes for case in benchmarks}):
-                case = min((case for case in benchmarks if case.axes == axes), key=_size)
-                yield from _quick(operator, case, seconds)
+            cases = [replace(case, batch=1) for case in benchmarks]
+            for axes in sorted({case.axes for case in cases}):
+                case = min((case for case in cases if case.axes == axes), key=_size)
+                for what, timings in _quick(operator, case, seconds):
+                    yield name, case, what, timings
 
 
-def _quick(operator: Operator, case: Any, seconds: float) -> Iterator[tuple[Any, str, dict[str, Timing]]]:
+def _quick(operator: Operator, case: Any, seconds: float) -> Iterator[tuple[str, dict[str, Timing]]]:
     named = case.arguments()
     differentiable = [operator.arguments[i] for i in operator.differentiable]
     leaves = {key: named[key].requires_grad_() for key in differentiable if named[key] is not None}
@@ -137,9 +144,9 @@ def _quick(operator: Operator, case: Any, seconds: float) -> Iterator[tuple[Any,
     if plain is not None:
         calls["plain"] = lambda: plain(**named)
         wanted["plain"] = [leaves[key] for key in ("input", "weight", "bias") if key in leaves]
-    yield case, "forward", alternate({key: without_gradients(call) for key, call in calls.items()}, seconds)
+    yield "forward", alternate({key: without_gradients(call) for key, call in calls.items()}, seconds, least=1)
     both = {key: with_gradients(call, wanted[key]) for key, call in calls.items()}
-    yield case, "forward + backward", alternate(both, seconds)
+    yield "forward + backward", alternate(both, seconds, least=1)
 
 
 def _size(case: Any) -> int:

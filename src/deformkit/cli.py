@@ -41,7 +41,10 @@ def _bench(
     seconds: Annotated[float, typer.Option(min=0.0, help="How long to time each call.")] = 0.5,
     threads: Annotated[int | None, typer.Option(min=1, help="How many threads torch may use.")] = None,
 ) -> None:
-    """Time a few calls against the reference and the plain convolution; benchmarks/run.py is the full benchmark."""
+    """Time a few calls of each operator against its reference and, of convolution, the one that does not deform.
+
+    benchmarks/run.py in the repository is the full benchmark.
+    """
     if threads is not None:
         torch.set_num_threads(threads)
     console = Console()
@@ -49,13 +52,18 @@ def _bench(
     for column in table.columns[2:]:
         column.justify = "right"
     with console.status("timing") as status:
-        for case, what, timings in bench.quick(seconds):
-            status.update(f"timed {case}")
+        above = None
+        for operator, case, what, timings in bench.quick(seconds):
+            status.update(f"timed {operator} {case}")
+            if operator != above:
+                table.add_section()
+                table.add_row(f"[bold]{operator}[/bold]")
+                above = operator
             ours = timings["deformkit"].median
             ratios = [
                 f"{timings[name].median / ours:.2f}x" if name in timings else "" for name in ("reference", "plain")
             ]
-            table.add_row(case.name, what, f"{1e3 * ours:.2f} ms", *ratios)
+            table.add_row(f"  {case.name}", what, f"{1e3 * ours:.2f} ms", *ratios)
     console.print(table)
     console.print(f"{doctor.processor()}, {torch.get_num_threads()} threads, torch {torch.__version__}; medians.")
     console.print("reference, plain: the time of the reference, and of the plain counterpart, over ours.")
