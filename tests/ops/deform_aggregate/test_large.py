@@ -101,9 +101,9 @@ class Peak:
 def test_more_than_2_to_the_31_elements(
     heads: int, channels: int, size: tuple[int, ...], stride: tuple[int, ...]
 ) -> None:
-    """All elements are one element in memory: an index that overflows reads elsewhere, or is taken for outside."""
+    """All positions and heads are one in memory: an index that overflows reads elsewhere, or is taken for outside."""
     axes, count, content = len(size), 17, 1.5
-    value = torch.full((1,) * (axes + 3), content, dtype=torch.float16).expand(1, *size, heads, channels)
+    value = torch.full((*[1] * (axes + 2), channels), content, dtype=torch.float16).expand(1, *size, heads, channels)
     assert value.numel() > 2**31
     maps = (1, count, *[1] * (axes - 1), heads, 1)
     offset = torch.zeros(*maps, axes)

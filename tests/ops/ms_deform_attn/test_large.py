@@ -100,10 +100,10 @@ class Peak:
     ids=["1d", "1d-channels", "2d", "3d", "2d-levels"],
 )
 def test_more_than_2_to_the_31_elements(heads: int, channels: int, sizes: list[tuple[int, ...]], mode: str) -> None:
-    """All elements are one element in memory: an index that overflows reads elsewhere, or is taken for outside."""
+    """All positions and heads are one in memory: an index that overflows reads elsewhere, or is taken for outside."""
     axes, levels, value = len(sizes[0]), len(sizes), 1.5
     length = sum(map(prod, sizes))
-    field = torch.full((1, 1, 1, 1), value, dtype=torch.float16).expand(1, length, heads, channels)
+    field = torch.full((1, 1, 1, channels), value, dtype=torch.float16).expand(1, length, heads, channels)
     # Along the first axis from one end to the other, in the middle of the others. Exact in every step.
     along = torch.tensor([0.125, 0.25, 0.5, 0.75, 0.875])
     locations = torch.full((1, 5, heads, levels, 1, axes), 0.5)

@@ -1,9 +1,11 @@
 // A few numbers at a time, in the vector registers that the compiler has.
 #pragma once
 
-#include <cstdint>
-#include <cstring>
-#include <type_traits>
+#if defined(__F16C__)
+#include <immintrin.h>
+#endif
+
+#include "cpu/tensor.h"
 
 namespace deformkit {
 
@@ -18,6 +20,13 @@ constexpr int register_bytes = 64;
 constexpr int register_bytes = 32;
 #endif
 
+// How many lanes suit rows of `channels` elements, or of any number if 0.
+template <typename A>
+constexpr int lanes_for(int channels) {
+  constexpr int full = register_bytes / static_cast<int>(sizeof(A));
+  return channels > 0 && channels % full == 0 ? full : channels == 4 ? 4 : 32 / static_cast<int>(sizeof(A));
+}
+
 template <typename V, typename A>
 inline V read_lanes(const A* from) {
   V value;
@@ -28,6 +37,32 @@ inline V read_lanes(const A* from) {
 template <typename V, typename A>
 inline void write_lanes(A* to, const V& value) {
   std::memcpy(to, &value, sizeof value);
+}
+
+// As read_lanes(), from elements of any type.
+template <typename V, typename T>
+inline V load_lanes(const T* from) {
+  using A = std::remove_cvref_t<decltype(V{}[0])>;
+  constexpr int count = sizeof(V) / sizeof(A);
+  if constexpr (std::is_same_v<T, A>) {
+    return read_lanes<V>(from);
+  } else if constexpr (std::is_same_v<T, BFloat16>) {
+    typedef uint16_t Bits __attribute__((vector_size(count * 2)));
+    typedef uint32_t Wide __attribute__((vector_size(count * 4)));
+    return reinterpret_cast<V>(__builtin_convertvector(read_lanes<Bits>(from), Wide) << 16);
+#if defined(__AVX512F__)
+  } else if constexpr (count == 16) {
+    return reinterpret_cast<V>(_mm512_maskz_cvtph_ps(__mmask16(-1), read_lanes<__m256i>(from)));
+#endif
+#if defined(__F16C__)
+  } else if constexpr (count == 8) {
+    return reinterpret_cast<V>(_mm256_cvtph_ps(read_lanes<__m128i>(from)));
+#endif
+  } else {
+    V value;
+    for (int lane = 0; lane < count; ++lane) value[lane] = load<A>(from[lane]);
+    return value;
+  }
 }
 
 // out[i] += the sum of v[i]'s lanes, for four vectors at once.

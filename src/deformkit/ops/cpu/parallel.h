@@ -12,6 +12,12 @@
 
 namespace deformkit {
 
+constexpr int64_t mib = 1 << 20;
+
+inline int64_t ceil_div(int64_t a, int64_t b) {
+  return (a + b - 1) / b;
+}
+
 // Runs f(scratch, 0) ... f(scratch, items - 1) on torch's threads, with one scratch = make() for each thread. What an
 // item computes must not depend on who computes it: work is cut by shape, and so results have the same bits on any
 // number of threads.

@@ -85,21 +85,28 @@ inline std::vector<int64_t> sizes_of(const Tensor& tensor) {
   return {tensor.sizes().begin(), tensor.sizes().end()};
 }
 
-// A tensor [B, C, *size] whose spatial axes are one run of positions with a fixed stride; made so by a copy if need be.
+// A tensor whose spatial axes are one run of positions with a fixed stride; made so by a copy if need be.
 class Map {
  public:
-  explicit Map(Tensor tensor) : tensor_(std::move(tensor)) {
-    if (!collapses()) tensor_ = torch::stable::contiguous(tensor_);
-    data_ = tensor_.data_ptr();
-    dtype_ = tensor_.scalar_type();
-    const auto sizes = tensor_.sizes();
-    const auto strides = tensor_.strides();
-    batch_stride = strides[0];
-    channel_stride = strides[1];
-    for (size_t axis = sizes.size(); axis-- > 2;) {
-      positions *= sizes[axis];
-      if (sizes[axis] != 1 && position_stride == 0) position_stride = strides[axis];
-    }
+  // [B, C, *size]
+  explicit Map(Tensor tensor) : Map(tensor, 1, 2, static_cast<size_t>(tensor.dim())) {}
+
+  // [B, *size, H, C], the channels side by side.
+  static Map with_heads(const Tensor& tensor) {
+    const auto axes = static_cast<size_t>(tensor.dim());
+    const bool dense = tensor.sizes()[axes - 1] < 2 || tensor.strides()[axes - 1] == 1;
+    Map map(dense ? tensor : torch::stable::contiguous(tensor), axes - 1, 1, axes - 2);
+    map.channel_stride = 1;
+    map.head_stride = map.tensor_.strides()[axes - 2];
+    return map;
+  }
+
+  // The field of one head, from a position on.
+  Map of_head(int64_t head, int64_t position) const {
+    Map result = *this;
+    result.data_ =
+        static_cast<char*>(data_) + (head * head_stride + position * position_stride) * tensor_.element_size();
+    return result;
   }
 
   template <typename T>
@@ -109,14 +116,28 @@ class Map {
 
   ScalarType dtype() const { return dtype_; }
 
-  int64_t positions = 1, batch_stride, channel_stride, position_stride = 0;
+  int64_t positions = 1, batch_stride, channel_stride, position_stride = 0, head_stride = 0;
 
  private:
-  bool collapses() const {
+  Map(Tensor tensor, size_t channel_axis, size_t first, size_t last) : tensor_(std::move(tensor)) {
+    if (!collapses(first, last)) tensor_ = torch::stable::contiguous(tensor_);
+    data_ = tensor_.data_ptr();
+    dtype_ = tensor_.scalar_type();
+    const auto sizes = tensor_.sizes();
+    const auto strides = tensor_.strides();
+    batch_stride = strides[0];
+    channel_stride = strides[channel_axis];
+    for (size_t axis = last; axis-- > first;) {
+      positions *= sizes[axis];
+      if (sizes[axis] != 1 && position_stride == 0) position_stride = strides[axis];
+    }
+  }
+
+  bool collapses(size_t first, size_t last) const {
     const auto sizes = tensor_.sizes();
     const auto strides = tensor_.strides();
     int64_t expected = -1;
-    for (size_t axis = sizes.size(); axis-- > 2;) {
+    for (size_t axis = last; axis-- > first;) {
       if (sizes[axis] == 1) continue;
       if (expected >= 0 && strides[axis] != expected) return false;
       expected = strides[axis] * sizes[axis];
@@ -170,6 +191,17 @@ class Sink {
     });
   }
 
+  // As write(), `rows` runs of `width` values, which start `pitch` elements apart.
+  template <typename A>
+  void write_rows(int64_t at, int64_t pitch, const A* values, int64_t rows, int64_t width) const {
+    dispatch_dtype(dtype_, [&]<typename T>() {
+      for (int64_t r = 0; r < rows; ++r) {
+        T* out = static_cast<T*>(data_) + at + r * pitch;
+        for (int64_t i = 0; i < width; ++i) out[i] = store<T>(values[r * width + i]);
+      }
+    });
+  }
+
   template <typename T>
   T* data() const {
     return static_cast<T*>(data_);
@@ -180,5 +212,20 @@ class Sink {
   void* data_;
   ScalarType dtype_;
 };
+
+// The reverse of Sink::write_rows(), from a contiguous tensor.
+template <typename A>
+void read_rows(const Tensor& tensor, int64_t at, int64_t pitch, int64_t rows, int64_t width, A* values) {
+  dispatch_dtype(tensor.scalar_type(), [&]<typename T>() {
+    constexpr int64_t line = 64 / sizeof(T), ahead = 16;
+    const T* data = static_cast<const T*>(tensor.data_ptr()) + at;
+    for (int64_t r = 0; r < rows; ++r) {
+      const T* source = data + r * pitch;
+      // Rows far apart escape the hardware's prefetching; so do those that the caller will ask for next.
+      for (int64_t i = 0; i < width; i += line) __builtin_prefetch(source + ahead * pitch + i);
+      for (int64_t i = 0; i < width; ++i) values[r * width + i] = load<A>(source[i]);
+    }
+  });
+}
 
 }  // namespace deformkit

@@ -145,9 +145,9 @@ void forward(const Call<N>& call, const std::vector<Unit<N>>& units, const std::
         A* const columns = scratch.columns.get();
         for_cells(call, unit, slice, rows.get() + place[u - first], begin, points, scratch.points,
                   [&](int64_t tap, const Piece& piece, const A*, const A* field) {
-                    gather(scratch.points.cells, points, field, piece.channels,
-                           columns + column_of(problem, slice, piece, tap, points),
-                           problem.taps * slice.parts[piece.part].channels);
+                    gather<false, true>(scratch.points.cells, points, 1, Rows<const A>{field}, piece.channels,
+                                        columns + column_of(problem, slice, piece, tap, points),
+                                        problem.taps * slice.parts[piece.part].channels);
                   });
         const A* w = weight.get();
         for (const Part& part : slice.parts) {
@@ -332,14 +332,14 @@ void backward(const Call<N>& call, const Map& grad_output, const std::vector<Uni
                       A* const by_point = (piece.first ? scratch.by_point : scratch.more_by_point).get();
                       A* const corners = scratch.points.corners.get() + (direct ? block << N : 0);
                       Walk<A, N> walked{};
-                      walked.rows = field_rows;
+                      walked.rows.first = field_rows;
                       walked.channels = piece.channels;
                       walked.pitch = problem.taps * part.channels;
                       if (by_columns) walked.grad_columns = by_part[piece.part] + in_part;
                       if (gradients.weight)
                         walked.columns = scratch.columns.get() + column_of(problem, slice, piece, tap, points);
                       if (gradients.input)
-                        walked.grad_rows = direct ? corners : scratch.grad_rows.get() + piece.begin - slice.begin;
+                        walked.grad_rows.first = direct ? corners : scratch.grad_rows.get() + piece.begin - slice.begin;
                       if (gradients.offset)
                         for (int axis = 0; axis < N; ++axis) walked.grad_shift[axis] = by_point + axis * block;
                       if (gradients.mask) walked.grad_factor = by_point + N * block;

@@ -8,7 +8,6 @@
 
 namespace deformkit::conv {
 
-constexpr int64_t mib = 1 << 20;
 constexpr int64_t column_bytes = 5 * mib / 2;  // of one block: what stays in cache
 constexpr int64_t field_bytes = 16 * mib;      // of the laid-out field that one round of work uses
 constexpr int64_t grad_field_bytes = 8 * mib;  // of one slice of it in the backward, of which a thread holds two
@@ -16,28 +15,24 @@ constexpr int64_t slice_channels = 32;         // that one item of the backward 
 constexpr int64_t weight_shares = 8;           // into which the sum for the weight's gradient is cut, at most
 constexpr int64_t narrow = 8;                  // with fewer channels a group, no matrix product
 
-inline int64_t ceil_div(int64_t a, int64_t b) {
-  return (a + b - 1) / b;
-}
-
 // Everything that the shapes say.
 template <int N>
 struct Problem {
   int64_t batch, channels, out_channels, group_channels, groups, offset_groups, taps, positions;
   Axes<N> size, out_size, stride, padding;
   std::vector<Axes<N>> tap;  // dilation * k of each tap
-  bool border, wide;         // wide: 64-bit indices
+  Boundary boundary;
+  bool wide;  // 64-bit indices
 
   Problem(const Tensor& input, const Tensor& offset, const Tensor& weight, const std::optional<Tensor>& bias,
           const std::vector<int64_t>& stride_, const std::vector<int64_t>& padding_,
-          const std::vector<int64_t>& dilation, const std::optional<Tensor>& mask, const std::string& boundary) {
+          const std::vector<int64_t>& dilation, const std::optional<Tensor>& mask, const std::string& boundary_) {
     const auto sizes = sizes_of(input), kernel = sizes_of(weight), map = sizes_of(offset);
     STD_TORCH_CHECK(input.dim() == N + 2 && weight.dim() == N + 2 && offset.dim() == N + 2,
                     "input, offset and weight must have ", N + 2, " axes");
     STD_TORCH_CHECK(stride_.size() == N && padding_.size() == N && dilation.size() == N,
                     "stride, padding and dilation must have ", N, " values");
-    STD_TORCH_CHECK(boundary == "zeros" || boundary == "border", "boundary must be \"zeros\" or \"border\"");
-    border = boundary == "border";
+    boundary = boundary_of(boundary_);
     batch = sizes[0], channels = sizes[1], out_channels = kernel[0], group_channels = kernel[1];
     taps = positions = 1;
     int64_t reach = 1;
@@ -215,22 +210,10 @@ struct Points {
     for (int axis = 0; axis < N; ++axis) origin[axis] = origins.get() + axis * block;
   }
 
-  // stride * o - padding of `points` output positions.
   void start(const Problem<N>& problem, int64_t begin, int64_t points) {
-    Axes<N> at;
-    int64_t rest = begin;
-    for (int axis = N; axis-- > 0;) {
-      at[axis] = rest % problem.out_size[axis];
-      rest /= problem.out_size[axis];
-    }
-    for (int64_t i = 0; i < points; ++i) {
-      for (int axis = 0; axis < N; ++axis)
-        origins[axis * capacity + i] = static_cast<Index>(at[axis] * problem.stride[axis] - problem.padding[axis]);
-      for (int axis = N; axis-- > 0;) {
-        if (++at[axis] < problem.out_size[axis] || axis == 0) break;
-        at[axis] = 0;
-      }
-    }
+    Index* own[N];
+    for (int axis = 0; axis < N; ++axis) own[axis] = origins.get() + axis * capacity;
+    fill_origins<N>(problem.out_size, problem.stride, problem.padding, begin, points, 1, own);
   }
 
   // Locates the cells of one tap; returns its factors, if there are any.
@@ -241,7 +224,7 @@ struct Points {
     for (int axis = 0; axis < N; ++axis)
       shift[axis] = view_run(offset, unit.batch, channel * N + axis, begin, points, shifts.get() + axis * capacity);
     const A* factor = mask ? view_run(*mask, unit.batch, channel, begin, points, factors.get()) : nullptr;
-    cells.locate(unit.window, problem.border, points, origin, problem.tap[tap], shift, factor, width, outside);
+    cells.locate(unit.window, problem.boundary, points, origin, problem.tap[tap], shift, factor, width, outside);
     return factor;
   }
 };

@@ -242,7 +242,7 @@ def _output(
 
 
 _operator = define(
-    "ms_deform_attn(Tensor value, int[] spatial_shapes, Tensor sampling_locations, Tensor attention_weights, "
+    "ms_deform_attn(Tensor value, SymInt[] spatial_shapes, Tensor sampling_locations, Tensor attention_weights, "
     "int[] num_points, str mode) -> Tensor",
     reference=reference.ms_deform_attn,
     fake=_output,

@@ -71,10 +71,11 @@ void compact(const Map& field, int64_t batch, int64_t channel, int64_t points, c
   });
 }
 
-// Calls f(number of channels) with a constant for the usual numbers, so that loops over them unroll; with 0 for others.
-template <typename F>
+// Calls f(number of channels) with a constant for the usual numbers, so that loops over them unroll; with 0 for others,
+// and for what is too rare to be worth its code.
+template <bool kUsual, typename F>
 void dispatch_channels(int64_t channels, const F& f) {
-  switch (channels) {
+  switch (kUsual ? channels : 0) {
     case 4:
       return f(std::integral_constant<int, 4>{});
     case 8:
@@ -90,58 +91,102 @@ void dispatch_channels(int64_t channels, const F& f) {
   }
 }
 
-// columns[i * pitch ...] = the sample at point i, of `channels` channels.
-template <typename A, int N, typename Index>
-void gather(const Cells<A, N, Index>& cells, int64_t points, const A* rows, int64_t channels, A* columns,
-            int64_t pitch) {
-  constexpr int corners = 1 << N;
-  dispatch_channels(channels, [&](auto constant) {
-    const int64_t last = constant.value > 0 ? constant.value : channels;
-    for (int64_t i = 0; i < points; ++i) {
-      A weight[corners];
-      const A* row[corners];
+// Where the rows of a field are. Rows laid out by pack() hold one of zeros among them; a field read in place has it
+// apart, at `outside`, for the corners whose index is negative.
+template <typename T>
+struct Rows {
+  T* first;
+  T* outside = nullptr;
+
+  template <bool kInPlace, typename Index>
+  T* at(Index index) const {
+    return kInPlace && index < 0 ? outside : first + index;
+  }
+};
+
+template <typename A, typename Index>
+constexpr bool is_usual = std::is_same_v<A, float> && std::is_same_v<Index, int32_t>;
+
+// columns[j * pitch ...] = the sum of the samples at the points [j * per, (j + 1) * per), of `channels` channels. With
+// kOne, per is 1.
+template <bool kInPlace, bool kOne, int kChannels, typename A, int N, typename Index, typename T>
+void gather_as(const Cells<A, N, Index>& cells, int64_t sums, int64_t per, const Rows<const T> rows, int64_t channels,
+               A* columns, int64_t pitch) {
+  constexpr int corners = 1 << N, full = register_bytes / static_cast<int>(sizeof(A));
+  constexpr int lanes = kChannels > 0 ? lanes_for<A>(kChannels) : full;
+  constexpr int most = kChannels > 0 && kChannels / lanes < 4 ? kChannels / lanes : 4;
+  const int64_t last = kChannels > 0 ? kChannels : channels;
+  const A* weights[corners];
+  const Index* indices[corners];
+  for (int corner = 0; corner < corners; ++corner) {
+    weights[corner] = cells.weight(corner);
+    indices[corner] = cells.index(corner);
+  }
+  // The channels from c on, as many as some registers hold.
+  const auto sum_up = [&]<int registers, int width>(int64_t j, int64_t c) {
+    typedef typename Lanes<A, width>::type V;
+    V sum[registers] = {};
+    for (int64_t i = j * per; i < (kOne ? j + 1 : (j + 1) * per); ++i) {
+#pragma GCC unroll 8
       for (int corner = 0; corner < corners; ++corner) {
-        weight[corner] = cells.weight(corner)[i];
-        row[corner] = rows + cells.index(corner)[i];
-      }
-      A* const column = columns + i * pitch;
-#pragma omp simd
-      for (int64_t c = 0; c < last; ++c) {
-        A sum = weight[0] * row[0][c];
-        for (int corner = 1; corner < corners; ++corner) sum += weight[corner] * row[corner][c];
-        column[c] = sum;
+        const T* const row = rows.template at<kInPlace>(indices[corner][i]) + c;
+        const A weight = weights[corner][i];
+#pragma GCC unroll 4
+        for (int r = 0; r < registers; ++r) sum[r] += weight * load_lanes<V>(row + r * width);
       }
     }
+    for (int r = 0; r < registers; ++r) write_lanes(columns + j * pitch + c + r * width, sum[r]);
+  };
+  for (int64_t j = 0; j < sums; ++j) {
+    int64_t c = 0;
+    for (; c + most * lanes <= last; c += most * lanes) sum_up.template operator()<most, lanes>(j, c);
+    if constexpr (kChannels == 0) {
+      for (; c + full <= last; c += full) sum_up.template operator()<1, full>(j, c);
+      if (c + full / 2 <= last) sum_up.template operator()<1, full / 2>(j, c), c += full / 2;
+      for (; c < last; ++c) {
+        A sum = 0;
+        for (int64_t i = j * per; i < (kOne ? j + 1 : (j + 1) * per); ++i)
+          for (int corner = 0; corner < corners; ++corner)
+            sum += weights[corner][i] * load<A>(rows.template at<kInPlace>(indices[corner][i])[c]);
+        columns[j * pitch + c] = sum;
+      }
+    }
+  }
+}
+
+template <bool kInPlace, bool kOne, typename A, int N, typename Index, typename T>
+void gather(const Cells<A, N, Index>& cells, int64_t sums, int64_t per, const Rows<const T>& rows, int64_t channels,
+            A* columns, int64_t pitch) {
+  dispatch_channels<is_usual<A, Index>>(channels, [&](auto constant) {
+    gather_as<kInPlace, kOne, constant.value>(cells, sums, per, rows, channels, columns, pitch);
   });
 }
 
 // What walk() is asked for; a null pointer asks for nothing.
-template <typename A, int N>
+template <typename A, int N, typename T = A>
 struct Walk {
-  const A* rows;          // the field, as by pack()
-  const A* grad_columns;  // gradient of the loss by the samples, `pitch` apart
-  A* columns;             // the samples
-  A* grad_rows;           // += gradient by the field
+  Rows<const T> rows;     // the field
+  const A* grad_columns;  // gradient of the loss by the sums of `per` samples, `pitch` apart
+  A* columns;             // the samples, where per is 1
+  Rows<A> grad_rows;      // += gradient by the field
   A* grad_shift[N];       // gradient by the shift
   A* grad_factor;         // gradient by the factor
-  int64_t pitch, channels;
+  int64_t pitch, channels, per = 1;
 
   bool by_point() const { return grad_shift[0] || grad_factor; }
 };
 
 // The one backward walk over the corners: samples again, and the gradient by field, point and factor. kChannels is the
 // number of channels, or 0 for any.
-template <bool kColumns, bool kPoint, bool kField, int kChannels, typename A, int N, typename Index>
-void walk_as(const Cells<A, N, Index>& cells, int64_t points, const Walk<A, N>& w) {
-  constexpr int corners = 1 << N, most = corners < 4 ? corners : 4, full = register_bytes / static_cast<int>(sizeof(A));
-  constexpr int lanes = kChannels > 0 && kChannels % full == 0 ? full
-                        : kChannels == 4                       ? 4
-                                                               : 32 / static_cast<int>(sizeof(A));
+template <bool kInPlace, bool kColumns, bool kPoint, bool kField, int kChannels, typename A, int N, typename Index,
+          typename T>
+void walk_as(const Cells<A, N, Index>& cells, int64_t points, const Walk<A, N, T>& w) {
+  constexpr int corners = 1 << N, most = corners < 4 ? corners : 4, lanes = lanes_for<A>(kChannels);
   typedef typename Lanes<A, lanes>::type V;
   const int64_t channels = kChannels > 0 ? kChannels : w.channels, whole = channels / lanes * lanes;
   A* const dots = cells.dots();
-  for (int64_t i = 0; i < points; ++i) {
-    const A* const grad = w.grad_columns + i * w.pitch;
+  const A* grad = w.grad_columns;
+  for (int64_t i = 0, left = w.per; i < points; ++i) {
     A* const column = w.columns + i * w.pitch;
     if constexpr (kPoint) std::fill_n(dots + i * corners, corners, A(0));
     for (int from = 0; from < corners; from += most) {
@@ -158,13 +203,13 @@ void walk_as(const Cells<A, N, Index>& cells, int64_t points, const Walk<A, N>& 
         if constexpr (kColumns) sample = from == 0 ? V{} : read_lanes<V>(column + c);
         for (int corner = 0; corner < most; ++corner) {
           if constexpr (kColumns || kPoint) {
-            const V row = read_lanes<V>(w.rows + at[corner] + c);
+            const V row = load_lanes<V>(w.rows.template at<kInPlace>(at[corner]) + c);
             if constexpr (kPoint) sums[corner] += g * row;
             if constexpr (kColumns) sample += weight[corner] * row;
           }
           // Corners may share a row (border, outside): one after the other.
           if constexpr (kField) {
-            A* const target = w.grad_rows + at[corner] + c;
+            A* const target = w.grad_rows.template at<kInPlace>(at[corner]) + c;
             write_lanes(target, read_lanes<V>(target) + weight[corner] * g);
           }
         }
@@ -183,41 +228,46 @@ void walk_as(const Cells<A, N, Index>& cells, int64_t points, const Walk<A, N>& 
       for (int64_t c = whole; c < channels; ++c) {
         A sample = kColumns && from > 0 ? column[c] : A(0);
         for (int corner = 0; corner < most; ++corner) {
-          if constexpr (kPoint) dot[corner] += grad[c] * w.rows[at[corner] + c];
-          if constexpr (kColumns) sample += weight[corner] * w.rows[at[corner] + c];
-          if constexpr (kField) w.grad_rows[at[corner] + c] += weight[corner] * grad[c];
+          if constexpr (kPoint) dot[corner] += grad[c] * load<A>(w.rows.template at<kInPlace>(at[corner])[c]);
+          if constexpr (kColumns) sample += weight[corner] * load<A>(w.rows.template at<kInPlace>(at[corner])[c]);
+          if constexpr (kField) w.grad_rows.template at<kInPlace>(at[corner])[c] += weight[corner] * grad[c];
         }
         if constexpr (kColumns) column[c] = sample;
       }
     }
+    if (--left == 0) grad += w.pitch, left = w.per;
   }
 }
 
 // `factor` is the one that the cells were located with.
-template <typename A, int N, typename Index>
-void walk(const Cells<A, N, Index>& cells, int64_t points, const A* factor, const Walk<A, N>& w) {
-  const int asked = (w.columns ? 4 : 0) + (w.by_point() ? 2 : 0) + (w.grad_rows ? 1 : 0);
+template <bool kInPlace = false, typename A, int N, typename Index, typename T>
+void walk(const Cells<A, N, Index>& cells, int64_t points, const A* factor, const Walk<A, N, T>& w) {
+  const int asked = (w.columns ? 4 : 0) + (w.by_point() ? 2 : 0) + (w.grad_rows.first ? 1 : 0);
+  const auto as = [&]<bool kColumns, bool kPoint, bool kField, int kChannels>() {
+    walk_as<kInPlace, kColumns, kPoint, kField, kChannels>(cells, points, w);
+  };
   switch (asked) {
     case 0:
       return;
     case 1:
-      return walk_as<false, false, true, 0>(cells, points, w);
+      return as.template operator()<false, false, true, 0>();
     case 2:
-      walk_as<false, true, false, 0>(cells, points, w);
+      as.template operator()<false, true, false, 0>();
       break;
     case 3:
-      walk_as<false, true, true, 0>(cells, points, w);
+      dispatch_channels<is_usual<A, Index> && !kInPlace>(
+          w.channels, [&](auto constant) { as.template operator()<false, true, true, constant.value>(); });
       break;
     case 4:
-      return walk_as<true, false, false, 0>(cells, points, w);
+      return as.template operator()<true, false, false, 0>();
     case 5:
-      return walk_as<true, false, true, 0>(cells, points, w);
+      return as.template operator()<true, false, true, 0>();
     case 6:
-      walk_as<true, true, false, 0>(cells, points, w);
+      as.template operator()<true, true, false, 0>();
       break;
     default:
-      dispatch_channels(w.channels,
-                        [&](auto constant) { walk_as<true, true, true, constant.value>(cells, points, w); });
+      dispatch_channels<is_usual<A, Index> && !kInPlace>(
+          w.channels, [&](auto constant) { as.template operator()<true, true, true, constant.value>(); });
   }
   cells.slopes(points, factor, w.grad_shift, w.grad_factor);
 }

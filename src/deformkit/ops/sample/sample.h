@@ -6,8 +6,10 @@
 #include <array>
 #include <cmath>
 #include <limits>
+#include <string>
 #include <utility>
 
+#include "cpu/lanes.h"
 #include "cpu/parallel.h"
 
 namespace deformkit {
@@ -22,12 +24,6 @@ int64_t count(const Axes<N>& size) {
   return result;
 }
 
-// The share of a corner along one axis.
-template <bool upper, typename A>
-inline A side(A fraction) {
-  return upper ? fraction : 1 - fraction;
-}
-
 // The rows [first, last) of a field of `size`, along its first axis, with the other axes whole.
 template <int N>
 struct Window {
@@ -36,6 +32,47 @@ struct Window {
 
   int64_t inner() const { return count<N>(size) / size[0]; }
   int64_t positions() const { return (last - first) * inner(); }
+};
+
+// origin[axis][i] = stride * o - padding for each output position o from `begin` on, `repeat` times over.
+template <int N, typename Index>
+void fill_origins(const Axes<N>& out_size, const Axes<N>& stride, const Axes<N>& padding, int64_t begin,
+                  int64_t positions, int64_t repeat, Index* const (&origin)[N]) {
+  Axes<N> at;
+  int64_t rest = begin;
+  for (int axis = N; axis-- > 0;) {
+    at[axis] = rest % out_size[axis];
+    rest /= out_size[axis];
+  }
+  for (int64_t i = 0; i < positions; ++i) {
+    for (int axis = 0; axis < N; ++axis)
+      std::fill_n(origin[axis] + i * repeat, repeat, static_cast<Index>(at[axis] * stride[axis] - padding[axis]));
+    for (int axis = N; axis-- > 0;) {
+      if (++at[axis] < out_size[axis] || axis == 0) break;
+      at[axis] = 0;
+    }
+  }
+}
+
+// What counts outside of a field: nothing; its nearest end; or that within one pixel, and nothing further away.
+enum class Boundary { zeros, border, near };
+
+inline Boundary boundary_of(const std::string& name) {
+  STD_TORCH_CHECK(name == "zeros" || name == "border", "boundary must be \"zeros\" or \"border\"");
+  return name == "zeros" ? Boundary::zeros : Boundary::border;
+}
+
+// Where the points of a run are looked for along one axis: in a window that is the same for all, or in one of their
+// own.
+template <typename Index>
+struct Line {
+  Index tap, size, least, past, stride;
+};
+
+template <typename Index>
+struct Lines {
+  const Index *size, *stride;  // of each point; the last axis of all adds `start`
+  const Index* start;
 };
 
 // The cells around a run of points. A corner that does not count has the index `outside`, a row of zeros: it is never
@@ -49,7 +86,9 @@ class Cells {
   static constexpr bool is_upper(int corner, int axis) { return corner >> (N - 1 - axis) & 1; }
 
   explicit Cells(int64_t capacity)
-      : capacity_(capacity), reals_((N + 2 * corners) * capacity), indices_((2 * N + corners) * capacity) {}
+      : capacity_(ceil_div(capacity, lanes) * lanes),
+        reals_((N + 2 * corners) * capacity_),
+        indices_(corners * capacity_) {}
 
   A* fraction(int axis) const { return reals_.get() + axis * capacity_; }
   A* weight(int corner) const { return reals_.get() + (N + corner) * capacity_; }
@@ -57,37 +96,41 @@ class Cells {
 
   // The points origin[axis][i] + tap[axis] + shift[axis][i], in units of grid cells. Indices are of elements in a
   // window laid out with `width` of them for each position; weights are times factor[i], if given.
-  void locate(const Window<N>& window, bool border, int64_t points, const Index* const (&origin)[N], const Axes<N>& tap,
-              const A* const (&shift)[N], const A* factor, int64_t width, Index outside) {
+  void locate(const Window<N>& window, Boundary boundary, int64_t points, const Index* const (&origin)[N],
+              const Axes<N>& tap, const A* const (&shift)[N], const A* factor, int64_t width, Index outside) {
     int64_t step = window.positions() / (window.last - window.first) * width;
+    std::array<Line<Index>, N> lines;
     for (int axis = 0; axis < N; ++axis) {
       if (axis > 0) step /= window.size[axis];
-      const Line line{origin[axis],
-                      shift[axis],
-                      static_cast<Index>(tap[axis]),
-                      static_cast<Index>(window.size[axis]),
-                      static_cast<Index>(axis == 0 ? window.first : 0),
-                      static_cast<Index>(axis == 0 ? window.last : window.size[axis]),
-                      static_cast<Index>(step)};
-      if (border) {
-        locate_axis<true>(axis, points, line);
-      } else {
-        locate_axis<false>(axis, points, line);
-      }
+      lines[axis] = {static_cast<Index>(tap[axis]), static_cast<Index>(window.size[axis]),
+                     static_cast<Index>(axis == 0 ? window.first : 0),
+                     static_cast<Index>(axis == 0 ? window.last : window.size[axis]), static_cast<Index>(step)};
     }
-    weigh(std::make_integer_sequence<int, corners>{}, points, outside);
-    if (!factor) return;
-    for (int corner = 0; corner < corners; ++corner) {
-      A* const w = weight(corner);
-      const Index* const at = index(corner);
-      // An infinite factor stays away from what is outside.
-#pragma omp simd
-      for (int64_t i = 0; i < points; ++i) w[i] *= at[i] == outside ? A(0) : factor[i];
+    dispatch(boundary, points, origin, lines, shift, factor, outside);
+  }
+
+  // The same for points that each have a field of their own among those laid out together. With `nearest` the one
+  // corner that counts is at floor(point + 1/2).
+  void locate(const std::array<Lines<Index>, N>& lines, Boundary boundary, bool nearest, int64_t points,
+              const Index* const (&origin)[N], const A* const (&shift)[N], const A* factor, Index outside) {
+    if (nearest) {
+      locate_as<Boundary::border, true>(points, origin, lines, shift, factor, outside);
+    } else {
+      dispatch(boundary, points, origin, lines, shift, factor, outside);
     }
   }
 
   // dots()[i * corners + corner]: the scalar product of a corner's row with a gradient, for slopes().
   A* dots() const { return reals_.get() + (N + corners) * capacity_; }
+
+  // The slopes of what does not change with the point: 0, or NaN where a coordinate is.
+  void no_slopes(int64_t points, A* const (&grad_shift)[N]) const {
+    for (int64_t i = 0; i < points; ++i) {
+      A sum = 0;
+      for (int axis = 0; axis < N; ++axis) sum += fraction(axis)[i];
+      for (int axis = 0; axis < N; ++axis) grad_shift[axis][i] = 0 * sum;
+    }
+  }
 
   // From the dots, d sample / d shift[axis] times factor, and the sample itself: each where it is not null.
   void slopes(int64_t points, const A* factor, A* const (&grad_shift)[N], A* sample) const {
@@ -102,62 +145,100 @@ class Cells {
   }
 
  private:
-  // One axis of locate(): where a cell may lie and how far apart its indices are.
-  struct Line {
-    const Index* origin;
-    const A* shift;
-    Index tap, size, least, past, stride;
-  };
+  static constexpr int lanes = register_bytes / static_cast<int>(sizeof(A));
+  typedef typename Lanes<A, lanes>::type Reals;
+  typedef typename Lanes<Index, lanes>::type Indices;
+  typedef typename Lanes<std::conditional_t<sizeof(A) == 4, int32_t, int64_t>, lanes>::type Masks;
 
-  template <bool kBorder>
-  void locate_axis(int axis, int64_t points, const Line& line) {
-    constexpr Index nowhere = std::numeric_limits<Index>::min() / 4;
-    constexpr A far = sizeof(Index) == 4 ? A(1 << 30) : A(int64_t(1) << 40);
-    const Index* const origin = line.origin;
-    const A* const shift = line.shift;
-    const Index tap = line.tap, most = line.size - 1, least = line.least, past = line.past, stride = line.stride;
-    A* const part = fraction(axis);
-    Index *const below = lower(axis), *const above = upper(axis);
-#pragma omp simd
-    for (int64_t i = 0; i < points; ++i) {
-      const A s = shift[i];
-      const bool number = s == s;
-      const A distance = std::min(std::max(number ? s : A(0), -far), far);
-      const A whole = std::floor(distance);
-      part[i] = number ? distance - whole : s;
-      Index low = origin[i] + tap + static_cast<Index>(whole), high = low + 1;
-      if constexpr (kBorder) {
-        low = std::min(std::max(low, Index(0)), most);
-        high = std::min(std::max(high, Index(0)), most);
-      }
-      below[i] = number & (low >= least) & (low < past) ? (low - least) * stride : nowhere;
-      above[i] = number & (high >= least) & (high < past) ? (high - least) * stride : nowhere;
+  template <typename L>
+  void dispatch(Boundary boundary, int64_t points, const Index* const (&origin)[N], const std::array<L, N>& lines,
+                const A* const (&shift)[N], const A* factor, Index outside) {
+    switch (boundary) {
+      case Boundary::zeros:
+        return locate_as<Boundary::zeros, false>(points, origin, lines, shift, factor, outside);
+      case Boundary::border:
+        return locate_as<Boundary::border, false>(points, origin, lines, shift, factor, outside);
+      case Boundary::near:
+        return locate_as<Boundary::near, false>(points, origin, lines, shift, factor, outside);
     }
   }
 
-  template <int... all>
-  void weigh(std::integer_sequence<int, all...>, int64_t points, Index outside) {
-    (weigh_corner<all>(points, outside), ...);
+  // The elements [i, i + lanes) of an array of `points`; 0 beyond its end.
+  template <typename V, typename T>
+  static V read_some(const T* from, int64_t i, int64_t points) {
+    if (i + lanes <= points) return read_lanes<V>(from + i);
+    V value{};
+    std::memcpy(&value, from + i, static_cast<size_t>(points - i) * sizeof(T));
+    return value;
   }
 
-  template <int corner>
-  void weigh_corner(int64_t points, Index outside) {
-    // Axes that are not there repeat the first.
-    constexpr bool up0 = is_upper(corner, 0), up1 = is_upper(corner, N > 1), up2 = is_upper(corner, N > 2 ? 2 : 0);
-    const A *const f0 = fraction(0), *const f1 = fraction(N > 1), *const f2 = fraction(N > 2 ? 2 : 0);
-    const Index* const s0 = up0 ? upper(0) : lower(0);
-    const Index* const s1 = up1 ? upper(N > 1) : lower(N > 1);
-    const Index* const s2 = up2 ? upper(N > 2 ? 2 : 0) : lower(N > 2 ? 2 : 0);
-    A* const w = weight(corner);
-    Index* const at = index(corner);
-#pragma omp simd
-    for (int64_t i = 0; i < points; ++i) {
-      A product = side<up0>(f0[i]);
-      Index sum = s0[i];
-      if constexpr (N > 1) product *= side<up1>(f1[i]), sum += s1[i];
-      if constexpr (N > 2) product *= side<up2>(f2[i]), sum += s2[i];
-      w[i] = product * (sum < 0 ? A(0) : A(1));
-      at[i] = sum < 0 ? outside : sum;
+  template <Boundary kBoundary, bool kNearest, typename L>
+  __attribute__((noinline)) void locate_as(int64_t points, const Index* const (&origin)[N], const std::array<L, N>& lines,
+                 const A* const (&shift)[N], const A* factor, Index outside) {
+    constexpr bool uniform = std::is_same_v<L, Line<Index>>;
+    constexpr Index nowhere = std::numeric_limits<Index>::min() / 4;
+    constexpr A far = sizeof(Index) == 4 ? A(1 << 30) : A(int64_t(1) << 40);
+    const auto indices = [](auto mask) { return __builtin_convertvector(mask, Indices); };
+    for (int64_t i = 0; i < points; i += lanes) {
+      Reals side[N][2];
+      Indices at[N][2];
+#pragma GCC unroll 3
+      for (int axis = 0; axis < N; ++axis) {
+        const Reals s = read_some<Reals>(shift[axis], i, points);
+        const auto number = s == s;
+        Reals distance = number ? s : Reals{};
+        distance = distance > -far ? distance : Reals{} - far;
+        distance = distance < far ? distance : Reals{} + far;
+        const Reals rounded = kNearest ? distance + A(0.5) : distance;
+        Indices whole = __builtin_convertvector(rounded, Indices);
+        whole += indices(__builtin_convertvector(whole, Reals) > rounded);
+        Reals rest = kNearest ? Reals{} : distance - __builtin_convertvector(whole, Reals);
+        Indices low = whole, counts = indices(number), size, stride, least{}, past, start{};
+        if (origin[axis]) low += read_some<Indices>(origin[axis], i, points);
+        if constexpr (uniform) {
+          const L& line = lines[axis];
+          low += line.tap;
+          size = Indices{} + line.size, stride = Indices{} + line.stride;
+          least = Indices{} + line.least, past = Indices{} + line.past;
+        } else {
+          past = size = read_some<Indices>(lines[axis].size, i, points);
+          stride = read_some<Indices>(lines[axis].stride, i, points);
+          if (axis == N - 1) start = read_some<Indices>(lines[axis].start, i, points);
+        }
+        Indices high = low + 1;
+        const Indices most = size - 1;
+        if constexpr (kBoundary == Boundary::near)
+          counts = counts & (low >= -1) & ((low < size) | ((low == size) & indices(rest == 0)));
+        if constexpr (kBoundary != Boundary::zeros) {
+          rest = __builtin_convertvector((low < 0) | (low >= most), Masks) ? Reals{} : rest;
+          low = low < 0 ? Indices{} : low > most ? most : low;
+          high = high < 0 ? Indices{} : high > most ? most : high;
+        }
+        const Reals part = number ? rest : s;
+        write_lanes(fraction(axis) + i, part);
+        side[axis][0] = 1 - part;
+        side[axis][1] = part;
+        at[axis][0] = (counts & (low >= least) & (low < past)) ? (low - least) * stride + start : Indices{} + nowhere;
+        at[axis][1] =
+            (counts & (high >= least) & (high < past)) ? (high - least) * stride + start : Indices{} + nowhere;
+        if constexpr (kNearest) at[axis][1] = Indices{} + nowhere;
+      }
+      const Reals factors = factor ? read_some<Reals>(factor, i, points) : Reals{} + 1;
+#pragma GCC unroll 8
+      for (int corner = 0; corner < corners; ++corner) {
+        Reals product = side[0][is_upper(corner, 0)];
+        Indices sum = at[0][is_upper(corner, 0)];
+#pragma GCC unroll 3
+        for (int axis = 1; axis < N; ++axis) {
+          product *= side[axis][is_upper(corner, axis)];
+          sum += at[axis][is_upper(corner, axis)];
+        }
+        const Indices missing = sum < 0;
+        // An infinite factor stays away from what is outside; a NaN coordinate does not hide.
+        product *= __builtin_convertvector(missing, Masks) ? Reals{} : factors;
+        write_lanes(weight(corner) + i, product);
+        write_lanes(index(corner) + i, missing ? Indices{} + outside : sum);
+      }
     }
   }
 
@@ -193,9 +274,6 @@ class Cells {
 #pragma omp simd
     for (int64_t i = 0; i < points; ++i) out[i] *= factor[i];
   }
-
-  Index* lower(int axis) const { return indices_.get() + (corners + axis) * capacity_; }
-  Index* upper(int axis) const { return indices_.get() + (corners + N + axis) * capacity_; }
 
   int64_t capacity_;
   Buffer<A> reals_;
