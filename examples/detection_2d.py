@@ -5,8 +5,8 @@ some points of all levels; the pixels most sure of a digit propose boxes. In the
 and around its box, and corrects box and class, layer by layer. Where these points are is learnt, with everything else.
 
 It writes two pictures. ``detected_digits.png`` shows canvases with digits that were never trained on: true boxes are
-dotted, found ones solid, and dots of the same colour are what the decoder read to decide on a box, larger where it paid
-more attention. ``detection_loss.png`` shows the loss, and how the held-out average precision rises.
+dotted, found ones solid, and dots of the same colour are what the last decoder layer read to correct a box, larger where
+it paid more attention. ``detection_loss.png`` shows the loss, and how the held-out average precision rises.
 
 Training takes some minutes on two cores. It needs ``pip install 'deformkit[demo]'``.
 """
@@ -364,7 +364,7 @@ def running_mean(losses: list[float], window: int = 20) -> list[float]:
     return [sum(part) / len(part) for part in (losses[max(0, i - window + 1) : i + 1] for i in range(len(losses)))]
 
 
-def main(steps: int = 4000, seed: int = 0, output: str | Path = ".") -> None:
+def main(steps: int = 2500, seed: int = 0, output: str | Path = ".") -> None:
     torch.manual_seed(seed)
     output = Path(output)
     known, unknown = digits()
@@ -411,7 +411,7 @@ def main(steps: int = 4000, seed: int = 0, output: str | Path = ".") -> None:
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description="Find scanned digits with a small Deformable DETR.")
-    parser.add_argument("--steps", type=int, default=4000, help="how many batches to train with")
+    parser.add_argument("--steps", type=int, default=2500, help="how many batches to train with")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--output", type=Path, default=Path("."), help="the folder for the pictures")
     main(**vars(parser.parse_args()))
