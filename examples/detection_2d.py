@@ -5,8 +5,8 @@ some points of all levels; the pixels most sure of a digit propose boxes. In the
 and around its box, and corrects box and class, layer by layer. Where these points are is learnt, with everything else.
 
 It writes two pictures. ``detected_digits.png`` shows canvases with digits that were never trained on: true boxes are
-dotted, found ones solid, and dots of the same colour are what the last decoder layer read to correct a box, larger where
-it paid more attention. ``detection_loss.png`` shows the loss, and how the held-out average precision rises.
+dotted, found ones solid, and dots of the same colour are what the last decoder layer read to correct a box, larger
+where it paid more attention. ``detection_loss.png`` shows the loss, and how the held-out average precision rises.
 
 Training takes some minutes on two cores. It needs ``pip install 'deformkit[demo]'``.
 """
