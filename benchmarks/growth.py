@@ -15,9 +15,9 @@ FACTORS = (1, 2, 4, 8, 16)
 GROWING = [
     conv.Case("2d 64x48x48", 1, 64, (48, 48), 64, (3, 3), padding=1),
     conv.Case("1d k5 L2048", 1, 128, (2048,), 128, (5,), padding=2, modulated=False),
-    attn.Case("2d Q512", 1, ((32, 32), (16, 16)), 512, 8, 32, (4, 4), reach=0.0),
+    attn.Case("2d Q1024", 1, ((32, 32), (16, 16)), 1024, 4, 16, (4, 4), reach=0.0),
     aggregate.Case("2d 128x32x32", 1, (32, 32), 4, 32, (3, 3), padding=1),
-    roi.Case("2d 32 RoIs", 1, 128, (50, 84), 32, (7, 7), 1 / 8, bin_size=3.0),
+    roi.Case("2d 128 RoIs", 1, 64, (25, 42), 128, (7, 7), 1 / 8, bin_size=3.0),
 ]
 KINDS: dict[str, dict[str, tuple[str, ...]]] = {
     "deform_conv": {"batch": ("batch",), "positions": ("size",)},
