@@ -81,8 +81,34 @@ void dispatch_axes(int64_t axes, F&& f) {
   }
 }
 
+// The dtype that sums are kept in beside values of `dtype`.
+inline ScalarType sum_dtype(ScalarType dtype) {
+  return dtype == ScalarType::Double ? ScalarType::Double : ScalarType::Float;
+}
+
+// Calls f<A, N>() with the type of sums beside values of `dtype`, and the number of spatial axes.
+template <typename F>
+void dispatch_sums(ScalarType dtype, int64_t axes, F&& f) {
+  dispatch_axes(axes, [&]<int N>() {
+    dtype == ScalarType::Double ? f.template operator()<double, N>() : f.template operator()<float, N>();
+  });
+}
+
 inline std::vector<int64_t> sizes_of(const Tensor& tensor) {
   return {tensor.sizes().begin(), tensor.sizes().end()};
+}
+
+// An empty tensor like another, or one without elements where it is not asked for.
+inline Tensor empty_like(const Tensor& like, bool asked) {
+  return torch::stable::new_empty(like, asked ? sizes_of(like) : std::vector<int64_t>{0});
+}
+
+// `sums` in another dtype; the same tensor if that is theirs.
+inline Tensor rounded(const Tensor& sums, ScalarType dtype) {
+  if (sums.scalar_type() == dtype) return sums;
+  Tensor result = torch::stable::new_empty(sums, sizes_of(sums), dtype);
+  torch::stable::copy_(result, sums);
+  return result;
 }
 
 // A tensor whose spatial axes are one run of positions with a fixed stride; made so by a copy if need be.

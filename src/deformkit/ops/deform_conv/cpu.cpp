@@ -56,20 +56,16 @@ Tensor deform_conv(const Tensor& input, const Tensor& offset, const Tensor& weig
     const int64_t window = largest_window(units) * bytes;
     // Sums over slices of the channels do not pass through a half output.
     const bool sliced = problem.wide || window * problem.channels > 2 * field_bytes;
-    const auto sum_dtype = std::is_same_v<A, double> ? ScalarType::Double : ScalarType::Float;
-    const bool apart = sliced && input.scalar_type() != sum_dtype;
-    const Tensor sums = apart ? torch::stable::new_empty(input, size, sum_dtype) : output;
+    const auto dtype = sum_dtype(input.scalar_type());
+    if (sliced && dtype != input.scalar_type()) output = torch::stable::new_empty(input, size, dtype);
     if (problem.wide || window > 2 * field_bytes) {
-      forward<A, N, int64_t>(call, whole_units(problem), values, Sink(sums));
+      forward<A, N, int64_t>(call, whole_units(problem), values, Sink(output));
     } else {
-      forward<A, N, int32_t>(call, units, values, Sink(sums));
+      forward<A, N, int32_t>(call, units, values, Sink(output));
     }
-    if (apart) torch::stable::copy_(output, sums);
+    output = rounded(output, input.scalar_type());
   };
-  dispatch_axes(input.dim() - 2, [&]<int N>() {
-    input.scalar_type() == ScalarType::Double ? run.template operator()<double, N>()
-                                              : run.template operator()<float, N>();
-  });
+  dispatch_sums(input.scalar_type(), input.dim() - 2, run);
   return output;
 }
 
@@ -91,10 +87,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> deform_conv_backward(
                     "grad_output must have the output's shape");
     STD_TORCH_CHECK(grad_output.scalar_type() == input.scalar_type(), "grad_output must have input's dtype");
 
-    for (int i = 0; i < 5; ++i) {
-      const std::vector<int64_t> shape = output_mask[i] && like[i] ? sizes_of(*like[i]) : std::vector<int64_t>{0};
-      results[i] = torch::stable::new_empty(like[i] ? *like[i] : input, shape);
-    }
+    for (int i = 0; i < 5; ++i) results[i] = empty_like(like[i] ? *like[i] : input, output_mask[i] && like[i]);
     if (problem.batch == 0) {
       for (Tensor& result : results) torch::stable::zero_(result);
       return;
@@ -131,12 +124,12 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> deform_conv_backward(
       return slice.begin % problem.channels_per_offset_group() != 0;
     });
     // What comes from several windows or slices adds up in A, not in a half gradient.
-    const auto sum_dtype = std::is_same_v<A, double> ? ScalarType::Double : ScalarType::Float;
+    const auto dtype = sum_dtype(input.scalar_type());
     std::array<Tensor, 5> sums = results;
-    if (input_wanted && !whole) sums[0] = torch::stable::new_zeros(input, sizes_of(input), sum_dtype);
+    if (input_wanted && !whole) sums[0] = torch::stable::new_zeros(input, sizes_of(input), dtype);
     for (int i : {1, 4})
-      if (split && output_mask[i] && like[i] && like[i]->scalar_type() != sum_dtype)
-        sums[i] = torch::stable::new_empty(*like[i], sizes_of(*like[i]), sum_dtype);
+      if (split && output_mask[i] && like[i] && like[i]->scalar_type() != dtype)
+        sums[i] = torch::stable::new_empty(*like[i], sizes_of(*like[i]), dtype);
     if (input_wanted) gradients.input.emplace(sums[0]);
     if (offset_wanted) gradients.offset.emplace(sums[1]);
     if (mask_wanted) gradients.mask.emplace(sums[4]);
@@ -145,18 +138,9 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> deform_conv_backward(
     } else {
       backward<A, N, int32_t>(call, grad_map, units, slices, whole, gradients);
     }
-    for (int i : {0, 1, 4}) {
-      if (sums[i].scalar_type() == results[i].scalar_type()) {
-        results[i] = sums[i];
-      } else {
-        torch::stable::copy_(results[i], sums[i]);
-      }
-    }
+    for (int i : {0, 1, 4}) results[i] = rounded(sums[i], results[i].scalar_type());
   };
-  dispatch_axes(input.dim() - 2, [&]<int N>() {
-    input.scalar_type() == ScalarType::Double ? run.template operator()<double, N>()
-                                              : run.template operator()<float, N>();
-  });
+  dispatch_sums(input.scalar_type(), input.dim() - 2, run);
   return {results[0], results[1], results[2], results[3], results[4]};
 }
 }  // namespace

@@ -2,6 +2,7 @@
 #pragma once
 
 #include "deform_conv/cpu_problem.h"
+#include "sample/plane.h"
 
 namespace deformkit::conv {
 
@@ -18,32 +19,6 @@ constexpr int64_t planar_block = 512;
 template <typename A, int N>
 int64_t planar_channels(const Problem<N>& problem) {
   return std::clamp<int64_t>(mib / 4 / (count<N>(problem.size) * static_cast<int64_t>(sizeof(A))), 1, 16);
-}
-
-// Samples of one plane at the located cells.
-template <typename A, int N>
-void sample_plane(const Cells<A, N, int32_t>& cells, int64_t points, const A* plane, A* samples) {
-  std::fill_n(samples, points, A(0));
-  for (int corner = 0; corner < 1 << N; ++corner) {
-    const A* const weight = cells.weight(corner);
-    const int32_t* const index = cells.index(corner);
-#pragma omp simd
-    for (int64_t i = 0; i < points; ++i) samples[i] += weight[i] * plane[index[i]];
-  }
-}
-
-// The reverse: every sample's gradient to the corners that it was read from.
-template <typename A, int N>
-void scatter_plane(const Cells<A, N, int32_t>& cells, int64_t points, const A* grads, A* plane) {
-  for (int corner = 0; corner < 1 << N; ++corner) {
-    const A* const weight = cells.weight(corner);
-    const int32_t* const index = cells.index(corner);
-    // Neighbours often share a corner, and an addition would wait for the one before: take points far apart in turn.
-    const int64_t streams = 16, each_stream = points / streams;
-    for (int64_t i = 0; i < each_stream; ++i)
-      for (int64_t p = i; p < streams * each_stream; p += each_stream) plane[index[p]] += weight[p] * grads[p];
-    for (int64_t p = streams * each_stream; p < points; ++p) plane[index[p]] += weight[p] * grads[p];
-  }
 }
 
 // Calls f(unit, channel, begin, points, plane) for every channel and block of some samples, with the origins set.
@@ -102,7 +77,6 @@ void forward_planar(const Call<N>& call, const std::vector<A>& bias, const Sink&
 template <typename A, int N>
 void backward_planar(const Call<N>& call, const Map& grad_output, const Gradients& gradients) {
   const Problem<N>& problem = call.problem;
-  constexpr int corners = 1 << N;
   const int64_t field = count<N>(problem.size), rows = problem.group_rows(), taps = problem.taps;
   const int64_t together = problem.channels_per_offset_group();
   // Channels with the same offsets stay in one item, which adds up their gradients by offset.
@@ -154,13 +128,7 @@ void backward_planar(const Call<N>& call, const Map& grad_output, const Gradient
                        for (int64_t i = 0; i < points; ++i) grad_column[i] += w * grad[i];
                      }
                      if (gradients.by_point()) {
-                       A* const dots = cells.dots();
-                       for (int corner = 0; corner < corners; ++corner) {
-                         const int32_t* const index = cells.index(corner);
-#pragma omp simd
-                         for (int64_t i = 0; i < points; ++i)
-                           dots[i * corners + corner] = grad_column[i] * plane[index[i]];
-                       }
+                       dot_plane(cells, points, plane, grad_column);
                        A* const lines = c % together == 0 ? totals + tap * (N + 1) * planar_block : more;
                        A* grad_shift[N];
                        for (int axis = 0; axis < N; ++axis)

@@ -34,7 +34,7 @@ struct Problem {
       : gamma(static_cast<A>(gamma_)) {
     const auto sizes = sizes_of(input), shape = sizes_of(rois_);
     STD_TORCH_CHECK(shape.size() == 2 && shape[1] == 1 + 2 * N, "rois must be [R, ", 1 + 2 * N, "]");
-    STD_TORCH_CHECK(rois_.scalar_type() == (std::is_same_v<A, double> ? ScalarType::Double : ScalarType::Float),
+    STD_TORCH_CHECK(rois_.scalar_type() == sum_dtype(input.scalar_type()),
                     "rois must be float32, or float64 with a float64 input");
     STD_TORCH_CHECK(output_size_.size() == N, "output_size must have ", N, " values");
     STD_TORCH_CHECK(spatial_scale > 0 && std::isfinite(spatial_scale) && std::isfinite(gamma_) && sampling_ratio >= 0,
@@ -324,18 +324,11 @@ void backward(const Problem<A, N>& problem, const Map& input, const Tensor& grad
   });
 }
 
-template <typename F>
-void dispatch(const Tensor& input, const F& f) {
-  dispatch_axes(input.dim() - 2, [&]<int N>() {
-    input.scalar_type() == ScalarType::Double ? f.template operator()<double, N>() : f.template operator()<float, N>();
-  });
-}
-
 Tensor deform_roi_pool(const Tensor& input, const Tensor& rois, const std::optional<Tensor>& offset,
                        const std::vector<int64_t>& output_size, double spatial_scale, int64_t sampling_ratio,
                        double gamma) {
   Tensor output;
-  dispatch(input, [&]<typename A, int N>() {
+  dispatch_sums(input.scalar_type(), input.dim() - 2, [&]<typename A, int N>() {
     const Problem<A, N> problem(input, rois, offset, output_size, spatial_scale, sampling_ratio, gamma);
     std::vector<int64_t> shape{static_cast<int64_t>(problem.rois.size()), problem.channels};
     shape.insert(shape.end(), output_size.begin(), output_size.end());
@@ -374,15 +367,14 @@ std::tuple<Tensor, Tensor> deform_roi_pool_backward(const Tensor& grad_output, c
                                                     const std::vector<bool>& output_mask) {
   STD_TORCH_CHECK(output_mask.size() == 2, "output_mask must have 2 values");
   Tensor grad_input, grad_offset;
-  dispatch(input, [&]<typename A, int N>() {
+  dispatch_sums(input.scalar_type(), input.dim() - 2, [&]<typename A, int N>() {
     const Problem<A, N> problem(input, rois, offset, output_size, spatial_scale, sampling_ratio, gamma);
     std::vector<int64_t> shape{static_cast<int64_t>(problem.rois.size()), problem.channels};
     shape.insert(shape.end(), output_size.begin(), output_size.end());
     STD_TORCH_CHECK(sizes_of(grad_output) == shape && grad_output.scalar_type() == input.scalar_type(),
                     "grad_output must have the output's shape and input's dtype");
     const bool by_input = output_mask[0], by_offset = output_mask[1] && offset;
-    const ScalarType sum_dtype = std::is_same_v<A, double> ? ScalarType::Double : ScalarType::Float;
-    const bool half = input.scalar_type() != sum_dtype;
+    const ScalarType sums = sum_dtype(input.scalar_type());
 
     const int64_t positions = problem.positions(), bytes = (positions + 1) * static_cast<int64_t>(sizeof(A));
     const bool laid_out = bytes <= plane_bytes;
@@ -391,19 +383,17 @@ std::tuple<Tensor, Tensor> deform_roi_pool_backward(const Tensor& grad_output, c
     while (width > 8 && problem.channels < 2 * width) width /= 2;
     while (width > 1 && width * bytes > plane_bytes) width /= 2;
 
-    grad_input = by_input && !laid_out
-                     ? torch::stable::new_zeros(input, sizes_of(input), sum_dtype)
-                     : torch::stable::new_empty(input, by_input ? sizes_of(input) : std::vector<int64_t>{0});
-    grad_offset =
-        torch::stable::new_empty(offset ? *offset : input, by_offset ? sizes_of(*offset) : std::vector<int64_t>{0});
+    grad_input =
+        by_input && !laid_out ? torch::stable::new_zeros(input, sizes_of(input), sums) : empty_like(input, by_input);
+    grad_offset = empty_like(offset ? *offset : input, by_offset);
+    const ScalarType offset_dtype = grad_offset.scalar_type();
     // What several slices add to does not pass through a half dtype.
-    Tensor offset_sums = grad_offset;
-    if (by_offset && grad_offset.scalar_type() != sum_dtype && width < problem.channels)
-      offset_sums = torch::stable::new_empty(grad_offset, sizes_of(grad_offset), sum_dtype);
-    if (by_offset && problem.channels == 0) torch::stable::zero_(offset_sums);
+    if (by_offset && offset_dtype != sums && width < problem.channels)
+      grad_offset = torch::stable::new_empty(grad_offset, sizes_of(grad_offset), sums);
+    if (by_offset && problem.channels == 0) torch::stable::zero_(grad_offset);
     RoiGradients gradients;
     if (by_input) gradients.input.emplace(grad_input);
-    if (by_offset) gradients.offset.emplace(offset_sums);
+    if (by_offset) gradients.offset.emplace(grad_offset);
     const Tensor grad = torch::stable::contiguous(grad_output);
     if (laid_out) {
       backward<true, A, A, N, int32_t>(problem, Map(input), grad, width, gradients);
@@ -416,14 +406,8 @@ std::tuple<Tensor, Tensor> deform_roi_pool_backward(const Tensor& grad_output, c
                : backward<false, T, A, N, int32_t>(problem, map, grad, width, gradients);
       });
     }
-    const auto rounded = [&](const Tensor& sums, const Tensor& like) {
-      if (sums.scalar_type() == like.scalar_type()) return sums;
-      Tensor result = torch::stable::new_empty(like, sizes_of(sums));
-      torch::stable::copy_(result, sums);
-      return result;
-    };
-    if (half) grad_input = rounded(grad_input, input);
-    grad_offset = rounded(offset_sums, grad_offset);
+    grad_input = rounded(grad_input, input.scalar_type());
+    grad_offset = rounded(grad_offset, offset_dtype);
   });
   return {grad_input, grad_offset};
 }

@@ -138,6 +138,14 @@ void gather_as(const Cells<A, N, Index>& cells, int64_t sums, int64_t per, const
     for (int r = 0; r < registers; ++r) write_lanes(columns + j * pitch + c + r * width, sum[r]);
   };
   for (int64_t j = 0; j < sums; ++j) {
+    // Points read in place are few and far apart: ask for the next sum's rows while this one is added up.
+    if constexpr (kInPlace && kChannels > 0) {
+      for (int64_t i = (j + 1) * per; j + 1 < sums && i < (j + 2) * per; ++i)
+        for (int corner = 0; corner < corners; ++corner) {
+          const T* const row = rows.template at<kInPlace>(indices[corner][i]);
+          for (int64_t c = 0; c < kChannels; c += 64 / sizeof(T)) __builtin_prefetch(row + c);
+        }
+    }
     int64_t c = 0;
     for (; c + most * lanes <= last; c += most * lanes) sum_up.template operator()<most, lanes>(j, c);
     if constexpr (kChannels == 0) {

@@ -258,11 +258,10 @@ template <int N>
 Tensor attend(const Heads<N>& call, const Tensor& value) {
   const Tensor output = torch::stable::new_empty(value, call.output_shape);
   const bool wide = is_wide(call, call.value.position_stride);
-  if (call.value.dtype() == ScalarType::Double) {
-    wide ? attend<double, N, int64_t>(call, Sink(output)) : attend<double, N, int32_t>(call, Sink(output));
-  } else {
-    wide ? attend<float, N, int64_t>(call, Sink(output)) : attend<float, N, int32_t>(call, Sink(output));
-  }
+  const auto run = [&]<typename A>() {
+    wide ? attend<A, N, int64_t>(call, Sink(output)) : attend<A, N, int32_t>(call, Sink(output));
+  };
+  value.scalar_type() == ScalarType::Double ? run.template operator()<double>() : run.template operator()<float>();
   return output;
 }
 
@@ -274,9 +273,7 @@ std::tuple<Tensor, Tensor, Tensor> attend_backward(Heads<N> call, const Tensor& 
   STD_TORCH_CHECK(sizes_of(grad_output) == call.output_shape && grad_output.scalar_type() == value.scalar_type(),
                   "grad_output must have the output's shape and dtype");
   const Tensor grad = torch::stable::contiguous(grad_output);
-  const bool doubles = value.scalar_type() == ScalarType::Double;
-  const ScalarType sum_dtype = doubles ? ScalarType::Double : ScalarType::Float;
-  const bool half = value.scalar_type() != sum_dtype;
+  const ScalarType sum = sum_dtype(value.scalar_type());
   // One item of work for each sample and head; for each level of it, where those are few.
   std::vector<Span> spans{{0, call.points, 0, call.positions}};
   if (call.batch * call.heads < 8 && call.levels.size() > 1) {
@@ -286,20 +283,18 @@ std::tuple<Tensor, Tensor, Tensor> attend_backward(Heads<N> call, const Tensor& 
   }
   int64_t largest = 0;
   for (const Span& span : spans) largest = std::max(largest, span.positions);
-  const bool laid_out = largest * call.channels * (doubles ? 8 : 4) <= plane_bytes;
+  const bool laid_out = largest * call.channels * (sum == ScalarType::Double ? 8 : 4) <= plane_bytes;
 
-  const auto empty_like = [&](const Tensor& like, bool asked) {
-    return torch::stable::new_empty(like, asked ? sizes_of(like) : std::vector<int64_t>{0});
-  };
-  Tensor grad_value = empty_like(value, output_mask[0] && (laid_out || half)), sums = grad_value;
-  Tensor grad_coordinates = empty_like(coordinates, output_mask[1]), grad_weights = empty_like(weights, output_mask[2]);
-  if (!laid_out && output_mask[0]) {
-    sums = torch::stable::new_zeros(value, sizes_of(value), sum_dtype);
-    if (!half) grad_value = sums;
+  Tensor grad_value, grad_coordinates = empty_like(coordinates, output_mask[1]);
+  Tensor grad_weights = empty_like(weights, output_mask[2]);
+  if (laid_out || !output_mask[0]) {
+    grad_value = empty_like(value, output_mask[0]);
+  } else {
+    grad_value = torch::stable::new_zeros(value, sizes_of(value), sum);
     call.value = Map::with_heads(torch::stable::contiguous(value));
   }
   HeadGradients gradients;
-  if (output_mask[0]) gradients.value.emplace(sums);
+  if (output_mask[0]) gradients.value.emplace(grad_value);
   if (output_mask[1]) gradients.coordinates.emplace(grad_coordinates);
   if (output_mask[2]) gradients.weights.emplace(grad_weights);
   const bool wide = is_wide(call, laid_out ? call.channels : call.value.position_stride);
@@ -309,12 +304,11 @@ std::tuple<Tensor, Tensor, Tensor> attend_backward(Heads<N> call, const Tensor& 
          : attend_backward<kLaidOut, T, A, N, int32_t>(call, grad, spans, gradients);
   };
   if (laid_out) {
-    doubles ? run.template operator()<true, double>() : run.template operator()<true, float>();
+    sum == ScalarType::Double ? run.template operator()<true, double>() : run.template operator()<true, float>();
   } else {
     dispatch_dtype(value.scalar_type(), [&]<typename T>() { run.template operator()<false, T>(); });
   }
-  if (output_mask[0] && half && !laid_out) torch::stable::copy_(grad_value, sums);
-  return {grad_value, grad_coordinates, grad_weights};
+  return {rounded(grad_value, value.scalar_type()), grad_coordinates, grad_weights};
 }
 
 #define DEFORMKIT_INSTANTIATE(N)                                  \

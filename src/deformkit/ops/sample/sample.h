@@ -173,8 +173,9 @@ class Cells {
   }
 
   template <Boundary kBoundary, bool kNearest, typename L>
-  __attribute__((noinline)) void locate_as(int64_t points, const Index* const (&origin)[N], const std::array<L, N>& lines,
-                 const A* const (&shift)[N], const A* factor, Index outside) {
+  __attribute__((noinline)) void locate_as(int64_t points, const Index* const (&origin)[N],
+                                           const std::array<L, N>& lines, const A* const (&shift)[N], const A* factor,
+                                           Index outside) {
     constexpr bool uniform = std::is_same_v<L, Line<Index>>;
     constexpr Index nowhere = std::numeric_limits<Index>::min() / 4;
     constexpr A far = sizeof(Index) == 4 ? A(1 << 30) : A(int64_t(1) << 40);
@@ -218,9 +219,11 @@ class Cells {
         write_lanes(fraction(axis) + i, part);
         side[axis][0] = 1 - part;
         side[axis][1] = part;
-        at[axis][0] = (counts & (low >= least) & (low < past)) ? (low - least) * stride + start : Indices{} + nowhere;
-        at[axis][1] =
-            (counts & (high >= least) & (high < past)) ? (high - least) * stride + start : Indices{} + nowhere;
+        for (int upper = 0; upper < 2; ++upper) {
+          const Indices cell = upper ? high : low, inside = counts & (cell >= least) & (cell < past);
+          // What is not inside may be too far away to be multiplied.
+          at[axis][upper] = inside ? ((cell - least) & inside) * stride + start : Indices{} + nowhere;
+        }
         if constexpr (kNearest) at[axis][1] = Indices{} + nowhere;
       }
       const Reals factors = factor ? read_some<Reals>(factor, i, points) : Reals{} + 1;
