@@ -107,6 +107,7 @@ WRONG: dict[str, tuple[dict[str, Any], type[Exception], str]] = {
     "infinite scale": ({"spatial_scale": float("inf")}, ValueError, "spatial_scale is inf; it must be a finite"),
     "scale by name": ({"spatial_scale": "1/16"}, TypeError, "spatial_scale is '1/16'; it must be a finite number"),
     "negative ratio": ({"sampling_ratio": -1}, ValueError, "sampling_ratio is -1; it must be an int of at least 0"),
+    "large ratio": ({"sampling_ratio": 1025}, ValueError, "sampling_ratio is 1025; it must be at most 1024"),
     "real ratio": ({"sampling_ratio": 2.0}, TypeError, "sampling_ratio is 2.0; it must be an int of at least 0"),
     "no ratio": ({"sampling_ratio": None}, TypeError, "sampling_ratio is None; it must be an int of at least 0"),
     "nan gamma": ({"gamma": float("nan")}, ValueError, "gamma is nan; it must be a finite number"),

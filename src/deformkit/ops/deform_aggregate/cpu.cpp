@@ -22,6 +22,7 @@ Heads<N> make_heads(const Tensor& value, const Tensor& offset, const Tensor& wei
   int64_t taps = 1;
   for (int axis = 0; axis < N; ++axis) {
     const int64_t k = kernel_size[axis], d = dilation[axis], s = value.size(axis + 1);
+    STD_TORCH_CHECK(k <= call.points + 1, "offset's taps do not fit kernel_size");
     STD_TORCH_CHECK(k > 0 && d > 0 && s > 0 && stride[axis] > 0 && padding[axis] >= 0 && (!remove_center || k % 2 == 1),
                     "sizes, kernel_size, stride and dilation must be positive, padding not negative");
     const int64_t room = s + 2 * padding[axis] - d * (k - 1) - 1;

@@ -11,7 +11,8 @@ constexpr int64_t run_points = 512;        // of one RoI that are worked on at a
 constexpr int64_t field_bytes = 32 * mib;  // of the images that are laid out at a time
 constexpr int64_t plane_bytes = 8 * mib;   // of the channels of an image that a thread lays out, and of their gradient
 constexpr int64_t slice_channels = 32;     // that one item of the backward owns
-constexpr double most_samples = 1024;      // in a bin along one axis, where their number follows from its length
+constexpr int64_t most_bins = int64_t(1) << 31;
+constexpr int64_t most_samples = 1024;  // in a bin along one axis
 
 template <typename A, int N>
 struct Roi {
@@ -37,13 +38,15 @@ struct Problem {
     STD_TORCH_CHECK(rois_.scalar_type() == sum_dtype(input.scalar_type()),
                     "rois must be float32, or float64 with a float64 input");
     STD_TORCH_CHECK(output_size_.size() == N, "output_size must have ", N, " values");
-    STD_TORCH_CHECK(spatial_scale > 0 && std::isfinite(spatial_scale) && std::isfinite(gamma_) && sampling_ratio >= 0,
+    STD_TORCH_CHECK(spatial_scale > 0 && std::isfinite(spatial_scale) && std::isfinite(gamma_) && sampling_ratio >= 0 &&
+                        sampling_ratio <= most_samples,
                     "spatial_scale, sampling_ratio or gamma is out of range");
     batch = sizes[0], channels = sizes[1], bins = 1;
     std::vector<int64_t> expected{shape[0], N};
     for (int axis = 0; axis < N; ++axis) {
       size[axis] = sizes[axis + 2], output_size[axis] = output_size_[axis];
       STD_TORCH_CHECK(size[axis] > 0 && output_size[axis] > 0, "input's sizes and output_size must be positive");
+      STD_TORCH_CHECK(output_size[axis] <= most_bins / bins, "output_size has more than ", most_bins, " bins");
       bins *= output_size[axis];
       expected.push_back(output_size[axis]);
     }
@@ -341,9 +344,10 @@ Tensor deform_roi_pool(const Tensor& input, const Tensor& rois, const std::optio
       last = first + 1;
       const int64_t start = problem.first_of[first], number = problem.first_of[last] - start;
       if (number == 0) continue;
-      int64_t points = 0;
-      for (int64_t r = start; r < start + number; ++r) points += problem.rois[r].total * problem.bins;
-      if (together == 0 || points * (1 << N) < positions / 8) {
+      double points = 0;
+      for (int64_t r = start; r < start + number; ++r) points += static_cast<double>(problem.rois[r].total);
+      const bool sparse = points * static_cast<double>(problem.bins << N) < static_cast<double>(positions) / 8;
+      if (together == 0 || sparse) {
         const bool wide = problem.is_wide(positions * map.position_stride);
         dispatch_dtype(map.dtype(), [&]<typename T>() {
           if constexpr (std::is_same_v<Sum<T>, A>)

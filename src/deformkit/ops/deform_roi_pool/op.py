@@ -46,8 +46,8 @@ def deform_roi_pool(
             that axis. Any floating dtype (float64 with a float64 input and only then).
         output_size: number of bins along each axis of ``input``, one int for all or N ints.
         spatial_scale: pixels of ``input`` for one unit of ``rois``, such as 1/16.
-        sampling_ratio: n, the samples in a bin along each axis. 0: one for each pixel that a bin is long, rounded up,
-            at most 1024: ``ceil(length / output_size)``.
+        sampling_ratio: n, the samples in a bin along each axis, at most 1024. 0: one for each pixel that a bin is
+            long, rounded up, at most 1024 too: ``ceil(length / output_size)``.
         gamma: how far an offset of 1 moves a bin, in lengths of its RoI.
 
     Returns:
@@ -130,6 +130,8 @@ def check_numbers(spatial_scale: float, sampling_ratio: int, gamma: float) -> No
     """Raise unless each is a number that pooling can use."""
     _check_number("spatial_scale", spatial_scale, (int, float), 0, "a finite number above 0")
     _check_number("sampling_ratio", sampling_ratio, (int,), -1, "an int of at least 0")
+    if sampling_ratio > reference.MOST_SAMPLES:
+        raise ValueError(f"sampling_ratio is {sampling_ratio!r}; it must be at most {reference.MOST_SAMPLES}")
     _check_number("gamma", gamma, (int, float), -inf, "a finite number")
 
 
