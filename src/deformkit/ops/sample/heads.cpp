@@ -6,9 +6,8 @@
 namespace deformkit {
 namespace {
 
-constexpr int64_t block_points = 512;         // of one head that are worked on at a time
-constexpr int64_t laid_out_bytes = 32 * mib;  // of the fields that are laid out at a time
-constexpr int64_t plane_bytes = 16 * mib;     // of the field that a thread lays out for itself
+constexpr int64_t block_points = 512;      // of one head that are worked on at a time
+constexpr int64_t plane_bytes = 16 * mib;  // of the field that a thread lays out for itself
 
 // How many queries are worked on at a time.
 template <int N>
@@ -112,60 +111,49 @@ struct QueryPoints {
   }
 };
 
-// Every head of the fields [first, last) laid out, each with its row of zeros at the end.
-template <typename A, int N>
-Buffer<A> lay_out(const Heads<N>& call, int64_t first, int64_t last) {
-  const int64_t plane = (call.positions + 1) * call.channels;
-  Buffer<A> rows((last - first) * call.heads * plane);
-  each((last - first) * call.heads, [&](int64_t item) {
-    const Window<1> window{{call.positions}, 0, call.positions};
-    pack(call.value.of_head(item % call.heads, 0), first + item / call.heads, 0, call.channels, window, 0,
-         call.positions, rows.get() + item * plane);
-  });
-  return rows;
-}
-
 template <typename A, int N, typename Index>
 void attend(const Heads<N>& call, const Sink& output) {
-  const int64_t block = block_of(call), run_queries = 8 * block, runs = ceil_div(call.queries, run_queries);
-  const int64_t channels = call.channels;
-  const int64_t plane = (call.positions + 1) * channels, sample = call.heads * plane * static_cast<int64_t>(sizeof(A));
-  // Where points are few, or the field is large, it is read where it is.
-  const bool laid_out = sample <= laid_out_bytes && call.queries * call.points > 4 * call.positions;
-  const int64_t width = laid_out ? channels : call.value.position_stride;
-  const Plan<A, N, Index> plan(call, {0, call.points, 0, call.positions}, width);
+  const int64_t block = block_of(call), channels = call.channels, plane = (call.positions + 1) * channels;
+  // A head's field is laid out by the item that reads it, if it reads it often enough; where samples and heads are few,
+  // an item is a run of queries.
+  const bool laid_out = plane * static_cast<int64_t>(sizeof(A)) <= plane_bytes && call.batch * call.heads >= 8 &&
+                        call.queries * call.points > 4 * call.positions;
+  const int64_t run = laid_out ? call.queries : 8 * block, runs = ceil_div(call.queries, std::max<int64_t>(run, 1));
+  const Plan<A, N, Index> plan(call, {0, call.points, 0, call.positions},
+                               laid_out ? channels : call.value.position_stride);
   struct Scratch {
     QueryPoints<A, N, Index> points;
-    Buffer<A> sums;
+    Buffer<A> sums, rows;
   };
-  const auto make = [&] { return Scratch{QueryPoints<A, N, Index>(plan.capacity()), Buffer<A>(block * channels)}; };
-  const int64_t together = laid_out ? std::max<int64_t>(1, laid_out_bytes / sample) : call.batch;
-  for (int64_t from = 0; from < call.batch; from += together) {
-    const int64_t to = std::min(call.batch, from + together);
-    Buffer<A> rows;
-    if (laid_out) rows = lay_out<A>(call, from, to);
-    dispatch_dtype(call.value.dtype(), [&]<typename T>() {
-      const std::vector<T> zeros(channels, T(0));
-      each((to - from) * runs * call.heads, make, [&](Scratch& scratch, int64_t item) {
-        const int64_t head = item % call.heads, b = from + item / call.heads / runs, run = item / call.heads % runs;
-        A* const sums = scratch.sums.get();
-        const auto outside = static_cast<Index>(laid_out ? call.positions * channels : -1);
-        for (int64_t first = run * run_queries; first < std::min((run + 1) * run_queries, call.queries);
-             first += block) {
-          const int64_t queries = std::min(block, call.queries - first);
-          scratch.points.locate(call, plan, b, head, first, queries, outside);
-          if (laid_out) {
-            const Rows<const A> field{rows.get() + ((b - from) * call.heads + head) * plane};
-            gather<false, false>(scratch.points.cells, queries, call.points, field, channels, sums, channels);
-          } else if constexpr (std::is_same_v<Sum<T>, A>) {
-            const Rows<const T> field{call.value.of_head(head, 0).template at<T>(b), zeros.data()};
-            gather<true, false>(scratch.points.cells, queries, call.points, field, channels, sums, channels);
-          }
-          output.write_rows(call.place(b, first, head, channels), call.heads * channels, sums, queries, channels);
+  const auto make = [&] {
+    return Scratch{QueryPoints<A, N, Index>(plan.capacity()), Buffer<A>(block * channels),
+                   Buffer<A>(laid_out ? plane : 1)};
+  };
+  const auto outside = static_cast<Index>(laid_out ? call.positions * channels : -1);
+  dispatch_dtype(call.value.dtype(), [&]<typename T>() {
+    const std::vector<T> zeros(channels, T(0));
+    each(call.batch * runs * call.heads, make, [&](Scratch& scratch, int64_t item) {
+      const int64_t head = item % call.heads, b = item / call.heads / runs, begin = item / call.heads % runs * run;
+      const Map value = call.value.of_head(head, 0);
+      if (laid_out) {
+        const Window<1> window{{call.positions}, 0, call.positions};
+        pack(value, b, 0, channels, window, 0, call.positions, scratch.rows.get());
+      }
+      A* const sums = scratch.sums.get();
+      for (int64_t first = begin; first < std::min(begin + run, call.queries); first += block) {
+        const int64_t queries = std::min(block, call.queries - first);
+        scratch.points.locate(call, plan, b, head, first, queries, outside);
+        if (laid_out) {
+          const Rows<const A> field{scratch.rows.get()};
+          gather<false, false>(scratch.points.cells, queries, call.points, field, channels, sums, channels);
+        } else if constexpr (std::is_same_v<Sum<T>, A>) {
+          const Rows<const T> field{value.template at<T>(b), zeros.data()};
+          gather<true, false>(scratch.points.cells, queries, call.points, field, channels, sums, channels);
         }
-      });
+        output.write_rows(call.place(b, first, head, channels), call.heads * channels, sums, queries, channels);
+      }
     });
-  }
+  });
 }
 
 // The gradients by value [B, S, H, D], coordinates and weights; an absent one is not asked for.
