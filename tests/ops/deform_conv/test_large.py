@@ -3,12 +3,12 @@
 import os
 import subprocess
 import sys
-from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from close import assert_close, assert_equal
+from peak import Peak
 from rooms import Call, double, evaluate
 
 import deformkit as dk
@@ -75,24 +75,6 @@ def test_same_bits_at_any_number_of_threads_and_in_any_batch(case: Case) -> None
     if case.batch > 1:
         last = [v[-1:] if i in OPERATOR.batched and v is not None else v for i, v in enumerate(args)]
         assert_equal(OPERATOR(*last), found[0][0][-1:])
-
-
-class Peak:
-    """The most memory, in MiB, that this process has held beyond what it held at the start."""
-
-    def __init__(self) -> None:
-        try:
-            Path("/proc/self/clear_refs").write_text("5")
-            self.start = self._read()
-        except OSError:
-            pytest.skip("the peak of memory can be reset on Linux only")
-
-    def _read(self) -> int:
-        status = Path("/proc/self/status").read_text()
-        return int(status.split("VmHWM:")[1].split()[0]) // 1024
-
-    def so_far(self) -> int:
-        return self._read() - self.start
 
 
 @pytest.mark.parametrize(

@@ -1,10 +1,9 @@
 """Deformable RoI pooling at sizes where a kernel cuts its work, and where an index needs 64 bits."""
 
-from pathlib import Path
-
 import pytest
 import torch
 from close import assert_close, assert_equal
+from peak import Peak
 from rooms import Call, double, evaluate
 
 import deformkit as dk
@@ -61,24 +60,6 @@ def test_same_bits_at_any_number_of_threads(case: Case) -> None:
     for one, *others in zip(*found, strict=True):
         for other in others:
             assert_equal(one, other)
-
-
-class Peak:
-    """The most memory, in MiB, that this process has held beyond what it held at the start."""
-
-    def __init__(self) -> None:
-        try:
-            Path("/proc/self/clear_refs").write_text("5")
-            self.start = self._read()
-        except OSError:
-            pytest.skip("the peak of memory can be reset on Linux only")
-
-    def _read(self) -> int:
-        status = Path("/proc/self/status").read_text()
-        return int(status.split("VmHWM:")[1].split()[0]) // 1024
-
-    def so_far(self) -> int:
-        return self._read() - self.start
 
 
 @pytest.mark.skipif(not KERNEL, reason="the reference copies its input")

@@ -1,0 +1,23 @@
+"""The most memory that this process has held since a moment."""
+
+from pathlib import Path
+
+import pytest
+
+
+class Peak:
+    """The most memory, in MiB, that this process has held beyond what it held at the start."""
+
+    def __init__(self) -> None:
+        try:
+            Path("/proc/self/clear_refs").write_text("5")
+            self.start = self._read()
+        except OSError:
+            pytest.skip("the peak of memory can be reset on Linux only")
+
+    def _read(self) -> int:
+        status = Path("/proc/self/status").read_text()
+        return int(status.split("VmHWM:")[1].split()[0]) // 1024
+
+    def so_far(self) -> int:
+        return self._read() - self.start
