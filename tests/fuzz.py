@@ -33,11 +33,8 @@ class Call:
     undefined: bool
 
 
-def deform_conv(draw: random.Random) -> Call:
-    """A call of deformable convolution that has an output."""
-    from deformkit.ops.deform_conv.cases import Case
-
-    axes = draw.choice((1, 2, 2, 3))
+def window(draw: random.Random, axes: int) -> tuple[tuple[int, ...], ...]:
+    """The sizes of a field, a kernel, a stride, a padding and a dilation that have an output."""
 
     def each(least: int, most: int) -> tuple[int, ...]:
         return tuple(draw.randint(least, most) for _ in range(axes))
@@ -47,6 +44,23 @@ def deform_conv(draw: random.Random) -> Call:
     size = tuple(
         max(1, d * (k - 1) + 1 - 2 * p) + e for k, p, d, e in zip(kernel, padding, dilation, extra, strict=True)
     )
+    return size, kernel, stride, padding, dilation
+
+
+def wild_offset(draw: random.Random, offset: Tensor) -> Tensor:
+    """``offset``, if in half precision perhaps in float32, with some wild values."""
+    if offset.dtype in (torch.float16, torch.bfloat16) and draw.random() < 0.5:
+        offset = offset.float()
+    return sprinkle(draw, offset, (*WILD, torch.nan) if draw.random() < 0.2 else WILD)
+
+
+def deform_conv(draw: random.Random) -> Call:
+    """A call of deformable convolution that has an output."""
+    from deformkit.ops.deform_conv.cases import Case
+
+    axes = draw.choice((1, 2, 2, 3))
+
+    size, kernel, stride, padding, dilation = window(draw, axes)
     groups, offset_groups = draw.choice(((1, 1), (1, 3), (2, 1), (2, 4), (3, 2), (8, 8), (5, 1)))
     channels = lcm(groups, offset_groups) * draw.choice((1, 2, 5, 16))
     if draw.random() < 0.004:  # a field that a kernel does not hold whole, of which few points are read
@@ -73,10 +87,7 @@ def deform_conv(draw: random.Random) -> Call:
     )
     dtype = draw.choice(DTYPES)
     named = case.arguments(dtype, seed=draw.getrandbits(30))
-    if dtype in (torch.float16, torch.bfloat16) and draw.random() < 0.5:
-        named["offset"] = named["offset"].float()
-    undefined = draw.random() < 0.2
-    named["offset"] = sprinkle(draw, named["offset"], (*WILD, torch.nan) if undefined else WILD)
+    named["offset"] = wild_offset(draw, named["offset"])
     return Call("deform_conv", list(named.values()), bool(named["offset"].isnan().any()))
 
 
@@ -86,14 +97,7 @@ def deform_aggregate(draw: random.Random) -> Call:
 
     axes = draw.choice((1, 2, 2, 3))
 
-    def each(least: int, most: int) -> tuple[int, ...]:
-        return tuple(draw.randint(least, most) for _ in range(axes))
-
-    kernel, stride, padding, dilation = each(1, 3), each(1, 3), each(0, 4), each(1, 3)
-    extra = each(0, {1: 40, 2: 10, 3: 4}[axes])
-    size = tuple(
-        max(1, d * (k - 1) + 1 - 2 * p) + e for k, p, d, e in zip(kernel, padding, dilation, extra, strict=True)
-    )
+    size, kernel, stride, padding, dilation = window(draw, axes)
     heads, channels = draw.choice((1, 2, 3, 8)), draw.choice((1, 2, 3, 5, 8, 16, 17, 32, 40))
     batch = draw.choice((0, 1, 1, 2, 3, 9))
     if draw.random() < 0.004:  # a field that a kernel does not hold whole, of which few points are read
@@ -118,10 +122,7 @@ def deform_aggregate(draw: random.Random) -> Call:
     )
     dtype = draw.choice(DTYPES)
     named = case.arguments(dtype, seed=draw.getrandbits(30))
-    if dtype in (torch.float16, torch.bfloat16) and draw.random() < 0.5:
-        named["offset"] = named["offset"].float()
-    undefined = draw.random() < 0.2
-    named["offset"] = sprinkle(draw, named["offset"], (*WILD, torch.nan) if undefined else WILD)
+    named["offset"] = wild_offset(draw, named["offset"])
     return Call("deform_aggregate", list(named.values()), bool(named["offset"].isnan().any()))
 
 

@@ -2,16 +2,21 @@
 
 import importlib
 import pkgutil
+import subprocess
+import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import pytest
 import torch
+from close import assert_close, assert_equal
 from torch import Tensor
 
 import deformkit.ops
 from deformkit.ops._library import Operator, operators
+
+WILD = ["nan", "inf", "-inf", 1e38, -1e38, 2.0**31, -(2.0**31), 2.0**63, -(2.0**63), -1.0, 1e5, -1e5]
 
 
 @dataclass(frozen=True)
@@ -58,6 +63,36 @@ def evaluate(
     cotangent = torch.randn(output.shape, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
     grads = torch.autograd.grad(output, [values[i] for i in positions], cotangent.to(cotangent_dtype).to(output))
     return [output.detach(), *grads]
+
+
+def check(call: Call, args: Sequence[Any]) -> None:
+    """Value and every gradient of the operator at ``args`` against the reference, by the tolerance rule."""
+    operator, positions, dtype = call.operator, call.positions(args), args[0].dtype
+    actual, reference = (evaluate(function, args, positions, dtype) for function in (operator, operator.reference))
+    truth = evaluate(operator.reference, double(args), positions, dtype)
+    names = ["output", *(f"gradient of {operator.arguments[i]}" for i in positions)]
+    for name, *results in zip(names, actual, truth, reference, strict=True):
+        assert_close(*results, name=name)
+
+
+def check_bits(call: Call, args: Sequence[Any]) -> Tensor:
+    """The value at ``args``; fails unless it and every gradient have the same bits at any number of threads."""
+    found = []
+    for threads in (1, 2, 3):
+        torch.set_num_threads(threads)
+        found.append(evaluate(call.operator, args, call.positions(args), args[0].dtype))
+    names = ["output", *(f"gradient of {call.operator.arguments[i]}" for i in call.positions(args))]
+    for name, one, *others in zip(names, *found, strict=True):
+        for other in others:
+            assert_equal(one, other, name)
+    return found[0][0]
+
+
+def check_survives(code: str) -> None:
+    """Run ``code``, which may try the coordinates ``wild``, in a process of its own: it may raise, but not crash."""
+    head = f"import torch, deformkit as dk\ntorch.manual_seed(0)\nwild = [float(value) for value in {WILD}]\n"
+    run = subprocess.run([sys.executable, "-c", f"{head}{code}\nprint('survived')"], capture_output=True, text=True)
+    assert (run.returncode, run.stdout) == (0, "survived\n"), run.stderr
 
 
 def double(args: Sequence[Any]) -> list[Any]:

@@ -6,29 +6,22 @@ from typing import Any
 import pytest
 import torch
 from close import assert_close, assert_equal
-from rooms import CALLS, Call, double, evaluate, representatives
+from rooms import CALLS, Call, check, check_bits, double, representatives
 from torch import Tensor
 
 every_call = pytest.mark.parametrize("call", CALLS, ids=str)
 one_call_each = pytest.mark.parametrize("call", representatives(), ids=str)
 
 
-def check(call: Call, args: list[Any]) -> None:
-    """Value and every gradient of the operator at ``args``, by the tolerance rule."""
-    operator, positions = call.operator, call.positions(args)
-    dtype = args[0].dtype
-    actual = evaluate(operator, args, positions, dtype)
-    reference = evaluate(operator.reference, args, positions, dtype)
-    truth = evaluate(operator.reference, double(args), positions, dtype)
-    names = ["output", *(f"gradient of {operator.arguments[i]}" for i in positions)]
-    for name, *results in zip(names, actual, truth, reference, strict=True):
-        assert_close(*results, name=name)
-
-
 @every_call
 def test_value_and_gradients(call: Call, dtype: torch.dtype) -> None:
     for seed in range(3):
         check(call, call.arguments(dtype, seed))
+
+
+@every_call
+def test_same_bits_at_any_number_of_threads(call: Call, dtype: torch.dtype) -> None:
+    check_bits(call, call.arguments(dtype))
 
 
 @every_call

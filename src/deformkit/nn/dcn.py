@@ -7,14 +7,16 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.nn.modules.batchnorm import _NormBase
+from torch.nn.modules.conv import _ConvNd
 
-from ..ops._shape import check_tensor, checked_output_size, compute_dtype, ntuple, times
+from ..ops._shape import check_choice, check_count, check_tensor, checked_output_size, compute_dtype, ntuple, times
 from ..ops.deform_aggregate.op import check_offset_scale, deform_aggregate, tap_count
 from ..ops.deform_aggregate.reference import points
 
 _CONV: dict[int, type[nn.Module]] = {1: nn.Conv1d, 2: nn.Conv2d, 3: nn.Conv3d}
 _BATCH_NORM: dict[int, type[nn.Module]] = {1: nn.BatchNorm1d, 2: nn.BatchNorm2d, 3: nn.BatchNorm3d}
-_ACTIVATION: dict[str, type[nn.Module]] = {"ReLU": nn.ReLU, "SiLU": nn.SiLU, "GELU": nn.GELU}
+_ACTIVATION: dict[str, type[nn.Module]] = {"GELU": nn.GELU, "SiLU": nn.SiLU, "ReLU": nn.ReLU}
 
 
 class _DCN(nn.Module):
@@ -38,10 +40,7 @@ class _DCN(nn.Module):
         if spatial_dims not in (1, 2, 3):
             raise ValueError(f"spatial_dims is {spatial_dims!r}; it must be 1, 2 or 3")
         for name, count in (("channels", channels), ("group", group)):
-            if not hasattr(count, "__index__"):
-                raise TypeError(f"{name} is {count!r}; it must be an int")
-            if count < 1:
-                raise ValueError(f"{name} is {count}; it must be at least 1")
+            check_count(name, count)
         if channels % group:
             raise ValueError(f"channels is {channels}; it must be divisible by group, which is {group}")
         check_offset_scale(offset_scale)
@@ -158,8 +157,8 @@ class _DCN(nn.Module):
 
     def _reset(self, *, zero: Sequence[nn.Module], xavier: Sequence[nn.Module]) -> None:
         for module in self.modules():
-            if isinstance(module, (*_CONV.values(), *_BATCH_NORM.values(), nn.LayerNorm)):
-                module.reset_parameters()  # type: ignore[operator]
+            if isinstance(module, _ConvNd | _NormBase | nn.LayerNorm):
+                module.reset_parameters()
         for module in zero:
             for parameter in module.parameters():
                 nn.init.zeros_(parameter)
@@ -246,10 +245,8 @@ class DCNv3(_DCN):
         dw_kernel_size = kernel_size if dw_kernel_size is None else dw_kernel_size
         window = (kernel_size, stride, pad, dilation, group, offset_scale, dw_kernel_size)
         super().__init__(channels, *window, center_feature_scale, remove_center, spatial_dims)
-        if act_layer not in _ACTIVATION:
-            raise ValueError(f"act_layer is {act_layer!r}; it must be one of 'GELU', 'SiLU', 'ReLU'")
-        if norm_layer not in ("LN", "BN"):
-            raise ValueError(f"norm_layer is {norm_layer!r}; it must be one of 'LN', 'BN'")
+        check_choice("act_layer", act_layer, list(_ACTIVATION))
+        check_choice("norm_layer", norm_layer, ("LN", "BN"))
         assert self.dw_kernel_size is not None
         factory: dict[str, Any] = {"device": device, "dtype": dtype}
         norm: list[nn.Module] = [_ChannelsLast(), nn.LayerNorm(channels, eps=1e-6, **factory)]
@@ -278,7 +275,7 @@ class DCNv3(_DCN):
         self._check_input(input)
         value, features = self.input_proj(input), self._features(input)
         aggregated = self._aggregate(value, *self._heads(features))
-        return self.output_proj(self._blend(aggregated, value, features))  # type: ignore[no-any-return]
+        return self.output_proj(self._blend(aggregated, value, features))
 
     def _features(self, input: Tensor) -> Tensor:
         return self._at_centres(self.dw_conv(input.movedim(-1, 1)))
@@ -395,7 +392,7 @@ class DCNv4(_DCN):
         value = input if self.without_pointwise else self.value_proj(input)
         aggregated = self._aggregate(value, *self.predict(input))
         output = self._blend(aggregated, value, aggregated)
-        return output if self.without_pointwise else self.output_proj(output)  # type: ignore[no-any-return]
+        return output if self.without_pointwise else self.output_proj(output)
 
 
 class _ChannelsLast(nn.Module):

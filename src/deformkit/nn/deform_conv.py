@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.nn.modules.conv import _ConvNd
 
-from ..ops._shape import Boundary, check_tensor, compute_dtype, ntuple, times
+from ..ops._shape import Boundary, check_choice, check_count, check_tensor, compute_dtype, ntuple, times
 from ..ops.deform_conv.op import deform_conv1d, deform_conv2d, deform_conv3d
 from ..ops.sample.reference import tap_grid
 
@@ -48,7 +48,7 @@ class _DeformConv(_ConvNd):
         strides = tuple(ntuple(stride, axes, "stride", 1))
         dilations = tuple(ntuple(dilation, axes, "dilation", 1))
         if isinstance(padding, str):
-            _check_choice("padding", padding, ("same", "valid"), " or numbers")
+            check_choice("padding", padding, ("same", "valid"), " or numbers")
             if padding == "same" and max(strides) > 1:
                 raise ValueError(f'stride is {stride!r}; it must be 1 where padding is "same"')
             total = [d * (k - 1) if padding == "same" else 0 for k, d in zip(kernel, dilations, strict=True)]
@@ -56,8 +56,8 @@ class _DeformConv(_ConvNd):
         else:
             padding = tuple(ntuple(padding, axes, "padding", 0))
             before = after = list(padding)
-        _check_choice("padding_mode", padding_mode, ("zeros", "reflect", "replicate", "circular"))
-        _check_choice("boundary", boundary, ("zeros", "border"))
+        check_choice("padding_mode", padding_mode, ("zeros", "reflect", "replicate", "circular"))
+        check_choice("boundary", boundary, ("zeros", "border"))
         _check_counts(in_channels, out_channels, groups, offset_groups)
 
         rest: dict[str, Any] = {"bias": bias, "padding_mode": padding_mode, "device": device, "dtype": dtype}
@@ -378,11 +378,6 @@ class PackedDeformConv3d(_PackedDeformConv):
     spatial_dims = 3
 
 
-def _check_choice(name: str, value: object, choices: Sequence[str], more: str = "") -> None:
-    if value not in choices:
-        raise ValueError(f"{name} is {value!r}; it must be one of {', '.join(map(repr, choices))}{more}")
-
-
 def _check_counts(in_channels: int, out_channels: int, groups: int, offset_groups: int) -> None:
     counts = {
         "in_channels": in_channels,
@@ -391,10 +386,7 @@ def _check_counts(in_channels: int, out_channels: int, groups: int, offset_group
         "offset_groups": offset_groups,
     }
     for name, count in counts.items():
-        if not hasattr(count, "__index__"):
-            raise TypeError(f"{name} is {count!r}; it must be an int")
-        if count < 1:
-            raise ValueError(f"{name} is {count}; it must be at least 1")
+        check_count(name, count)
     for name, divisor in (("in_channels", "groups"), ("out_channels", "groups"), ("in_channels", "offset_groups")):
         if counts[name] % counts[divisor]:
             raise ValueError(f"{name} is {counts[name]}; it must be divisible by {divisor}, which is {counts[divisor]}")

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..ops._shape import check_tensor, ntuple
+from ..ops._shape import check_count, check_tensor, ntuple
 from ..ops.deform_roi_pool.op import check_numbers, deform_roi_pool
 
 
@@ -138,10 +138,7 @@ class PackedDeformRoIPool(DeformRoIPool):
     ) -> None:
         super().__init__(output_size, spatial_scale, sampling_ratio, gamma, spatial_dims=spatial_dims)
         for name, count in (("output_channels", output_channels), ("deform_fc_channels", deform_fc_channels)):
-            if not isinstance(count, int):
-                raise TypeError(f"{name} is {count!r}; it must be an int")
-            if count < 1:
-                raise ValueError(f"{name} is {count}; it must be at least 1")
+            check_count(name, count)
         self.output_channels = output_channels
         self.deform_fc_channels = deform_fc_channels
         self.modulated = modulated

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..ops._shape import check_tensor, compute_dtype
+from ..ops._shape import check_count, check_tensor, compute_dtype
 from ..ops.ms_deform_attn.op import SpatialShapes, level_sizes, ms_deform_attn
 
 
@@ -74,7 +74,7 @@ class MSDeformAttn(nn.Module):
         dtype: torch.dtype | None = None,
     ) -> None:
         for name, count in (("d_model", d_model), ("n_levels", n_levels), ("n_heads", n_heads)):
-            _check_count(name, count, 1)
+            check_count(name, count)
         if spatial_dims not in (1, 2, 3):
             raise ValueError(f"spatial_dims is {spatial_dims!r}; it must be 1, 2 or 3")
         if d_model % n_heads:
@@ -232,21 +232,14 @@ def _directions(heads: int, axes: int) -> Tensor:
 def _level_points(n_points: int | Sequence[int], levels: int) -> list[int]:
     """The number of points on each level."""
     if isinstance(n_points, int):
-        _check_count("n_points", n_points, 1)
+        check_count("n_points", n_points)
         return [n_points] * levels
     try:
         points = list(n_points)
     except TypeError:
         raise TypeError(f"n_points is {n_points!r}; it must be an int or a sequence of ints") from None
     for count in points:
-        _check_count("n_points", count, 0)
+        check_count("n_points", count, 0)
     if len(points) != levels or sum(points) < 1:
         raise ValueError(f"n_points is {points}; it needs {levels} numbers, one for each level, that are not all 0")
     return points
-
-
-def _check_count(name: str, value: Any, least: int) -> None:
-    if not isinstance(value, int):
-        raise TypeError(f"{name} is {value!r}; it must be an int")
-    if value < least:
-        raise ValueError(f"{name} is {value}; it must be at least {least}")

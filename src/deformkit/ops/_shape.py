@@ -57,6 +57,20 @@ def check_tensor(name: str, value: Any) -> None:
         raise TypeError(f"{name} is a {type(value).__name__}; it must be a torch.Tensor")
 
 
+def check_count(name: str, value: Any, least: int = 1) -> None:
+    """Raise unless ``value`` is an integer of at least ``least``."""
+    if not hasattr(value, "__index__"):
+        raise TypeError(f"{name} is {value!r}; it must be an int")
+    if value < least:
+        raise ValueError(f"{name} is {value}; it must be at least {least}")
+
+
+def check_choice(name: str, value: object, choices: Sequence[str], more: str = "") -> None:
+    """Raise a ValueError unless ``value`` is one of ``choices``, or what ``more`` says."""
+    if value not in choices:
+        raise ValueError(f"{name} is {value!r}; it must be one of {', '.join(map(repr, choices))}{more}")
+
+
 def check_floating(name: str, value: Any) -> None:
     """Raise unless ``value`` is a tensor of a dtype that the operators take."""
     check_tensor(name, value)
@@ -121,6 +135,8 @@ __all__ = [
     "Boundary",
     "check_alike",
     "check_boundary",
+    "check_choice",
+    "check_count",
     "check_floating",
     "check_offset_dtype",
     "check_tensor",

@@ -1,5 +1,6 @@
 """The public function of deformable aggregation under what PyTorch does with functions."""
 
+from functools import partial
 from typing import Any
 
 import pytest
@@ -30,14 +31,15 @@ def test_names_and_places_of_arguments(named: dict[str, Any]) -> None:
 def test_compiles_whole_for_any_batch(named: dict[str, Any]) -> None:
     torch.compiler.reset()
     compiled = torch.compile(dk.deform_aggregate, fullgraph=True, dynamic=True, backend="aot_eager")
+
+    def keyed(function: Any, *values: Any) -> Tensor:
+        return function(**dict(zip(named, values, strict=True)))
+
     for repeat in (3, 5):
         larger = {k: torch.cat([v] * repeat) if isinstance(v, Tensor) else v for k, v in named.items()}
 
-        def keyed(function: Any, *values: Any, names: list[str] = list(named)) -> Tensor:  # noqa: B006
-            return function(**dict(zip(names, values, strict=True)))
-
         actual, expected = (
-            evaluate(lambda *v, f=f: keyed(f, *v), list(larger.values()), [0, 1, 2], torch.float64)
+            evaluate(partial(keyed, f), list(larger.values()), [0, 1, 2], torch.float64)
             for f in (compiled, dk.deform_aggregate)
         )
         for one, other in zip(actual, expected, strict=True):

@@ -7,9 +7,9 @@ from typing import Any
 
 import pytest
 import torch
-from close import assert_close, assert_equal
+from close import assert_equal
 from peak import Peak
-from rooms import Call, double, evaluate
+from rooms import Call, check, check_bits
 
 import deformkit as dk
 from deformkit import _kernels
@@ -43,38 +43,24 @@ each_large = pytest.mark.parametrize("case", LARGE, ids=lambda case: case.name)
 
 @each_large
 def test_values_and_gradients(case: Case) -> None:
-    check(case, torch.float32)
+    call = Call(OPERATOR, case)
+    check(call, call.arguments())
 
 
 @pytest.mark.parametrize("name", ["1d-long-wild", "2d-large-wild", "2d-blocks", "2d-offsets-per-channel"])
 def test_sums_do_not_pass_through_a_half_dtype(name: str) -> None:
-    check(next(case for case in LARGE if case.name == name), torch.bfloat16)
-
-
-def check(case: Case, dtype: torch.dtype) -> None:
-    args = Call(OPERATOR, case).arguments(dtype)
-    positions = [i for i in OPERATOR.differentiable if args[i] is not None]
-    actual = evaluate(OPERATOR, args, positions, dtype)
-    reference = evaluate(OPERATOR.reference, args, positions, dtype)
-    truth = evaluate(OPERATOR.reference, double(args), positions, dtype)
-    for i, results in zip([None, *positions], zip(actual, truth, reference, strict=True), strict=True):
-        assert_close(*results, name="output" if i is None else f"gradient of {OPERATOR.arguments[i]}")
+    call = Call(OPERATOR, next(case for case in LARGE if case.name == name))
+    check(call, call.arguments(torch.bfloat16))
 
 
 @each_large
 def test_same_bits_at_any_number_of_threads_and_in_any_batch(case: Case) -> None:
-    args = Call(OPERATOR, case).arguments()
-    positions = [i for i in OPERATOR.differentiable if args[i] is not None]
-    found = []
-    for threads in (1, 2, 3):
-        torch.set_num_threads(threads)
-        found.append(evaluate(OPERATOR, args, positions, torch.float32))
-    for one, *others in zip(*found, strict=True):
-        for other in others:
-            assert_equal(one, other)
+    call = Call(OPERATOR, case)
+    args = call.arguments()
+    output = check_bits(call, args)
     if case.batch > 1:
         last = [v[-1:] if i in OPERATOR.batched and v is not None else v for i, v in enumerate(args)]
-        assert_equal(OPERATOR(*last), found[0][0][-1:])
+        assert_equal(OPERATOR(*last), output[-1:])
 
 
 @pytest.mark.parametrize(

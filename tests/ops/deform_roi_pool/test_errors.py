@@ -5,6 +5,7 @@ from typing import Any
 
 import pytest
 import torch
+from rooms import needs_kernel
 from torch import Tensor
 
 import deformkit as dk
@@ -129,8 +130,6 @@ WRONG: dict[str, tuple[dict[str, Any], type[Exception], str]] = {
         "rois has shape [4, 5]; with an input of batch size 0 there can be no RoI",
     ),
 }
-INDEX = [name for name in WRONG if name.endswith(("index", "index too large", "no image"))]
-KERNEL = torch._C._dispatch_has_kernel_for_dispatch_key("deformkit::deform_roi_pool", "CPU")
 
 
 @pytest.mark.parametrize("name", WRONG)
@@ -140,11 +139,10 @@ def test_a_wrong_argument_is_named(name: str) -> None:
         dk.deform_roi_pool(**{**CASE.arguments(), **change})
 
 
+@needs_kernel("deform_roi_pool")
 @pytest.mark.parametrize("name", WRONG)
 def test_the_bare_operator_raises_too(name: str) -> None:
     """torch.ops.deformkit called with what the public function would refuse: an error, never memory out of bounds."""
-    if not KERNEL and name not in INDEX:
-        pytest.skip("without a kernel nothing else is looked at")
     change, _, _ = WRONG[name]
     named = {**CASE.arguments(), **change}
     if isinstance(named["output_size"], int):
@@ -158,14 +156,14 @@ def test_the_bare_operator_raises_too(name: str) -> None:
         torch.ops.deformkit.deform_roi_pool_backward(torch.zeros(4, 8, 3, 2), *args, [True] * 2)
 
 
-@pytest.mark.skipif(not KERNEL, reason="without a kernel nothing is looked at")
+@needs_kernel("deform_roi_pool")
 @pytest.mark.parametrize("grad", [no(4, 8, 3, 3), no(3, 8, 3, 2), no(4, 7, 3, 2), no(4), no(4, 8, 3, 2).double()])
 def test_a_wrong_cotangent_raises(grad: Tensor) -> None:
     with pytest.raises(RuntimeError, match="grad_output"):
         torch.ops.deformkit.deform_roi_pool_backward(grad, *CASE.arguments().values(), [True] * 2)
 
 
-@pytest.mark.skipif(not KERNEL, reason="without a kernel nothing is looked at")
+@needs_kernel("deform_roi_pool")
 @pytest.mark.parametrize("mask", [[], [True], [True] * 3])
 def test_a_wrong_output_mask_raises(mask: list[bool]) -> None:
     with pytest.raises(RuntimeError, match="output_mask"):

@@ -2,16 +2,15 @@
 
 import pytest
 import torch
-from close import assert_close, assert_equal
+from close import assert_equal
 from peak import Peak
-from rooms import Call, double, evaluate
+from rooms import Call, check, check_bits, needs_kernel
 
 import deformkit as dk
 from deformkit.ops._library import operators
 from deformkit.ops.deform_roi_pool.cases import Case
 
 OPERATOR = operators["deform_roi_pool"]
-KERNEL = torch._C._dispatch_has_kernel_for_dispatch_key("deformkit::deform_roi_pool", "CPU")
 
 # Fields of more than 16 MB of which few points are read; then many RoIs, channels or bins of small fields.
 LARGE = [
@@ -32,37 +31,23 @@ each_large = pytest.mark.parametrize("case", LARGE, ids=lambda case: case.name)
 
 @each_large
 def test_values_and_gradients(case: Case) -> None:
-    check(case, torch.float32)
+    call = Call(OPERATOR, case)
+    check(call, call.arguments())
 
 
 @pytest.mark.parametrize("name", ["1d-long", "2d-many-rois", "2d-many-channels", "2d-one-place"])
 def test_sums_do_not_pass_through_a_half_dtype(name: str) -> None:
-    check(next(case for case in LARGE if case.name == name), torch.bfloat16)
-
-
-def check(case: Case, dtype: torch.dtype) -> None:
-    args = Call(OPERATOR, case).arguments(dtype)
-    positions = [i for i in OPERATOR.differentiable if args[i] is not None]
-    actual, reference = (evaluate(f, args, positions, dtype) for f in (OPERATOR, OPERATOR.reference))
-    truth = evaluate(OPERATOR.reference, double(args), positions, dtype)
-    for i, results in zip([None, *positions], zip(actual, truth, reference, strict=True), strict=True):
-        assert_close(*results, name="output" if i is None else f"gradient of {OPERATOR.arguments[i]}")
+    call = Call(OPERATOR, next(case for case in LARGE if case.name == name))
+    check(call, call.arguments(torch.bfloat16))
 
 
 @each_large
 def test_same_bits_at_any_number_of_threads(case: Case) -> None:
-    args = Call(OPERATOR, case).arguments()
-    positions = [i for i in OPERATOR.differentiable if args[i] is not None]
-    found = []
-    for threads in (1, 2, 3):
-        torch.set_num_threads(threads)
-        found.append(evaluate(OPERATOR, args, positions, torch.float32))
-    for one, *others in zip(*found, strict=True):
-        for other in others:
-            assert_equal(one, other)
+    call = Call(OPERATOR, case)
+    check_bits(call, call.arguments())
 
 
-@pytest.mark.skipif(not KERNEL, reason="the reference copies its input")
+@needs_kernel("deform_roi_pool")
 @pytest.mark.parametrize(
     ("channels", "size"),
     [(1, (2**31 + 1024,)), (32, (2**26 + 1024,)), (1, (2**16 + 1024, 2**15)), (1, (2**12 + 1024, 2**10, 2**9))],
@@ -88,7 +73,7 @@ def test_more_than_2_to_the_31_elements(channels: int, size: tuple[int, ...]) ->
     assert peak.so_far() < 300, "memory that grows with the input"
 
 
-@pytest.mark.skipif(not KERNEL, reason="the reference copies its input")
+@needs_kernel("deform_roi_pool")
 def test_the_last_of_very_many_images() -> None:
     batch = 2**24 - 1
     input = torch.full((1, 1, 1), 1.5, dtype=torch.float16).expand(batch, 1, 2**8)
@@ -102,7 +87,7 @@ def test_the_last_of_very_many_images() -> None:
     assert peak.so_far() < 300, "memory that grows with the input"
 
 
-@pytest.mark.skipif(not KERNEL, reason="the reference keeps every sample")
+@needs_kernel("deform_roi_pool")
 def test_workspace_does_not_grow_with_the_samples() -> None:
     """The samples alone would take 379 MB here, and twice that in the backward."""
     named = Case("many", 1, 64, (60, 80), 250, (7, 7), sampling_ratio=11, bin_size=12.0).arguments()

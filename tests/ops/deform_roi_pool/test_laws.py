@@ -3,11 +3,10 @@
 from typing import Any
 
 import hypothesis.strategies as st
-import pytest
 import torch
 from close import assert_close, assert_equal
 from hypothesis import given, settings
-from rooms import double, evaluate
+from rooms import double, evaluate, needs_kernel
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -17,7 +16,6 @@ from deformkit.ops.deform_roi_pool.cases import Case
 
 laws = settings(max_examples=40, deadline=None, derandomize=True, database=None)
 seeds = st.integers(0, 2**31 - 1)
-KERNEL = torch._C._dispatch_has_kernel_for_dispatch_key("deformkit::deform_roi_pool_backward", "CPU")
 
 
 @st.composite
@@ -169,7 +167,7 @@ def test_the_scale_multiplies_the_rois(case: Case, seed: int) -> None:
     assert_same(run(scaled), run(named))
 
 
-@pytest.mark.skipif(not KERNEL, reason="the reference promises no bits")
+@needs_kernel("deform_roi_pool")
 @laws
 @given(geometries(), seeds, st.sampled_from([torch.float32, torch.float64, torch.bfloat16]), st.data())
 def test_rois_are_separate(case: Case, seed: int, dtype: torch.dtype, data: st.DataObject) -> None:

@@ -107,9 +107,10 @@ def level_sizes(name: str, spatial_shapes: SpatialShapes, axes: int, beside: str
         spatial_shapes = spatial_shapes.tolist()
     expected = "ints, or tuples of 1 int" if axes == 1 else f"tuples of {axes} ints"
     sizes: list[list[Any]] = []
+    size: Any
     try:
         for size in spatial_shapes:
-            row = [size] if axes == 1 and not hasattr(size, "__len__") else list(size)  # type: ignore[arg-type]
+            row = [size] if axes == 1 and not hasattr(size, "__len__") else list(size)
             sizes.append([_integer(v) for v in row])
     except (TypeError, AttributeError):
         raise TypeError(f"{name} is {spatial_shapes!r}; it must be a sequence of {expected}") from None
