@@ -1,0 +1,83 @@
+"""Multi-scale deformable attention with the arguments that its many hosts hand around, forward and backward."""
+
+from collections.abc import Sequence
+from itertools import accumulate
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..ops import ms_deform_attn
+from ..ops._shape import check_floating, check_tensor, compute_dtype, prod
+from ..ops.ms_deform_attn.op import SpatialShapes, level_sizes
+
+
+def attend(
+    value: Tensor,
+    spatial_shapes: SpatialShapes,
+    level_start_index: Any,
+    sampling_locations: Tensor,
+    attention_weights: Tensor,
+) -> Tensor:
+    """:func:`deformkit.ms_deform_attn` of images, where locations and weights may come in any floating dtype.
+
+    Args:
+        value: ``[B, S, H, D]``; its dtype is that of the output.
+        spatial_shapes: ``[L, 2]``, the size (h, w) of each level.
+        level_start_index: where each level starts in ``value``, see :func:`check_level_start_index`.
+        sampling_locations: ``[B, Q, H, L, P, 2]``, (x, y) from 0 to 1; in half precision they are read as float32.
+        attention_weights: ``[B, Q, H, L, P]``; computed with in value's dtype.
+
+    Returns:
+        ``[B, Q, H*D]``.
+    """
+    return ms_deform_attn(*_arguments(value, spatial_shapes, level_start_index, sampling_locations, attention_weights))
+
+
+def check_level_start_index(level_start_index: Any, sizes: Sequence[Sequence[int]]) -> None:
+    """Raise unless the levels start one behind the other, which is the only layout that the operator reads.
+
+    A tensor on another device than the CPU is believed: to read it would wait for the device.
+    """
+    if level_start_index is None or not _readable(level_start_index):
+        return
+    if isinstance(level_start_index, Tensor):
+        level_start_index = level_start_index.flatten().tolist()
+    expected = [0, *accumulate(prod(size) for size in sizes)][:-1]
+    if list(level_start_index) != expected:
+        raise ValueError(
+            f"level_start_index is {list(level_start_index)}; with levels of {[list(size) for size in sizes]} that lie "
+            f"one behind the other it must be {expected}"
+        )
+
+
+def _arguments(
+    value: Tensor,
+    spatial_shapes: SpatialShapes,
+    level_start_index: Any,
+    sampling_locations: Tensor,
+    attention_weights: Tensor,
+) -> tuple[Tensor, list[list[int]], Tensor, Tensor]:
+    check_floating("value", value)
+    check_tensor("sampling_locations", sampling_locations)
+    check_tensor("attention_weights", attention_weights)
+    if sampling_locations.dim() != 6 or sampling_locations.shape[-1] != 2:
+        raise ValueError(
+            f"sampling_locations has shape {list(sampling_locations.shape)}; it must be [B, Q, H, L, P, 2]"
+        )
+    sizes = level_sizes("spatial_shapes", spatial_shapes, 2, "sampling_locations has 2 coordinates")
+    check_level_start_index(level_start_index, sizes)
+    locations = sampling_locations.to(compute_dtype(value.dtype))
+    return value, sizes, locations, attention_weights.to(value.dtype)
+
+
+def _readable(value: Any) -> bool:
+    """Whether its numbers are at hand: not on another device, and not only traced or transformed."""
+    if not isinstance(value, Tensor):
+        return True
+    return (
+        not torch.compiler.is_compiling()
+        and value.device.type == "cpu"
+        and type(value) is Tensor
+        and not torch._C._functorch.is_functorch_wrapped_tensor(value)
+    )
