@@ -1,8 +1,12 @@
 """Deformable operators for PyTorch in one, two and three dimensions."""
 
+from types import ModuleType as _ModuleType
+
 from . import _kernels as _kernels
 from . import nn as nn
 from . import reference as reference
+from ._patching import patch as patch
+from ._patching import unpatch as unpatch
 from .ops import deform_aggregate as deform_aggregate
 from .ops import deform_conv1d as deform_conv1d
 from .ops import deform_conv2d as deform_conv2d
@@ -11,3 +15,12 @@ from .ops import deform_roi_pool as deform_roi_pool
 from .ops import ms_deform_attn as ms_deform_attn
 
 __version__ = "0.1.0"
+
+
+def __getattr__(name: str) -> _ModuleType:
+    # compat stands in for whole libraries: imported when it is first asked for.
+    if name == "compat":
+        from importlib import import_module
+
+        return import_module(f"{__name__}.compat")
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

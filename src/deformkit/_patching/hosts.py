@@ -1,0 +1,193 @@
+"""What host libraries call deformable: their names, and what answers in their place, in their signatures."""
+
+import re
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from importlib import import_module
+from operator import attrgetter
+from typing import Any
+
+from torch import Tensor
+from torch.nn import functional as F
+
+from ..ops._shape import compute_dtype
+from ..ops.deform_conv.op import deform_conv2d
+from ..ops.deform_roi_pool.op import deform_roi_pool
+from ..ops.ms_deform_attn.op import Mode, SpatialShapes, ms_deform_attn
+
+HOSTS = "transformers, torchvision, mmcv, ultralytics, rfdetr or Deformable DETR"
+
+_METHODS: dict[str, Mode] = {"default": "linear", "discrete": "nearest"}
+
+
+@dataclass(frozen=True)
+class Part:
+    """A function, an autograd Function or a layer of a host, and what takes its place."""
+
+    module: str
+    """A regular expression for the whole name of the module that defines it."""
+    name: str
+    ours: Callable[..., Any] | str
+    """For a layer its ``forward``, for an autograd Function its ``apply``; ``"host:name"``: what compat has for it."""
+    operator: str
+
+    def function(self) -> Callable[..., Any]:
+        """What takes its place."""
+        if callable(self.ours):
+            return self.ours
+        # Imported on need: whoever patches no such host does without compat.
+        host, names = self.ours.split(":")
+        return attrgetter(names)(import_module(f"deformkit.compat.{host}"))
+
+
+def find(parts: Sequence[Part], defined: Any) -> Part | None:
+    """The part that the class or function ``defined`` is, by the names of its module and its own."""
+    name, module = getattr(defined, "__name__", None), getattr(defined, "__module__", None)
+    for part in parts:
+        if part.name == name and isinstance(module, str) and re.fullmatch(part.module, module):
+            return part
+    return None
+
+
+def _attend(
+    value: Tensor,
+    spatial_shapes: SpatialShapes,
+    sampling_locations: Tensor,
+    attention_weights: Tensor,
+    num_points: Sequence[int] | None = None,
+    mode: Mode = "linear",
+) -> Tensor:
+    """:func:`deformkit.ms_deform_attn` for callers that keep locations in their model's dtype."""
+    locations = sampling_locations.to(compute_dtype(value.dtype))
+    weights = attention_weights.to(value.dtype).reshape(locations.shape[:-1])
+    points = num_points
+    if locations.dim() == 5 and num_points is None:
+        points = [locations.shape[3] // len(spatial_shapes)] * len(spatial_shapes)
+    return ms_deform_attn(value, spatial_shapes, locations, weights, num_points=points, mode=mode)
+
+
+def _transformers_layer(
+    self: Any,
+    value: Tensor,
+    value_spatial_shapes: Tensor,
+    value_spatial_shapes_list: Sequence[Sequence[int]],
+    level_start_index: Tensor,
+    sampling_locations: Tensor,
+    attention_weights: Tensor,
+    im2col_step: int,
+) -> Tensor:
+    return _attend(value, value_spatial_shapes_list, sampling_locations, attention_weights)
+
+
+def multi_scale_deformable_attention(
+    value: Tensor, value_spatial_shapes: SpatialShapes, sampling_locations: Tensor, attention_weights: Tensor
+) -> Tensor:
+    """The function of transformers and of ultralytics; theirs has one number of points for all levels."""
+    return _attend(value, value_spatial_shapes, sampling_locations, attention_weights)
+
+
+def multi_scale_deformable_attention_v2(
+    value: Tensor,
+    value_spatial_shapes: SpatialShapes,
+    sampling_locations: Tensor,
+    attention_weights: Tensor,
+    num_points_list: Sequence[int],
+    method: str = "default",
+) -> Tensor:
+    """The function of RT-DETRv2, D-FINE and DEIMv2 in transformers."""
+    return _attend(
+        value, value_spatial_shapes, sampling_locations, attention_weights, num_points_list, _METHODS[method]
+    )
+
+
+def _rfdetr_attention(
+    value: Tensor,
+    value_spatial_shapes: Tensor,
+    sampling_locations: Tensor,
+    attention_weights: Tensor,
+    value_spatial_shapes_hw: Sequence[Sequence[int]] | None = None,
+) -> Tensor:
+    # Its value is [B, H, D, S].
+    shapes = value_spatial_shapes if value_spatial_shapes_hw is None else value_spatial_shapes_hw
+    return _attend(value.permute(0, 3, 1, 2), shapes, sampling_locations, attention_weights)
+
+
+def _torchvision_layer(self: Any, input: Tensor, offset: Tensor, mask: Tensor | None = None) -> Tensor:
+    return deform_conv2d(input, offset, self.weight, self.bias, self.stride, self.padding, self.dilation, mask)
+
+
+def _mmcv_layer_v1(self: Any, x: Tensor, offset: Tensor) -> Tensor:
+    # An input smaller than the kernel is extended below and to the right, and the output cut by as much.
+    below, right = (max(k - s, 0) for k, s in zip(self.kernel_size, x.shape[2:], strict=True))
+    if below or right:
+        x, offset = F.pad(x, (0, right, 0, below)), F.pad(offset, (0, right, 0, below))
+    output = deform_conv2d(x, offset, self.weight, None, self.stride, self.padding, self.dilation)
+    return output[:, :, : output.shape[2] - below, : output.shape[3] - right]
+
+
+def _mmcv_layer_v2(self: Any, x: Tensor, offset: Tensor, mask: Tensor) -> Tensor:
+    return deform_conv2d(x, offset, self.weight, self.bias, self.stride, self.padding, self.dilation, mask)
+
+
+def _mmcv_packed_v1(self: Any, x: Tensor) -> Tensor:
+    return _mmcv_layer_v1(self, x, self.conv_offset(x))
+
+
+def _mmcv_packed_v2(self: Any, x: Tensor) -> Tensor:
+    # Two thirds of the channels are offsets, in the order of the layer that takes them; the rest masks.
+    predicted = self.conv_offset(x)
+    taps = predicted.shape[1] // 3
+    offset, mask = predicted.split([2 * taps, taps], 1)
+    return _mmcv_layer_v2(self, x, offset, mask.sigmoid())
+
+
+def _mmcv_roi_layer(self: Any, input: Tensor, rois: Tensor, offset: Tensor | None = None) -> Tensor:
+    return deform_roi_pool(
+        input,
+        rois.to(compute_dtype(input.dtype)),
+        offset,
+        output_size=self.output_size,
+        spatial_scale=self.spatial_scale,
+        sampling_ratio=self.sampling_ratio,
+        gamma=self.gamma,
+    )
+
+
+_TRANSFORMERS = r"transformers\.models\..*"
+_TORCHVISION = r"torchvision\.ops\.deform_conv"
+_MMCV = r"mmcv\.ops\..*"
+_DETR = r"(.*\.)?ms_deform_attn_func"
+_DETR_FUNCTION = "deformable_detr:ms_deform_attn_core_pytorch"
+_DETR_APPLY = "deformable_detr:MSDeformAttnFunction.apply"
+
+LAYERS = (
+    Part(_TRANSFORMERS, "MultiScaleDeformableAttention", _transformers_layer, "ms_deform_attn"),
+    Part(_TORCHVISION, "DeformConv2d", _torchvision_layer, "deform_conv2d"),
+    Part(_MMCV, "DeformConv2d", _mmcv_layer_v1, "deform_conv2d"),
+    Part(_MMCV, "DeformConv2dPack", _mmcv_packed_v1, "deform_conv2d"),
+    Part(_MMCV, "ModulatedDeformConv2d", _mmcv_layer_v2, "deform_conv2d"),
+    Part(_MMCV, "ModulatedDeformConv2dPack", _mmcv_packed_v2, "deform_conv2d"),
+    Part(_MMCV, "DeformRoIPool", _mmcv_roi_layer, "deform_roi_pool"),
+)
+"""Replaced one by one, in the given model alone."""
+
+FUNCTIONS = (
+    Part(_TRANSFORMERS, "multi_scale_deformable_attention", multi_scale_deformable_attention, "ms_deform_attn"),
+    Part(_TRANSFORMERS, "multi_scale_deformable_attention_v2", multi_scale_deformable_attention_v2, "ms_deform_attn"),
+    Part(_TORCHVISION, "deform_conv2d", deform_conv2d, "deform_conv2d"),
+    Part(
+        r"ultralytics\.nn\.modules\.utils",
+        "multi_scale_deformable_attn_pytorch",
+        multi_scale_deformable_attention,
+        "ms_deform_attn",
+    ),
+    Part(r"rfdetr\..*ms_deform_attn_func", "ms_deform_attn_core_pytorch", _rfdetr_attention, "ms_deform_attn"),
+    Part(_MMCV, "DeformConv2dFunction", "mmcv:deform_conv2d", "deform_conv2d"),
+    Part(_MMCV, "ModulatedDeformConv2dFunction", "mmcv:modulated_deform_conv2d", "deform_conv2d"),
+    Part(_MMCV, "DeformRoIPoolFunction", "mmcv:deform_roi_pool", "deform_roi_pool"),
+    Part(_MMCV, "multi_scale_deformable_attn_pytorch", _DETR_FUNCTION, "ms_deform_attn"),
+    Part(_MMCV, "MultiScaleDeformableAttnFunction", _DETR_APPLY, "ms_deform_attn"),
+    Part(_DETR, "ms_deform_attn_core_pytorch", _DETR_FUNCTION, "ms_deform_attn"),
+    Part(_DETR, "MSDeformAttnFunction", _DETR_APPLY, "ms_deform_attn"),
+)
+"""Replaced where a module of the model holds one; else in the namespace where the model's code looks it up."""

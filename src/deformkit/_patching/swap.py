@@ -1,0 +1,277 @@
+"""Swapping a host library's deformable parts for ours, and back."""
+
+import dis
+import inspect
+import sys
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from functools import cache
+from types import CodeType, FunctionType, MethodType, ModuleType
+from typing import Any, cast
+from weakref import WeakSet
+
+from torch import nn
+
+from .hosts import FUNCTIONS, HOSTS, LAYERS, Part, find
+
+# What a module of the model had before, by name: travels with copies and pickles, so that those can be restored too.
+_BEFORE = "_deformkit_before"
+
+
+@dataclass(frozen=True)
+class Replacement:
+    """One part of a host library, and how it was replaced."""
+
+    host: str
+    """The class or function, with the module that defines it."""
+    operator: str
+    """The function of deformkit that answers instead."""
+    count: int
+    """Instances of the class; for a function the modules of the model that hold it or look it up."""
+    shared: str | None = None
+    """The name that now gives our function to everyone who looks it up; None: only this model changed."""
+
+    def __str__(self) -> str:
+        name = "that name" if self.shared == self.host else self.shared
+        place = "in this model alone" if name is None else f"under {name} for every model that looks it up"
+        return f"{self.count} x {self.host} by deformkit.{self.operator}, {place}"
+
+
+@dataclass(frozen=True)
+class Patch:
+    """What :func:`patch` did; print it."""
+
+    model: nn.Module = field(repr=False)
+    replaced: tuple[Replacement, ...]
+    already: tuple[Replacement, ...] = ()
+    """What an earlier call had replaced in this model."""
+
+    def __str__(self) -> str:
+        lines = [f"replaced {replacement}" for replacement in self.replaced]
+        lines += [f"already replaced {replacement}" for replacement in self.already]
+        return "\n".join(lines) or "replaced nothing"
+
+
+@dataclass
+class _Shared:
+    """A name in a host's namespace that gives our function, and the models for whose sake it does."""
+
+    namespace: Any
+    name: str
+    original: Any
+    ours: Any
+    users: WeakSet[nn.Module] = field(default_factory=WeakSet)
+
+
+_shared: dict[str, _Shared] = {}
+
+
+def patch(model: nn.Module, strict: bool = True) -> Patch:
+    """Swap the deformable parts of a host library for ours, in place: transformers', torchvision's, mmcv's and others'.
+
+    ``patch(model)(x) = model(x)`` but for rounding, faster. Parameters, state-dict, ``isinstance`` and ``repr`` stay as
+    they are. Wherever a part is a layer or held by one, only this model changes; a function that the host's code looks
+    up by its name is replaced under that name, for every model of that code, until the last patched one is restored:
+    the description says which. Copies and pickles of a layer that was replaced are ours too. A second call finds
+    nothing more to do and says so. Patch before ``torch.compile``. No library is imported.
+
+    Args:
+        model: any module; itself or what it contains may come from transformers, torchvision, mmcv, ultralytics,
+            rfdetr or Deformable DETR.
+        strict: whether to raise if there is nothing to replace.
+
+    Returns:
+        What was replaced, to be printed; :func:`unpatch` takes it, or the model.
+
+    Raises:
+        TypeError: ``model`` is no module.
+        ValueError: there is nothing to replace, and ``strict``.
+
+    Example:
+        >>> import torch
+        >>> print(patch(torch.nn.Linear(2, 2), strict=False))
+        replaced nothing
+    """
+    _check_module(model)
+    already, replaced = Counter[tuple[str, str, str | None]](), Counter[tuple[str, str, str | None]]()
+    types = Counter[type]()
+    for module in model.modules():
+        before = vars(module).get(_BEFORE, {})
+        already.update(_described(value) for value in before.values())
+        changes = [change for change in _changes(module) if change[0] not in before]
+        for name, value, ours in changes:
+            vars(module).setdefault(_BEFORE, {})[name] = value
+            setattr(module, name, ours)
+            replaced[_described(value)] += 1
+        if "__class__" not in vars(module).get(_BEFORE, {}):
+            types[type(module)] += 1
+    known = {place for place, shared in _shared.items() if model in shared.users}
+    for cls, count in types.items():
+        for namespace, name in _lookups(cls):
+            place = f"{namespace.__name__}.{name}"
+            if place not in _shared:
+                original = getattr(namespace, name)
+                _shared[place] = _Shared(namespace, name, original, _function(original))
+                setattr(namespace, name, _shared[place].ours)
+            _shared[place].users.add(model)
+            counter = already if place in known else replaced
+            counter[(*_described(_shared[place].original)[:2], place)] += count
+    result = Patch(model, _replacements(replaced), _replacements(already))
+    if strict and not replaced and not already:
+        raise ValueError(
+            f"model is a {type(model).__name__} without any deformable part of {HOSTS} that patch knows; "
+            "with strict=False that is no error"
+        )
+    return result
+
+
+def unpatch(model: nn.Module | Patch) -> None:
+    """Undo :func:`patch`: the host's own parts are back in ``model``.
+
+    Also of a copy of a patched model, or of what a pickle of one gave. A function that was replaced under its name
+    comes back with the last patched model that looks it up. A model that is not patched stays as it is.
+
+    Args:
+        model: the module, or what :func:`patch` returned.
+
+    Raises:
+        TypeError: ``model`` is neither.
+
+    Example:
+        >>> import torch
+        >>> done = patch(torch.nn.Linear(2, 2), strict=False)
+        >>> unpatch(done)
+    """
+    model = model.model if isinstance(model, Patch) else model
+    _check_module(model)
+    for module in model.modules():
+        for name, value in vars(module).pop(_BEFORE, {}).items():
+            setattr(module, name, value)
+        for shared in _shared.values():
+            shared.users.discard(module)
+    for place, shared in list(_shared.items()):
+        if not shared.users:
+            del _shared[place]
+            # Whoever replaced it once more, after us, keeps what they put there.
+            if getattr(shared.namespace, shared.name, None) is shared.ours:
+                setattr(shared.namespace, shared.name, shared.original)
+
+
+def _check_module(model: Any) -> None:
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model is a {type(model).__name__}; it must be a torch.nn.Module")
+
+
+def _changes(module: nn.Module) -> Iterator[tuple[str, Any, Any]]:
+    """What to change in this instance: a name, what it gives now, and what it shall give."""
+    attributes, cls = vars(module), cast(Any, type(module))
+    if "forward" not in attributes and _layer(cls):
+        yield "__class__", cls, _swapped(cls)
+    for name, value in attributes.items():
+        if _part(value):
+            yield name, value, _function(value)
+
+
+def _layer(cls: type) -> Part | None:
+    """The part that gives ``cls`` its forward: a subclass with a forward of its own is another layer."""
+    definer = next((base for base in cls.__mro__ if "forward" in vars(base)), None)
+    return find(LAYERS, definer)
+
+
+@cache
+def _swapped(base: Any) -> Any:
+    """The subclass of a host's layer that has our forward, and passes for the layer in everything else."""
+    part = _layer(base)
+    assert part is not None
+    namespace = {name: getattr(base, name) for name in ("__module__", "__qualname__", "__doc__")}
+    return type(base.__name__, (base,), {**namespace, "forward": part.function(), "__reduce_ex__": _reduce})
+
+
+def _reduce(module: Any, protocol: Any) -> tuple[Any, ...]:
+    # A pickle finds a class by its name, and by this one's it would find the host's.
+    base = vars(module)[_BEFORE]["__class__"]
+    return _empty, (base,), *base.__reduce_ex__(module, max(int(protocol), 2))[2:]
+
+
+def _empty(base: type) -> Any:
+    cls = _swapped(base)
+    return cls.__new__(cls)
+
+
+def _owner(value: Any) -> Any:
+    """The function or class that ``value`` is; of the bound ``apply`` of an autograd Function, that class."""
+    owner = getattr(value, "__self__", None)
+    return owner if isinstance(owner, type) and value.__name__ == "apply" else value
+
+
+def _part(value: Any) -> Part | None:
+    return find(FUNCTIONS, _owner(value)) if isinstance(value, FunctionType | MethodType | type) else None
+
+
+def _function(value: Any) -> Any:
+    """What takes the place of a host's function, class of a function, or bound ``apply`` of one."""
+    part = _part(value)
+    assert part is not None
+    function = part.function()
+    return type(part.name, (), {"apply": staticmethod(function)}) if isinstance(value, type) else function
+
+
+def _lookups(cls: type) -> Iterator[tuple[Any, str]]:
+    """The namespaces and names where methods of ``cls`` look up a function that is, or by now was, a host's."""
+    found: dict[str, tuple[Any, str]] = {}
+    for base in cls.__mro__:
+        for name, method in vars(base).items():
+            method = inspect.unwrap(getattr(method, "__func__", method)) if callable(method) else None
+            # What __init__ looks up it keeps in the instance.
+            if isinstance(method, FunctionType) and name != "__init__" and not base.__module__.startswith("torch."):
+                for chain in _chains(method.__code__):
+                    site = _resolve(method.__globals__, chain)
+                    if site:
+                        found[f"{site[0].__name__}.{site[1]}"] = site
+    yield from found.values()
+
+
+def _chains(code: CodeType) -> Iterator[list[str]]:
+    """Every global name that ``code`` reads, with the attributes read of it, as in ``["torchvision", "ops"]``."""
+    chain: list[str] = []
+    for instruction in dis.get_instructions(code):
+        if instruction.opname == "LOAD_GLOBAL":
+            if chain:
+                yield chain
+            chain = [instruction.argval]
+        elif instruction.opname in ("LOAD_ATTR", "LOAD_METHOD") and chain:
+            chain.append(instruction.argval)
+        elif chain:
+            yield chain
+            chain = []
+    for constant in code.co_consts:
+        if isinstance(constant, CodeType):
+            yield from _chains(constant)
+
+
+def _resolve(names: dict[str, Any], chain: list[str]) -> tuple[Any, str] | None:
+    """Where along ``chain`` there is a host's function: its namespace, a module, and its name there."""
+    namespace = sys.modules.get(names.get("__name__", ""))
+    for name in chain:
+        value = vars(namespace).get(name) if isinstance(namespace, ModuleType) else None
+        shared = _shared.get(f"{namespace.__name__}.{name}") if value is not None and namespace is not None else None
+        if _part(value) or (shared and shared.ours is value):
+            return namespace, name
+        namespace = value if isinstance(value, ModuleType) else None
+    return None
+
+
+def _described(value: Any) -> tuple[str, str, str | None]:
+    """Of a host's function or layer class: the name of what was replaced, and of our operator."""
+    if isinstance(value, type) and issubclass(value, nn.Module):
+        value = next(base for base in value.__mro__ if "forward" in vars(base))
+        part = find(LAYERS, value)
+    else:
+        value, part = _owner(value), _part(value)
+    assert part is not None
+    return f"{value.__module__}.{value.__name__}", part.operator, None
+
+
+def _replacements(counts: Counter[tuple[str, str, str | None]]) -> tuple[Replacement, ...]:
+    return tuple(Replacement(host, operator, count, place) for (host, operator, place), count in counts.items())
