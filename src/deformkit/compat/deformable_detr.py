@@ -4,8 +4,11 @@ from typing import Any
 
 from torch import Tensor
 
+from .. import nn
 from ..ops.ms_deform_attn.op import SpatialShapes
-from ._attention import attend
+from ._attention import attend, check_level_start_index
+
+__all__ = ["MSDeformAttn", "MSDeformAttnFunction", "ms_deform_attn_core_pytorch"]
 
 
 def ms_deform_attn_core_pytorch(
@@ -70,3 +73,52 @@ class MSDeformAttnFunction:
             torch.Size([2, 100, 128])
         """
         return attend(value, value_spatial_shapes, value_level_start_index, sampling_locations, attention_weights)
+
+
+class MSDeformAttn(nn.MSDeformAttn):
+    """The layer of Deformable DETR: :class:`deformkit.nn.MSDeformAttn`, which looks at ``input_level_start_index`` too.
+
+    The arguments, the initialisation and the state-dict are Deformable DETR's.
+
+    Args:
+        d_model: width of queries, inputs and outputs.
+        n_levels: L, levels of the pyramid.
+        n_heads: H; it divides ``d_model``.
+        n_points: P, points of one head on one level.
+
+    Shapes of ``forward(query, reference_points, input_flatten, input_spatial_shapes, input_level_start_index,
+    input_padding_mask=None)``: ``query [B, Q, d_model]``; ``reference_points [B, Q, L, 2]``, (x, y), or boxes
+    ``[B, Q, L, 4]``; ``input_flatten [B, S, d_model]``; ``input_spatial_shapes [L, 2]``, (h, w);
+    ``input_level_start_index [L]``, see :meth:`MSDeformAttnFunction.apply`; ``input_padding_mask [B, S]``, bool;
+    output ``[B, Q, d_model]``.
+
+    Raises:
+        TypeError: an argument has the wrong type or dtype.
+        ValueError: a value or a shape that does not fit, by name.
+
+    Example:
+        >>> import torch
+        >>> layer = MSDeformAttn(64, n_levels=2, n_heads=4)
+        >>> pyramid, shapes = torch.randn(2, 32 * 48 + 16 * 24, 64), torch.tensor([[32, 48], [16, 24]])
+        >>> layer(torch.randn(2, 100, 64), torch.rand(2, 100, 2, 2), pyramid, shapes, torch.tensor([0, 1536])).shape
+        torch.Size([2, 100, 64])
+    """
+
+    im2col_step = 64
+
+    def __init__(self, d_model: int = 256, n_levels: int = 4, n_heads: int = 8, n_points: int = 4) -> None:
+        super().__init__(d_model, n_levels, n_heads, n_points)
+
+    def forward(
+        self,
+        query: Tensor,
+        reference_points: Tensor,
+        input_flatten: Tensor,
+        input_spatial_shapes: SpatialShapes,
+        input_level_start_index: Any = None,
+        input_padding_mask: Tensor | None = None,
+    ) -> Tensor:
+        """What every query reads; see the class for shapes."""
+        sizes = self._sizes(input_spatial_shapes)
+        check_level_start_index(input_level_start_index, sizes)
+        return super().forward(query, reference_points, input_flatten, sizes, None, input_padding_mask)

@@ -2,9 +2,14 @@
 
 from collections.abc import Sequence
 
+import torch
 from torch import Tensor
 
+from .. import nn
 from ..ops import deform_conv2d as _deform_conv2d
+from ..ops._shape import check_tensor, prod
+
+__all__ = ["DeformConv2d", "deform_conv2d"]
 
 
 def deform_conv2d(
@@ -43,3 +48,61 @@ def deform_conv2d(
         torch.Size([2, 16, 20, 30])
     """
     return _deform_conv2d(input, offset, weight, bias, stride, padding, dilation, mask)
+
+
+class DeformConv2d(nn.DeformConv2d):
+    """The layer ``torchvision.ops.DeformConv2d``: :class:`deformkit.nn.DeformConv2d` with any number of offset groups.
+
+    The arguments, the initialisation and the state-dict are torchvision's. The number of offset groups is read off the
+    offsets at each call, as torchvision does.
+
+    Args:
+        in_channels: C, channels of the input.
+        out_channels: Cout, channels of the output.
+        kernel_size: number of taps along each axis.
+        stride: step of the output positions, in pixels.
+        padding: how far the first tap lies before the input, in pixels.
+        dilation: distance of two taps, in pixels.
+        groups: the channels are convolved in so many separate groups.
+        bias: whether to add a learnt bias.
+
+    Shapes of ``forward(input, offset, mask=None)``: as those of :func:`deform_conv2d`.
+
+    Raises:
+        TypeError: an argument has the wrong type or dtype.
+        ValueError: a value or a shape that does not fit, by name.
+
+    Example:
+        >>> import torch
+        >>> layer = DeformConv2d(8, 16, kernel_size=3, padding=1)
+        >>> layer(torch.randn(2, 8, 20, 30), torch.zeros(2, 36, 20, 30), torch.ones(2, 18, 20, 30)).shape
+        torch.Size([2, 16, 20, 30])
+    """
+
+    def __init__(
+        self,
+        in_channels: int,
+        out_channels: int,
+        kernel_size: int | Sequence[int],
+        stride: int | Sequence[int] = 1,
+        padding: int | Sequence[int] = 0,
+        dilation: int | Sequence[int] = 1,
+        groups: int = 1,
+        bias: bool = True,
+    ) -> None:
+        super().__init__(in_channels, out_channels, kernel_size, stride, padding, dilation, groups, bias)
+
+    def forward(self, input: Tensor, offset: Tensor, mask: Tensor | None = None) -> Tensor:
+        """The convolution of ``input`` at points moved by ``offset``, each tap multiplied by ``mask``."""
+        check_tensor("input", input)
+        # The operator reads the number of groups off the shapes: a wrong one would be taken for another layer.
+        if input.dim() == 4 and input.shape[1] != self.in_channels:
+            raise ValueError(f"input has {input.shape[1]} channels; this layer has in_channels={self.in_channels}")
+        steps = (self.stride, self._padding_before, self.dilation)
+        return deform_conv2d(input, offset, self.weight, self.bias, *steps, mask)
+
+    def sampling_locations(self, offset: Tensor) -> Tensor:
+        """As :meth:`deformkit.nn.DeformConv2d.sampling_locations`, for the offset groups that ``offset`` has."""
+        check_tensor("offset", offset)
+        parts = offset.split(2 * prod(self.kernel_size), -3) if offset.dim() in (3, 4) else [offset]
+        return torch.cat([super(DeformConv2d, self).sampling_locations(part) for part in parts], -5)
