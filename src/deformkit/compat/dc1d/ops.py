@@ -1,0 +1,175 @@
+"""The interpolation functions of dc1d: what each tap of a deformed window reads."""
+
+import torch
+from torch import Tensor
+
+from ...ops._shape import (
+    Boundary,
+    check_choice,
+    check_count,
+    check_floating,
+    check_tensor,
+    compute_dtype,
+    conv_output_size,
+)
+from ...ops.deform_conv.op import deform_conv1d
+
+__all__ = ["efficient_linterpolate", "full_seq_linterpolate", "kernel_width_linterpolate", "output_length"]
+
+
+def output_length(length: int, kernel_size: int, dilation: int = 1, stride: int = 1) -> int:
+    """The number of positions of a convolution over ``length`` elements without padding; 0 if the window is longer.
+
+    Example:
+        >>> output_length(128, 16, dilation=3)
+        83
+    """
+    return max(0, conv_output_size([length], [kernel_size], [stride], [0], [dilation])[0])
+
+
+def efficient_linterpolate(
+    x: Tensor,
+    offsets: Tensor,
+    kernel_size: int,
+    dilation: int,
+    stride: int,
+    dilated_positions: Tensor | None = None,
+    device: torch.device | str | None = None,
+    _test: bool = False,
+    unconstrained: bool = False,
+    gather_lerp: str | None = None,
+) -> Tensor:
+    """What each tap of a deformed window reads, by linear interpolation.
+
+    ``output[b, c, o, k] = sample(x[b, c], stride*o + clamp(dilation*k + offsets[b, g, o, k], 0, dilation*(K-1)))``
+
+    where g is the offset group of channel c. The clamp keeps a tap in its window; without it a point beyond the
+    sequence reads the nearest element.
+
+    Args:
+        x: ``[B, C, L]``.
+        offsets: ``[B, G, Lout, K]`` in elements; G divides C, and Lout is :func:`output_length` of L.
+        kernel_size: K, number of taps.
+        dilation: distance of two taps, in elements.
+        stride: step of the windows, in elements.
+        dilated_positions: not read; ``dilation`` says the same.
+        device: not read; everything is where ``x`` is.
+        _test: not read.
+        unconstrained: leave out the clamp.
+        gather_lerp: checked, and otherwise not read: dc1d's ways to compute one and the same gradient.
+
+    Returns:
+        ``[B, C, Lout, K]`` in the dtype of ``x``.
+
+    Raises:
+        TypeError: an argument has the wrong type or dtype.
+        ValueError: a value or a shape that does not fit, by name.
+
+    Example:
+        >>> x = torch.tensor([[[10.0, 20.0, 30.0, 40.0]]])
+        >>> offsets = torch.tensor([[[[0.5, 5.0], [-3.0, 0.0], [0.0, 0.0]]]])
+        >>> efficient_linterpolate(x, offsets, kernel_size=2, dilation=1, stride=1)
+        tensor([[[[15., 20.],
+                  [20., 30.],
+                  [30., 40.]]]])
+        >>> efficient_linterpolate(x, offsets, kernel_size=2, dilation=1, stride=1, unconstrained=True)[0, 0, :2]
+        tensor([[15., 40.],
+                [10., 30.]])
+    """
+    if gather_lerp is not None:
+        check_choice("gather_lerp", gather_lerp, ("auto", "autograd", "recompute", "save-diff"), " or None")
+    return _taps(x, offsets, kernel_size, dilation, stride, not unconstrained, "border")
+
+
+def full_seq_linterpolate(
+    x: Tensor,
+    offsets: Tensor,
+    kernel_size: int,
+    dilation: int,
+    stride: int,
+    dilated_positions: Tensor | None = None,
+    device: torch.device | str | None = None,
+    _test: bool = False,
+) -> Tensor:
+    """As :func:`efficient_linterpolate` with taps that may leave their window; beyond the sequence they read 0.
+
+    Example:
+        >>> x = torch.tensor([[[10.0, 20.0, 30.0, 40.0]]])
+        >>> offsets = torch.tensor([[[[0.5, 2.5], [-3.0, 0.0], [0.0, 0.0]]]])
+        >>> full_seq_linterpolate(x, offsets, kernel_size=2, dilation=1, stride=1)[0, 0, :2]
+        tensor([[15., 20.],
+                [ 0., 30.]])
+    """
+    return _taps(x, offsets, kernel_size, dilation, stride, False, "zeros")
+
+
+def kernel_width_linterpolate(
+    x: Tensor,
+    offsets: Tensor,
+    kernel_size: int,
+    dilation: int,
+    stride: int,
+    dilated_positions: Tensor | None = None,
+    device: torch.device | str | None = None,
+    _test: bool = False,
+    _max_memory: bool = True,
+) -> Tensor:
+    """As :func:`efficient_linterpolate` with taps kept in their window.
+
+    Example:
+        >>> kernel_width_linterpolate(torch.rand(2, 8, 50), torch.rand(2, 4, 46, 3), 3, dilation=2, stride=1).shape
+        torch.Size([2, 8, 46, 3])
+    """
+    return _taps(x, offsets, kernel_size, dilation, stride, True, "border")
+
+
+def tap_shifts(offsets: Tensor, dilation: int, constrained: bool) -> Tensor:
+    """Offsets ``[B, G, Lout, K]`` as :func:`deformkit.deform_conv1d` has them, ``[B, G*K, Lout]``; kept in the window."""
+    if constrained:
+        # In half precision the bounds would be rounded, and with them the place that a tap is clamped to.
+        offsets = offsets.to(compute_dtype(offsets.dtype))
+        taps = torch.arange(offsets.shape[-1], device=offsets.device) * dilation
+        last = dilation * (offsets.shape[-1] - 1)
+        offsets = offsets.clamp((0 - taps).to(offsets.dtype), (last - taps).to(offsets.dtype))
+    return offsets.transpose(2, 3).flatten(1, 2)
+
+
+def coordinates(offsets: Tensor, beside: Tensor) -> Tensor:
+    """``offsets`` in a dtype that goes with the values ``beside`` them: float64 with float64, and only then."""
+    if offsets.is_floating_point() and (offsets.dtype == torch.float64) != (beside.dtype == torch.float64):
+        return offsets.to(compute_dtype(beside.dtype))
+    return offsets
+
+
+def check_offsets(offsets: Tensor, x_name: str, x: Tensor, kernel_size: int) -> None:
+    """Raise unless ``x`` is ``[B, C, L]`` and ``offsets`` ``[B, G, Lout, K]`` with G that divides C."""
+    check_floating(x_name, x)
+    check_tensor("offsets", offsets)
+    for name, value, axes in ((x_name, x, "[B, C, L]"), ("offsets", offsets, "[B, G, Lout, K]")):
+        if value.dim() != axes.count(",") + 1:
+            raise ValueError(f"{name} has shape {list(value.shape)}; it must be {axes}")
+    if offsets.shape[0] != x.shape[0]:
+        raise ValueError(f"offsets has batch size {offsets.shape[0]}; {x_name} has {x.shape[0]}")
+    if offsets.shape[1] == 0 or x.shape[1] % offsets.shape[1]:
+        raise ValueError(f"offsets has {offsets.shape[1]} offset groups; they must divide the {x.shape[1]} channels")
+    if offsets.shape[3] != kernel_size:
+        raise ValueError(f"offsets has {offsets.shape[3]} taps; kernel_size is {kernel_size}")
+
+
+def _taps(
+    x: Tensor, offsets: Tensor, kernel_size: int, dilation: int, stride: int, constrained: bool, boundary: Boundary
+) -> Tensor:
+    """``[B, C, Lout, K]``: a convolution of each channel with K kernels, of which the k-th is 1 at tap k alone."""
+    for name, value in (("kernel_size", kernel_size), ("dilation", dilation), ("stride", stride)):
+        check_count(name, value)
+    check_offsets(offsets, "x", x, kernel_size)
+    expected = output_length(x.shape[2], kernel_size, dilation, stride)
+    if offsets.shape[2] != expected:
+        raise ValueError(
+            f"offsets has {offsets.shape[2]} positions; x of length {x.shape[2]} has {expected} windows, with "
+            f"kernel_size={kernel_size}, dilation={dilation}, stride={stride}"
+        )
+    shift = tap_shifts(coordinates(offsets, x), dilation, constrained)
+    weight = torch.eye(kernel_size, dtype=x.dtype, device=x.device).repeat(x.shape[1], 1).unsqueeze(1)
+    read = deform_conv1d(x, shift, weight, None, stride, 0, dilation, boundary=boundary)
+    return read.unflatten(1, (-1, kernel_size)).transpose(2, 3)
