@@ -124,7 +124,7 @@ def kernel_width_linterpolate(
 
 
 def tap_shifts(offsets: Tensor, dilation: int, constrained: bool) -> Tensor:
-    """Offsets ``[B, G, Lout, K]`` as :func:`deformkit.deform_conv1d` has them, ``[B, G*K, Lout]``; kept in the window."""
+    """Offsets ``[B, G, Lout, K]`` as ``[B, G*K, Lout]``, the operator's layout; if constrained, in their window."""
     if constrained:
         # In half precision the bounds would be rounded, and with them the place that a tap is clamped to.
         offsets = offsets.to(compute_dtype(offsets.dtype))
