@@ -7,6 +7,7 @@ from . import nn as nn
 from . import reference as reference
 from ._patching import patch as patch
 from ._patching import unpatch as unpatch
+from ._verify import verify as verify
 from .ops import deform_aggregate as deform_aggregate
 from .ops import deform_conv1d as deform_conv1d
 from .ops import deform_conv2d as deform_conv2d

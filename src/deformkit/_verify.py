@@ -1,0 +1,398 @@
+"""Two modules or functions side by side: outputs and every gradient, and what of the difference is expected."""
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, fields, is_dataclass
+from itertools import chain
+from math import inf, isfinite, nan
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import keystr, tree_flatten_with_path, tree_unflatten
+
+from .ops._library import NAMESPACE
+from .ops.deform_aggregate import reference as deform_aggregate
+from .ops.sample.reference import tap_grid
+
+_HALF = (torch.float16, torch.bfloat16)
+
+# Rounding goes by the terms of a sum: a result that is this much smaller than others of its kind has cancelled.
+_LEAST = 1e-3
+
+# In so many roundings a caller may compute a coordinate.
+_ROUNDINGS = 4
+
+
+@dataclass(frozen=True)
+class Quantity:
+    """One output, or one gradient, of both sides."""
+
+    name: str
+    dtype: torch.dtype
+    absolute: float
+    """The largest difference of an element; infinite where only one side is finite, or the shapes differ."""
+    relative: float
+    """The same over the largest value of side a."""
+    index: tuple[int, ...]
+    """Where that is."""
+    errors: tuple[float, float] | None
+    """The largest errors of a and of b against side a in float64; None without that run."""
+    allowed: float
+    """The most that b's error (without a float64 run, the difference) may be by rounding alone."""
+
+    @property
+    def ok(self) -> bool:
+        """Whether rounding explains it."""
+        return (self.absolute if self.errors is None else self.errors[1]) <= self.allowed
+
+
+@dataclass(frozen=True)
+class Report:
+    """What :func:`verify` found; print it."""
+
+    quantities: tuple[Quantity, ...]
+    notes: tuple[str, ...]
+
+    @property
+    def ok(self) -> bool:
+        """Whether rounding explains every difference."""
+        return all(quantity.ok for quantity in self.quantities)
+
+    def check(self) -> None:
+        """Raise an AssertionError with the report unless :attr:`ok`."""
+        if not self.ok:
+            raise AssertionError(str(self))
+
+    def __str__(self) -> str:
+        head = ["quantity", "dtype", "difference", "relative", "at", "a's error", "b's error", "allowed", ""]
+        rows = [head, *(_row(quantity) for quantity in self.quantities)]
+        widths = [max(len(row[column]) for row in rows) for column in range(len(head))]
+        lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
+        wrong = sum(not quantity.ok for quantity in self.quantities)
+        verdict = (
+            f"{wrong} of {len(self.quantities)} are off by more than rounding" if wrong else "the same but for rounding"
+        )
+        return "\n".join([*lines, "", verdict, *(f"- {note}" for note in self.notes)])
+
+
+def verify(
+    a: Callable[..., Any], b: Callable[..., Any], inputs: Any, *, gradients: bool = True, strict: bool = False
+) -> Report:
+    """Compare the outputs and all gradients of two modules or functions on the same inputs.
+
+    ``difference = max |b(inputs) - a(inputs)|``, for each output, and for the gradient of
+    ``sum(cotangent * output)``, with a fixed random cotangent, by each floating input and each parameter.
+
+    ``a`` also runs in float64. ``b`` passes if its error against that is at most twice the error of ``a``, plus a few
+    roundings. Where that run fails or gives something else (a dtype written into the code, dropout), ``b`` passes if
+    half of the digits agree.
+
+    The modules stay as they are: parameters, buffers, ``.grad``, training mode, and the state of torch's random
+    numbers. Both sides start from the same one.
+
+    Args:
+        a: the module or function to trust.
+        b: the one to compare; parameters are matched by their names.
+        inputs: what to call both with: a tensor, a sequence of positional or a mapping of keyword arguments.
+        gradients: whether to compare gradients too; of floating tensors, also where they do not require one.
+        strict: whether to raise if a difference is more than rounding.
+
+    Returns:
+        A report: print it, or read its ``ok``, ``quantities`` and ``notes``. The notes say in words which differences
+        are to be expected here.
+
+    Raises:
+        TypeError: ``a`` or ``b`` cannot be called.
+        ValueError: the two sides have no output tensor in common.
+        AssertionError: a difference is more than rounding, and ``strict``.
+
+    Example:
+        >>> import torch
+        >>> from deformkit.nn import DeformConv2d
+        >>> layer, inputs = DeformConv2d(4, 8, 3), (torch.randn(1, 4, 9, 9), torch.zeros(1, 18, 7, 7))
+        >>> def plain(input, offset):
+        ...     return torch.nn.functional.conv2d(input, layer.weight, layer.bias)
+        >>> verify(plain, layer, inputs, gradients=False).ok
+        True
+    """
+    for name, side in (("a", a), ("b", b)):
+        if not callable(side):
+            raise TypeError(f"{name} is a {type(side).__name__}; it must be a module or a function")
+    call = _Call(inputs)
+    found_a, found_b = call.evaluate(a, gradients), call.evaluate(b, gradients)
+    names = [name for name in found_a if name in found_b]
+    if not any(name.startswith("output") for name in names):
+        raise ValueError(f"a gives {_listed(found_a)} and b gives {_listed(found_b)}; they have no output in common")
+    truth, reason = call.truth(a, gradients, found_a)
+    largest = {_kind(name): 0.0 for name in names}
+    for name in names:
+        largest[_kind(name)] = max(largest[_kind(name)], _largest(found_a[name]))
+    quantities = tuple(
+        _compare(name, found_a[name], found_b[name], truth and truth.get(name), _LEAST * largest[_kind(name)])
+        for name in names
+    )
+    notes = [*([reason] if reason else []), *_unmatched(found_a, found_b), *_expected(quantities, call, b)]
+    report = Report(quantities, tuple(notes))
+    if strict:
+        report.check()
+    return report
+
+
+class _Call:
+    """The inputs, and how to evaluate a side at copies of them."""
+
+    def __init__(self, inputs: Any) -> None:
+        if isinstance(inputs, Tensor) or not isinstance(inputs, Sequence | Mapping):
+            inputs = (inputs,)
+        named, self.spec = tree_flatten_with_path(inputs)
+        self.leaves = [value for _, value in named]
+        self.names = [f"inputs{keystr(path)}" for path, _ in named]
+        self.dtypes = {leaf.dtype for leaf in self.leaves if isinstance(leaf, Tensor)}
+
+    def evaluate(
+        self, side: Callable[..., Any], gradients: bool, dtype: torch.dtype | None = None
+    ) -> dict[str, Tensor]:
+        """Outputs, and gradients by inputs and parameters, all by name; in ``dtype`` instead of the side's own."""
+        copies = [_copied(leaf, dtype, gradients) for leaf in self.leaves]
+        leaves = {
+            f"gradient of {name}": copy
+            for name, copy in zip(self.names, copies, strict=True)
+            if isinstance(copy, Tensor) and copy.requires_grad
+        }
+        run, state = side, {}
+        if isinstance(side, nn.Module):
+            state = {name: _copied(value, dtype, gradients) for name, value in side.named_parameters()}
+            leaves |= {f"gradient of {name}": copy for name, copy in state.items() if copy.requires_grad}
+            state |= {name: _copied(value, dtype, False) for name, value in side.named_buffers()}
+            module = side
+
+            def run(*args: Any, **kwargs: Any) -> Any:
+                return torch.func.functional_call(module, state, args, kwargs)
+
+        # A layer may change its input in place, but not a leaf.
+        arguments = [copy.clone() if isinstance(copy, Tensor) else copy for copy in copies]
+        with _seeded([*copies, *state.values()]), torch.enable_grad() if gradients else torch.no_grad():
+            result = self._called(run, arguments)
+            outputs = {name: value for name, value in _tensors(result, "output")}
+            found = {name: value.detach() for name, value in outputs.items()}
+            ends = {name: value for name, value in outputs.items() if value.requires_grad}
+            if ends and leaves:
+                cotangents = [_cotangent(value) for value in ends.values()]
+                grads = torch.autograd.grad(list(ends.values()), list(leaves.values()), cotangents, allow_unused=True)
+                found |= {name: grad for name, grad in zip(leaves, grads, strict=True) if grad is not None}
+        return found
+
+    def truth(
+        self, side: Callable[..., Any], gradients: bool, found: Mapping[str, Tensor]
+    ) -> tuple[dict[str, Tensor] | None, str | None]:
+        """The same of ``side`` in float64; or None, and why that says nothing about rounding."""
+        try:
+            truth = self.evaluate(side, gradients, torch.float64)
+        except Exception as failure:  # whatever code that was not written for float64 raises
+            return None, f"No float64 run to compare with: {type(failure).__name__}: {str(failure).splitlines()[0]}"
+        for name, value in found.items():
+            if name.startswith("output") and value.is_floating_point():
+                true = truth.get(name)
+                if true is None or _difference(value, true)[0] > _half_of_digits(value.dtype) * _largest(true):
+                    return None, f"No float64 run to compare with: {name} of a is something else there"
+        return truth, None
+
+    def points(self, side: Callable[..., Any]) -> "_Points":
+        """How many points our operators read in a run of ``side``."""
+        with _Points() as points:
+            self.evaluate(side, False)
+        return points
+
+    def _called(self, run: Callable[..., Any], leaves: list[Any]) -> Any:
+        inputs = tree_unflatten(leaves, self.spec)
+        return run(**inputs) if isinstance(inputs, Mapping) else run(*inputs)
+
+
+class _Points(TorchDispatchMode):
+    """Counts the points of every call of our operators, those at -1 along an axis, and those about on a grid line."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.all = self.on_edge = self.on_line = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func.namespace == NAMESPACE and func._opname in _PLACES:
+            for points in _PLACES[func._opname](*args):
+                self.all += points[..., 0].numel()
+                self.on_edge += int((points == -1).any(-1).sum())
+                near = (points - points.round()).abs() <= _ROUNDINGS * _eps(points.dtype) * (points.abs() + 1)
+                self.on_line += int(near.any(-1).sum())
+        return func(*args, **(kwargs or {}))
+
+
+def _conv_places(
+    input: Tensor, offset: Tensor, weight: Tensor, bias: Any, stride: Any, padding: Any, dilation: Any, *rest: Any
+) -> Iterator[Tensor]:
+    kernel_size, size = weight.shape[2:], offset.shape[2:]
+    base = tap_grid(kernel_size, size, stride, padding, dilation, offset.device)
+    yield base + offset.unflatten(1, (-1, kernel_size.numel(), len(size))).movedim(3, -1)
+
+
+def _aggregate_places(value: Tensor, offset: Tensor, weight: Tensor, *window: Any) -> Iterator[Tensor]:
+    base, shift = deform_aggregate.points(offset, *window[:-1])
+    yield base + shift
+
+
+def _attention_places(
+    value: Tensor,
+    spatial_shapes: Any,
+    sampling_locations: Tensor,
+    attention_weights: Tensor,
+    num_points: Any,
+    mode: str,
+) -> Iterator[Tensor]:
+    axes = sampling_locations.shape[-1]
+    for level, locations in enumerate(sampling_locations.split(list(num_points), 3)):
+        size = torch.tensor(spatial_shapes[level * axes : (level + 1) * axes], device=locations.device)
+        yield locations * size.flip(0) - 0.5
+
+
+_PLACES: dict[str, Callable[..., Iterator[Tensor]]] = {
+    "deform_conv": _conv_places,
+    "deform_aggregate": _aggregate_places,
+    "ms_deform_attn": _attention_places,
+}
+
+
+def _expected(quantities: Sequence[Quantity], call: _Call, side: Callable[..., Any]) -> Iterator[str]:
+    """The differences to be expected here, in words."""
+    if any(quantity.absolute > 0 for quantity in quantities):
+        yield "Sums are added in another order: the last digits differ, and through many layers a few more."
+    halves = sorted({str(q.dtype).removeprefix("torch.") for q in quantities if q.dtype in _HALF})
+    if halves:
+        yield (
+            f"In {' and '.join(halves)} deformkit adds up in float32 and rounds once; whoever adds up in half "
+            "precision is further from the truth."
+        )
+        yield (
+            "Coordinates: deformkit computes with them in float32. Those that the caller has rounded to half precision "
+            "are off by up to a pixel on large maps, on both sides."
+        )
+    points = call.points(side)
+    if points.on_line:
+        yield (
+            f"{points.on_line} of {points.all} points lie on a grid line, or as near as rounding: the gradient by "
+            "such a point has two sides, and the rounding of each implementation decides between them."
+        )
+    if points.on_edge:
+        yield (
+            f"{points.on_edge} of {points.all} points lie exactly at -1 along an axis: there deformkit, torchvision and "
+            "grid_sample give the right-hand derivative by the point; the CUDA kernels of mmcv, Deformable DETR, DCNv3 "
+            "and DCNv4 give 0."
+        )
+
+
+def _unmatched(found_a: Mapping[str, Tensor], found_b: Mapping[str, Tensor]) -> Iterator[str]:
+    for side, here, there in (("a", found_a, found_b), ("b", found_b, found_a)):
+        alone = [name for name in here if name not in there]
+        if alone:
+            yield f"Only {side} has {_listed(alone)}: not compared."
+
+
+def _listed(names: Any) -> str:
+    names = list(names)
+    more = f" and {len(names) - 4} more" if len(names) > 4 else ""
+    return ", ".join(names[:4]) + more if names else "no tensor"
+
+
+def _compare(name: str, a: Tensor, b: Tensor, truth: Tensor | None, least: float) -> Quantity:
+    largest = _largest(a)
+    dtype = max((a.dtype, b.dtype), key=_eps)
+    absolute, index = _difference(b, a)
+    errors = None if truth is None else (_difference(a, truth)[0], _difference(b, truth)[0])
+    if errors and isfinite(errors[0]):
+        floor = _eps(dtype) * (2 if dtype in _HALF else 32) * max(largest, least)
+        allowed = 2 * errors[0] + floor
+    else:
+        errors, allowed = None, _half_of_digits(dtype) * max(largest, least)
+    relative = absolute / largest if largest else (inf if absolute else 0.0)
+    return Quantity(name, dtype, absolute, relative, index, errors, allowed)
+
+
+def _difference(actual: Tensor, expected: Tensor) -> tuple[float, tuple[int, ...]]:
+    """The largest difference and where it is; infinite where only one is finite or the shapes differ."""
+    if actual.shape != expected.shape:
+        return inf, ()
+    if not actual.numel():
+        return 0.0, ()
+    actual, expected = actual.detach().cpu().double(), expected.detach().cpu().double()
+    same = (actual == expected) | (actual.isnan() & expected.isnan())
+    gap = torch.where(same, 0.0, (actual - expected).abs()).nan_to_num(nan=inf, posinf=inf)
+    position = gap.argmax()
+    return gap.flatten()[position].item(), tuple(int(i) for i in torch.unravel_index(position, gap.shape))
+
+
+def _largest(value: Tensor) -> float:
+    finite = value.detach().double()
+    finite = finite[finite.isfinite()]
+    return finite.abs().max().item() if finite.numel() else 0.0
+
+
+def _eps(dtype: torch.dtype) -> float:
+    return torch.finfo(dtype).eps if dtype.is_floating_point else 0.0
+
+
+def _half_of_digits(dtype: torch.dtype) -> float:
+    return _eps(dtype) ** 0.5
+
+
+def _kind(name: str) -> str:
+    return name.split(" ")[0].split("[")[0].split(".")[0]
+
+
+def _copied(value: Any, dtype: torch.dtype | None, differentiate: bool) -> Any:
+    if not isinstance(value, Tensor):
+        return value
+    copy = value.detach().clone()
+    if not copy.is_floating_point():
+        return copy
+    return copy.to(dtype or copy.dtype).requires_grad_(differentiate)
+
+
+def _cotangent(output: Tensor) -> Tensor:
+    # Rounded to bfloat16, so that it is the same in every dtype.
+    values = torch.randn(output.shape, generator=torch.Generator().manual_seed(0)).to(torch.bfloat16)
+    return values.to(output)
+
+
+@contextmanager
+def _seeded(values: Sequence[Any]) -> Iterator[None]:
+    """The same random numbers for everyone inside, and outside as if nobody had drawn any."""
+    devices = {value.device.index for value in values if isinstance(value, Tensor) and value.device.type == "cuda"}
+    with torch.random.fork_rng(sorted(devices)):
+        torch.manual_seed(0)
+        yield
+
+
+def _tensors(value: Any, name: str) -> Iterator[tuple[str, Tensor]]:
+    """The tensors in what a call returned, by name."""
+    if isinstance(value, Tensor):
+        yield name, value
+    elif isinstance(value, Mapping):
+        yield from chain.from_iterable(_tensors(part, f"{name}.{key}") for key, part in value.items())
+    elif isinstance(value, Sequence) and not isinstance(value, str):
+        yield from chain.from_iterable(_tensors(part, f"{name}[{i}]") for i, part in enumerate(value))
+    elif is_dataclass(value):
+        parts = [(f.name, getattr(value, f.name)) for f in fields(value)]
+        yield from chain.from_iterable(_tensors(part, f"{name}.{key}") for key, part in parts)
+
+
+def _row(quantity: Quantity) -> list[str]:
+    errors = quantity.errors or (nan, nan)
+    return [
+        quantity.name,
+        str(quantity.dtype).removeprefix("torch."),
+        f"{quantity.absolute:.1e}",
+        f"{quantity.relative:.1e}",
+        str(list(quantity.index)),
+        *(f"{error:.1e}" for error in errors),
+        f"{quantity.allowed:.1e}",
+        "" if quantity.ok else "OFF",
+    ]
