@@ -11,6 +11,10 @@ A host is imported when it is first asked for, and never needs the library that 
 from importlib import import_module
 from types import ModuleType
 
+from ._install import install, uninstall
+
+__all__ = ["convert", "dc1d", "deformable_detr", "deformops", "install", "mmcv", "torchvision", "uninstall"]
+
 _MODULES = ("convert", "dc1d", "deformable_detr", "deformops", "mmcv", "torchvision")
 
 

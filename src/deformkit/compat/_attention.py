@@ -10,6 +10,7 @@ from torch import Tensor
 from ..ops import ms_deform_attn
 from ..ops._shape import check_floating, check_tensor, compute_dtype, prod
 from ..ops.ms_deform_attn.op import SpatialShapes, level_sizes
+from ._gradient import checked_gradient
 
 
 def attend(
@@ -32,6 +33,32 @@ def attend(
         ``[B, Q, H*D]``.
     """
     return ms_deform_attn(*_arguments(value, spatial_shapes, level_start_index, sampling_locations, attention_weights))
+
+
+def attend_backward(
+    value: Tensor,
+    spatial_shapes: SpatialShapes,
+    level_start_index: Any,
+    sampling_locations: Tensor,
+    attention_weights: Tensor,
+    grad_output: Tensor,
+) -> list[Tensor]:
+    """The gradients of :func:`attend` by value, locations and weights, each in the dtype of what it belongs to."""
+    given = (value, sampling_locations, attention_weights)
+    args = _arguments(value, spatial_shapes, level_start_index, sampling_locations, attention_weights)
+    value, sizes, locations, weights = args
+    grad_output = checked_gradient(lambda *t: ms_deform_attn(t[0], sizes, *t[1:]), (value, *args[2:]), grad_output)
+    grads = torch.ops.deformkit.ms_deform_attn_backward(
+        grad_output,
+        value,
+        [length for size in sizes for length in size],
+        locations.flatten(3, 4),
+        weights.flatten(3, 4),
+        [locations.shape[4]] * len(sizes),
+        "linear",
+        [True, True, True],
+    )
+    return [grad.reshape(tensor.shape).to(tensor.dtype) for grad, tensor in zip(grads, given, strict=True)]
 
 
 def check_level_start_index(level_start_index: Any, sizes: Sequence[Sequence[int]]) -> None:
