@@ -1,0 +1,50 @@
+"""The Triton kernels as kernels of the dispatcher, and what their launchers share.
+
+Triton is imported with the first call on a GPU, not with deformkit. Without it the reference answers there.
+"""
+
+import importlib
+from collections.abc import Callable
+from importlib.util import find_spec
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .._library import NAMESPACE, Operator, operators
+
+_PARENT = __package__.rpartition(".")[0]
+
+
+def available() -> bool:
+    """Whether Triton can be imported here."""
+    return find_spec("triton") is not None
+
+
+def launcher(operator: Operator) -> Callable[..., Any]:
+    """What answers a call of ``operator`` on a GPU: its Triton kernels, or the reference where they do not reach.
+
+    That is float64, and 2^31 positions in one image, which 32-bit coordinates cannot tell apart.
+    """
+    backward = operator.name.endswith("_backward")
+    room = f"{_PARENT}.{operator.name.removesuffix('_backward')}.gpu"
+
+    def launch(*args: Any) -> Any:
+        kernels = importlib.import_module(room)
+        if any(isinstance(value, Tensor) and value.dtype == torch.float64 for value in args):
+            return operator._contiguous_reference(*args)
+        if kernels.extent(*(args[1:-1] if backward else args)) >= 2**31:
+            return operator._contiguous_reference(*args)
+        return kernels.backward(*args) if backward else kernels.forward(*args)
+
+    return launch
+
+
+def register() -> None:
+    """Register the launcher of every operator, for CUDA and ROCm alike."""
+    for operator in operators.values():
+        torch.library.register_kernel(f"{NAMESPACE}::{operator.name}", "cuda", launcher(operator))
+
+
+if available():
+    register()

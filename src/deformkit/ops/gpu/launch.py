@@ -1,0 +1,130 @@
+"""How a Triton kernel is started: on the device of its tensors, with the block sizes that suit that device.
+
+Every kernel has a few candidates, the first of which a rule of its room puts there. :func:`autotune` times them all
+instead, once for each kind of problem.
+"""
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass, field
+from functools import lru_cache
+from typing import Any, NamedTuple
+
+import torch
+import triton
+from torch import Tensor
+
+
+class Target(NamedTuple):
+    """What a kernel is compiled for: ``"cuda"``, ``"hip"``, or the ``"interpreter"``, and its architecture."""
+
+    backend: str
+    arch: int | str
+
+
+@dataclass(frozen=True)
+class Config:
+    """Block sizes by the name of the kernel's parameter, warps of a program, stages of a pipelined loop."""
+
+    blocks: dict[str, int] = field(hash=False)
+    num_warps: int = 4
+    num_stages: int = 1
+
+
+_autotuning = False
+_tuned: dict[tuple[Any, ...], Config] = {}
+
+
+def target() -> Target:
+    """The target of the current device."""
+    if triton.knobs.runtime.interpret:
+        return Target("interpreter", 0)
+    return _target(triton.runtime.driver.active.get_current_device())
+
+
+@lru_cache
+def _target(device: int) -> Target:
+    found = triton.runtime.driver.active.get_current_target()
+    return Target(found.backend, found.arch)
+
+
+@contextmanager
+def autotune() -> Iterator[None]:
+    """Within, the first call with each kind of problem times all candidates of a kernel, and the best one is kept.
+
+    What was found is used by later calls outside as well. Results differ between candidates by rounding alone.
+    """
+    global _autotuning
+    before, _autotuning = _autotuning, True
+    try:
+        yield
+    finally:
+        _autotuning = before
+
+
+def launch(
+    kernel: Any,
+    programs: Callable[[Config], int],
+    args: Sequence[Any],
+    constants: dict[str, Any],
+    candidates: Sequence[Config],
+) -> None:
+    """Start ``kernel`` with ``programs(config)`` programs, which may be none."""
+    device = next(value.device for value in args if isinstance(value, Tensor))
+    elsewhere = device.type == "cuda" and device.index != torch.cuda.current_device()
+    with torch.cuda.device(device) if elsewhere else nullcontext():
+        config = _choose(kernel, programs, args, constants, candidates, device)
+        count = programs(config)
+        if count:
+            start(kernel, count, args, constants, config)
+
+
+def start(kernel: Any, count: int, args: Sequence[Any], constants: dict[str, Any], config: Config) -> None:
+    """Start ``count`` programs of ``kernel`` on the current device."""
+    kernel[(count,)](*args, **constants, **config.blocks, num_warps=config.num_warps, num_stages=config.num_stages)
+
+
+def _choose(
+    kernel: Any,
+    programs: Callable[[Config], int],
+    args: Sequence[Any],
+    constants: dict[str, Any],
+    candidates: Sequence[Config],
+    device: torch.device,
+) -> Config:
+    if not (_autotuning or _tuned) or device.type != "cuda":
+        return candidates[0]
+    # A kind of problem: the same kernel on tensors of about the same size.
+    sizes = tuple((v.dtype, v.numel().bit_length()) for v in args if isinstance(v, Tensor))
+    kind = (kernel.__name__, device, sizes, repr(constants))
+    if kind not in _tuned:
+        if not _autotuning or torch.cuda.is_current_stream_capturing():
+            return candidates[0]
+        # On copies: a kernel that adds to its output must not do so twice.
+        copies = [value.clone() if isinstance(value, Tensor) else value for value in args]
+        times = {
+            i: triton.testing.do_bench(
+                lambda config=config: start(kernel, programs(config), copies, constants, config), return_mode="median"
+            )
+            for i, config in enumerate(candidates)
+            if programs(config)
+        }
+        _tuned[kind] = candidates[min(times, key=times.__getitem__, default=0)]
+    return _tuned[kind]
+
+
+def gather_configs(channels: int, per_thread: int) -> list[Config]:
+    """Candidates for a kernel that gathers rows of ``channels``: tiles of ROWS x COLUMNS elements.
+
+    Args:
+        channels: how many of them one program or several cover.
+        per_thread: how many elements the first candidate gives to each thread.
+    """
+    columns = min(triton.next_power_of_2(channels), 128)
+    if target().backend == "interpreter":
+        return [Config({"ROWS": max(1024 // columns, 16), "COLUMNS": columns})]
+    configs = []
+    for warps, each in ((4, per_thread), (2, per_thread), (4, 2 * per_thread), (8, per_thread), (4, per_thread // 2)):
+        rows = max(warps * 32 * each // columns, 8)
+        configs.append(Config({"ROWS": rows, "COLUMNS": columns}, num_warps=warps))
+    return configs

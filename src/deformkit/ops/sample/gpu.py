@@ -1,0 +1,318 @@
+"""The sampler in Triton, and what the launchers of all rooms share; ``reference.py`` says what it computes.
+
+In the kernels the rows of a tile are points and its columns are channels.
+
+    base, shift    of a point, as (z, y, x): integers, and what is to be added to them
+    size           of the field, as (D, H, W)
+    point          (z, y, x, fz, fy, fx): the lower corner of its cell (int32) and how far it lies beyond it (0 to 1)
+    known          rows that exist and have no NaN among their coordinates
+    tile           (columns, distance of two columns in memory, number of columns that exist)
+
+Two axes are three with D = 1 and z = fz = 0, one axis has H = 1 too: AXES tells the compiler to leave the rest out.
+A corner is a number from 0 to 2^AXES - 1, whose bits say on which axes it is the upper one: x has the lowest bit.
+"""
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+
+@triton.jit
+def tile_rows(tile, positions, batch, ROWS: tl.constexpr):
+    """The rows of a tile, when the positions of all images follow one another.
+
+    Returns the image (int64), the position in it (int32) and whether there is one, for each row.
+    """
+    first = tile.to(tl.int64) * ROWS
+    image = first // positions
+    place = (first - image * positions).to(tl.int32) + tl.arange(0, ROWS)
+    image = image + place // positions
+    return image, place % positions, image < batch
+
+
+@triton.jit
+def unravel(place, size, AXES: tl.constexpr):
+    """The (z, y, x) of a position in row-major order."""
+    z, y, x = tl.zeros_like(place), tl.zeros_like(place), place
+    if AXES > 1:
+        y, x = place // size[2], place % size[2]
+    if AXES > 2:
+        z, y = y // size[1], y % size[1]
+    return z, y, x
+
+
+@triton.jit
+def coordinates(pointers, stride, mask, AXES: tl.constexpr, X_FIRST: tl.constexpr):
+    """The (z, y, x) of each row, in float32, from AXES numbers that lie ``stride`` apart."""
+    first = tl.load(pointers, mask=mask, other=0.0).to(tl.float32)
+    z, y, x = tl.zeros_like(first), tl.zeros_like(first), first
+    if AXES > 1:
+        second = tl.load(pointers + stride, mask=mask, other=0.0).to(tl.float32)
+        y, x = (second, first) if X_FIRST else (first, second)
+    if AXES > 2:
+        third = tl.load(pointers + 2 * stride, mask=mask, other=0.0).to(tl.float32)
+        z, y, x = (third, y, x) if X_FIRST else (y, x, third)
+    return z, y, x
+
+
+@triton.jit
+def store_coordinates(pointers, stride, values, mask, AXES: tl.constexpr, X_FIRST: tl.constexpr):
+    """Write (z, y, x) of each row, as :func:`coordinates` reads them."""
+    z, y, x = values
+    tl.store(pointers + (0 if X_FIRST else AXES - 1) * stride, x, mask=mask)
+    if AXES > 1:
+        tl.store(pointers + (1 if X_FIRST else AXES - 2) * stride, y, mask=mask)
+    if AXES > 2:
+        tl.store(pointers + (2 if X_FIRST else 0) * stride, z, mask=mask)
+
+
+@triton.jit
+def defined(shift):
+    """Rows without a NaN among their coordinates."""
+    z, y, x = shift
+    return (z == z) & (y == y) & (x == x)
+
+
+@triton.jit
+def locate_along(base, shift, size, BORDER: tl.constexpr):
+    """The cell of the point ``base + shift`` along one axis: its lower corner, and the fraction beyond it."""
+    # Two cells beyond the field nothing changes any more; the clamp keeps infinity and NaN out of the arithmetic.
+    low = tl.zeros_like(shift) + ((0 if BORDER else -2) - base)
+    high = tl.zeros_like(shift) + ((size - 1 if BORDER else size) - base)
+    shift = tl.where(shift > low, shift, low)
+    shift = tl.where(shift < high, shift, high)
+    whole = tl.floor(shift)
+    return base + whole.to(tl.int32), shift - whole
+
+
+@triton.jit
+def locate(base, shift, size, AXES: tl.constexpr, BORDER: tl.constexpr):
+    """The cell of the point ``base + shift``."""
+    x, fx = locate_along(base[2], shift[2], size[2], BORDER)
+    z, fz, y, fy = tl.zeros_like(x), tl.zeros_like(fx), tl.zeros_like(x), tl.zeros_like(fx)
+    if AXES > 1:
+        y, fy = locate_along(base[1], shift[1], size[1], BORDER)
+    if AXES > 2:
+        z, fz = locate_along(base[0], shift[0], size[0], BORDER)
+    return z, y, x, fz, fy, fx
+
+
+@triton.jit
+def follows(base, shift, size, BORDER: tl.constexpr):
+    """1 where the point moves with its coordinate along one axis, 0 where it is clamped."""
+    moved = tl.full(shift.shape, 1.0, tl.float32)
+    if BORDER:
+        low = tl.zeros_like(shift) - base
+        high = tl.zeros_like(shift) + (size - 1 - base)
+        moved = tl.where((shift < low) | (shift > high), 0.0, moved)
+    return moved
+
+
+@triton.jit
+def place_along(place, size, UPPER: tl.constexpr, BORDER: tl.constexpr):
+    """A corner's place along one axis, and whether it lies in the field."""
+    place = place + UPPER
+    inside = (place >= 0) & (place < size)
+    if BORDER:
+        place = tl.minimum(place, size - 1)
+        inside = place >= 0
+    return place, inside
+
+
+@triton.jit
+def corner_place(point, size, CORNER: tl.constexpr, AXES: tl.constexpr, BORDER: tl.constexpr):
+    """The index of a corner in the field, and whether it lies in it."""
+    index, inside = place_along(point[2], size[2], CORNER & 1, BORDER)
+    if AXES > 1:
+        y, within = place_along(point[1], size[1], CORNER >> 1 & 1, BORDER)
+        index += y * size[2]
+        inside &= within
+    if AXES > 2:
+        z, within = place_along(point[0], size[0], CORNER >> 2, BORDER)
+        index += z * (size[1] * size[2])
+        inside &= within
+    return index.to(tl.int64), inside
+
+
+@triton.jit
+def edge(fraction, UPPER: tl.constexpr):
+    """The weight of a corner along one axis."""
+    return fraction if UPPER else 1 - fraction
+
+
+@triton.jit
+def corner_weight(point, CORNER: tl.constexpr, AXES: tl.constexpr, NEAREST: tl.constexpr):
+    """The weight of a corner in the interpolation."""
+    weight = edge(point[5], CORNER & 1)
+    if AXES > 1:
+        weight *= edge(point[4], CORNER >> 1 & 1)
+    if AXES > 2:
+        weight *= edge(point[3], CORNER >> 2)
+    return tl.full(weight.shape, 1.0, tl.float32) if NEAREST else weight
+
+
+@triton.jit
+def corner_slopes(point, CORNER: tl.constexpr, AXES: tl.constexpr):
+    """The derivatives of :func:`corner_weight` by z, y and x."""
+    ey, ez = edge(point[4], CORNER >> 1 & 1), edge(point[3], CORNER >> 2)
+    ex = edge(point[5], CORNER & 1)
+    x = tl.full(ex.shape, 2.0 * (CORNER & 1) - 1.0, tl.float32)
+    y = tl.full(ex.shape, 2.0 * (CORNER >> 1 & 1) - 1.0, tl.float32)
+    z = tl.full(ex.shape, 2.0 * (CORNER >> 2) - 1.0, tl.float32)
+    if AXES == 2:
+        x, y = x * ey, y * ex
+    if AXES == 3:
+        x, y, z = x * (ey * ez), y * (ex * ez), z * (ex * ey)
+    return z, y, x
+
+
+@triton.jit
+def tile_mask(rows, tile, WHOLE: tl.constexpr):
+    """The mask of a tile: by rows alone where every column exists, so that loads and sums are vectors."""
+    return rows[:, None] if WHOLE else rows[:, None] & (tile[0] < tile[2])[None, :]
+
+
+@triton.jit
+def gather(
+    field,
+    stride,
+    tile,
+    size,
+    point,
+    factor,
+    known,
+    result,
+    AXES: tl.constexpr,
+    BORDER: tl.constexpr,
+    NEAREST: tl.constexpr,
+    WHOLE: tl.constexpr,
+):
+    """``result + factor * sample``, as ``[rows, columns]``.
+
+    ``field`` points, for each row, to the first position of its field; two positions lie ``stride`` apart. A row that
+    is not known reads nothing and counts as 0: NaN for the factor makes it NaN.
+    """
+    for CORNER in tl.static_range(1 if NEAREST else 2**AXES):
+        index, inside = corner_place(point, size, CORNER, AXES, BORDER)
+        pointers = (field + index * stride)[:, None] + tile[0][None, :] * tile[1]
+        values = tl.load(pointers, mask=tile_mask(inside & known, tile, WHOLE), other=0.0).to(tl.float32)
+        result += values * (factor * corner_weight(point, CORNER, AXES, NEAREST))[:, None]
+    return result
+
+
+@triton.jit
+def scatter(gradient, where, amount, mask, EXACT: tl.constexpr):
+    """Add ``amount`` to the sums of a :class:`FieldGradient`."""
+    sums, units, per_one = gradient
+    if EXACT:
+        finite = tl.abs(amount) < float("inf")
+        whole = (tl.where(finite, amount, 0.0) * tl.load(per_one)).to(tl.int64)
+        tl.atomic_add(units + where, whole, mask=mask & finite, sem="relaxed")
+        tl.atomic_add(sums + where, amount, mask=mask & ~finite, sem="relaxed")
+    else:
+        tl.atomic_add(sums + where, amount, mask=mask, sem="relaxed")
+
+
+@triton.jit
+def pull_back(
+    cotangent,
+    field,
+    stride,
+    gradient,
+    gradient_first,
+    gradient_stride,
+    tile,
+    size,
+    point,
+    factor,
+    known,
+    AXES: tl.constexpr,
+    BORDER: tl.constexpr,
+    NEAREST: tl.constexpr,
+    WHOLE: tl.constexpr,
+    FIELD: tl.constexpr,
+    POINTS: tl.constexpr,
+    EXACT: tl.constexpr,
+):
+    """The derivatives of ``sum(cotangent * factor * sample)``; those by the field are added to ``gradient``.
+
+    ``cotangent`` is ``[rows, columns]``, 0 where a row or a column does not exist. The gradient of a row's field begins
+    at the element ``gradient_first``.
+
+    Returns, for each row, the derivative by ``factor``, and those by z, y and x at a factor of 1.
+    """
+    amount = tl.zeros_like(point[5])
+    slope_z, slope_y, slope_x = amount, amount, amount
+    for CORNER in tl.static_range(1 if NEAREST else 2**AXES):
+        index, inside = corner_place(point, size, CORNER, AXES, BORDER)
+        mask = tile_mask(inside & known, tile, WHOLE)
+        weight = corner_weight(point, CORNER, AXES, NEAREST)
+        if POINTS:
+            pointers = (field + index * stride)[:, None] + tile[0][None, :] * tile[1]
+            values = tl.load(pointers, mask=mask, other=0.0).to(tl.float32)
+            dot = tl.sum(values * cotangent, 1)
+            amount += weight * dot
+            if not NEAREST:
+                z, y, x = corner_slopes(point, CORNER, AXES)
+                slope_z += z * dot
+                slope_y += y * dot
+                slope_x += x * dot
+        if FIELD:
+            where = (gradient_first + index * gradient_stride)[:, None] + tile[0][None, :]
+            scatter(gradient, where, cotangent * (factor * weight)[:, None], mask, EXACT)
+    return amount, slope_z, slope_y, slope_x
+
+
+class FieldGradient:
+    """Where kernels add up the gradient of a field: in float32.
+
+    Under deterministic algorithms finite amounts are added up as whole numbers of a small unit instead, in int64, where
+    the order does not matter; what is not finite goes to the float32 sums, and stays what it is in any order.
+    """
+
+    def __init__(self, like: Tensor, shape: Sequence[int], wanted: bool, most: Callable[[], Tensor]) -> None:
+        """Zeros for a gradient of ``shape``, where it is wanted.
+
+        Args:
+            like: gives device and dtype.
+            shape: of the gradient, channels last.
+            wanted: whether anything will be added.
+            most: a bound of what the magnitudes added to one element can add up to: one number in float64.
+        """
+        self.wanted = wanted
+        self.exact = wanted and torch.are_deterministic_algorithms_enabled()
+        self._dtype = like.dtype
+        self._sums = like.new_zeros(shape if wanted else 1, dtype=torch.float32)
+        self._units = like.new_zeros(shape, dtype=torch.int64) if self.exact else None
+        # A power of two, so that the scaling itself is exact; one that float32 has.
+        self._per_one = (62 - most().log2().ceil()).clamp(-100, 120).exp2().float() if self.exact else 1.0
+
+    @property
+    def argument(self) -> tuple[Tensor, Any, Any]:
+        """What a kernel gets: the float32 sums, the sums in units, and how many units make one."""
+        return self._sums, self._units, self._per_one
+
+    def result(self) -> Tensor:
+        """The gradient, in the dtype of the field; empty where it is not wanted."""
+        if not self.wanted:
+            return self._sums.new_empty(0, dtype=self._dtype)
+        if self._units is None:
+            return self._sums.to(self._dtype)
+        return (self._units.double() / self._per_one + self._sums).to(self._dtype)
+
+
+def largest(value: Tensor) -> Tensor:
+    """The largest finite magnitude in a tensor, in float64; 0 for an empty one."""
+    magnitude = value.detach().abs()
+    finite = magnitude.where(magnitude < torch.inf, 0.0).flatten()
+    return torch.cat([finite, finite.new_zeros(1)]).amax().double()
+
+
+def lifted(values: Sequence[int], missing: int) -> tuple[int, int, int]:
+    """One to three values along the last axes as three: ``missing`` along those that there are not."""
+    z, y, x = (*[missing] * (3 - len(values)), *values)
+    return z, y, x
