@@ -1,0 +1,84 @@
+"""The formulas of host libraries that do not install here, written out in their own layouts, one tap after the other."""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+Pair = Sequence[int]
+
+
+def bilinear(field: Tensor, y: Tensor, x: Tensor) -> Tensor:
+    """The channels of ``field [B, C, H, W]`` at the points ``y, x [B, Hout, Wout]`` in pixels, zero outside."""
+    height, width = field.shape[2:]
+    grid = torch.stack([(2 * x + 1) / width - 1, (2 * y + 1) / height - 1], -1)
+    return F.grid_sample(field, grid, align_corners=False)
+
+
+def modulated_conv(
+    input: Tensor,
+    offset: Tensor,
+    mask: Tensor | None,
+    weight: Tensor,
+    bias: Tensor | None,
+    stride: Pair,
+    padding: Pair,
+    dilation: Pair,
+    groups: int,
+    deform_groups: int,
+) -> Tensor:
+    """mmcv's and DCNv2's: channel ``2 * (group * taps + tap)`` of the offsets is along y, the next one along x."""
+    kernel_h, kernel_w = weight.shape[2:]
+    taps = kernel_h * kernel_w
+    rows, columns = offset.shape[2:]
+    base_y = (torch.arange(rows) * stride[0] - padding[0]).to(offset).reshape(-1, 1)
+    base_x = (torch.arange(columns) * stride[1] - padding[1]).to(offset)
+    output = torch.zeros(input.shape[0], weight.shape[0], rows, columns, dtype=input.dtype)
+    by_group = input.chunk(deform_groups, 1)
+    for i in range(kernel_h):
+        for j in range(kernel_w):
+            samples = []
+            for group, field in enumerate(by_group):
+                number = group * taps + i * kernel_w + j
+                y = base_y + i * dilation[0] + offset[:, 2 * number]
+                x = base_x + j * dilation[1] + offset[:, 2 * number + 1]
+                value = bilinear(field, y, x)
+                samples.append(value if mask is None else value * mask[:, number].unsqueeze(1))
+            output = output + F.conv2d(torch.cat(samples, 1), weight[:, :, i, j, None, None], groups=groups)
+    return output if bias is None else output + bias.reshape(-1, 1, 1)
+
+
+def aggregate(
+    input: Tensor,
+    offset: Tensor,
+    mask: Tensor,
+    kernel: Pair,
+    stride: Pair,
+    pad: Pair,
+    dilation: Pair,
+    group: int,
+    offset_scale: float,
+    remove_center: bool,
+) -> Tensor:
+    """That of DCNv3 and DCNv4: channels last, taps column after column.
+
+    ``offset [N, Hout, Wout, G, K, 2]`` are (x, y), ``mask [N, Hout, Wout, G, K]``.
+    """
+    rows, columns = offset.shape[1:3]
+    half_y, half_x = (d * (k - 1) // 2 for d, k in zip(dilation, kernel, strict=True))
+    base_y = (torch.arange(rows) * stride[0] - pad[0] + half_y).to(offset).reshape(-1, 1)
+    base_x = (torch.arange(columns) * stride[1] - pad[1] + half_x).to(offset)
+    outputs = []
+    for g, field in enumerate(input.permute(0, 3, 1, 2).chunk(group, 1)):
+        total, tap = torch.zeros(()), 0
+        for i in range(kernel[1]):
+            for j in range(kernel[0]):
+                if remove_center and (i, j) == (kernel[1] // 2, kernel[0] // 2):
+                    continue
+                x = base_x + offset_scale * (i * dilation[1] - half_x + offset[:, :, :, g, tap, 0])
+                y = base_y + offset_scale * (j * dilation[0] - half_y + offset[:, :, :, g, tap, 1])
+                total = total + bilinear(field, y, x) * mask[:, :, :, g, tap].unsqueeze(1)
+                tap += 1
+        outputs.append(total)
+    return torch.cat(outputs, 1).permute(0, 2, 3, 1)
