@@ -78,7 +78,8 @@ class DeformConv2d(Sampling):
         super().__init__("dims", dims, *window, center_feature_scale, remove_center, softmax)
         if any(k % 2 == 0 for k in self.kernel_size):
             raise ValueError(f"kernel_size is {kernel_size!r}; it must be odd")
-        depthwise: dict[str, Any] = {"kernel_size": self.kernel_size, "padding": [k // 2 for k in self.kernel_size]}
+        padding = tuple(k // 2 for k in self.kernel_size)
+        depthwise: dict[str, Any] = {"kernel_size": self.kernel_size, "padding": padding}
         self.offset_depthwise = nn.Conv2d(dims, dims, **depthwise, groups=dims)
         self.offset_pointwise = nn.Linear(dims, self._head_size())
         self.proj_input = None if project is None else project(dims, dims)
