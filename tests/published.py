@@ -1,4 +1,4 @@
-"""The formulas of host libraries that do not install here, written out in their own layouts, one tap after the other."""
+"""The formulas of host libraries that do not install here, in their own layouts, one tap after the other."""
 
 from collections.abc import Sequence
 

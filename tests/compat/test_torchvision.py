@@ -128,7 +128,7 @@ def test_errors() -> None:
         layer(torch.zeros(1, 4, 5, 5), torch.zeros(1, 18, 3, 3))
     with pytest.raises(ValueError, match="offset has 20 channels"):
         layer(torch.zeros(1, 8, 5, 5), torch.zeros(1, 20, 3, 3))
-    with pytest.raises(ValueError, match="offset has shape .*; it must have 4 axes"):
+    with pytest.raises(ValueError, match=r"offset has shape .*; it must have 4 axes"):
         layer.sampling_locations(torch.zeros(18))
     with pytest.raises(TypeError, match="input is a list"):
         layer([], torch.zeros(1, 18, 3, 3))
