@@ -283,7 +283,7 @@ def _expected(quantities: Sequence[Quantity], call: _Call, side: Callable[..., A
         )
     if points.on_edge:
         yield (
-            f"{points.on_edge} of {points.all} points lie exactly at -1 along an axis: there deformkit, torchvision and "
+            f"{points.on_edge} of {points.all} points lie exactly at -1 on an axis: there deformkit, torchvision and "
             "grid_sample give the right-hand derivative by the point; the CUDA kernels of mmcv, Deformable DETR, DCNv3 "
             "and DCNv4 give 0."
         )
