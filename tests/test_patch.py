@@ -69,6 +69,12 @@ def zoo() -> ModuleType:
 
 
 @pytest.fixture(autouse=True)
+def _one_thread() -> None:
+    # Layers as small as these mostly wait for their threads, on a busy machine long.
+    torch.set_num_threads(1)
+
+
+@pytest.fixture(autouse=True)
 def _nothing_stays_replaced() -> Iterator[None]:
     yield
     from deformkit._patching.swap import _shared
