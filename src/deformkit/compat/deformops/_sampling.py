@@ -76,7 +76,6 @@ class Sampling(_DCN):
         window = (kernel, stride, padding, dilations)
         super().__init__(dim, *window, groups, offset_scale, None, centre_scaled, centre_removed, 2)
         self.softmax = softmax
-        self._tap_order = _tap_order(kernel, centre_removed)
 
     def _head_size(self) -> int:
         """Rows of the head: three for each tap of each group, and unused ones that make a multiple of 8."""
@@ -90,9 +89,19 @@ class Sampling(_DCN):
         """Offsets ``[N, *out, G, K, 2]`` and masks ``[N, *out, G, K]`` of the operator, from the output of a head."""
         used = head[..., : self.group * self._taps * 3].unflatten(-1, (self.group, -1))
         offset, mask = self._split(used)
-        order = torch.tensor(self._tap_order, device=head.device)
-        offset, mask = offset.index_select(-2, order).flip(-1), mask.index_select(-1, order)
+        offset, mask = self._row_after_row(offset, -2).flip(-1), self._row_after_row(mask, -1)
         return offset, mask.softmax(-1) if self.softmax else mask
+
+    def _row_after_row(self, taps: Tensor, dim: int) -> Tensor:
+        """Taps that are counted column after column along ``dim``, counted row after row."""
+        half = self._taps // 2
+        if self.remove_center:
+            # Any tap holds the place of the middle one meanwhile.
+            taps = torch.cat([taps.narrow(dim, 0, half + 1), taps.narrow(dim, half, half)], dim)
+        taps = taps.unflatten(dim, self.kernel_size[::-1]).transpose(dim - 1, dim).flatten(dim - 1, dim)
+        if self.remove_center:
+            taps = torch.cat([taps.narrow(dim, 0, half), taps.narrow(dim, half + 1, half)], dim)
+        return taps
 
     def _sample(self, value: Tensor, head: Tensor, flat: bool) -> Tensor:
         """The output, in the layout of the input, for a projected value ``[N, H, W, C]`` and the output of a head."""
@@ -145,12 +154,3 @@ def reset_projections(*modules: nn.Module | None) -> None:
                 nn.init.xavier_uniform_(parameter)
             elif name == "bias":
                 nn.init.zeros_(parameter)
-
-
-def _tap_order(kernel_size: Sequence[int], centre_removed: bool) -> list[int]:
-    """For each tap counted row after row its number among those counted column after column."""
-    rows, columns = kernel_size
-    taps = [(row, column) for column in range(columns) for row in range(rows)]
-    if centre_removed:
-        taps.remove((rows // 2, columns // 2))
-    return sorted(range(len(taps)), key=taps.__getitem__)
