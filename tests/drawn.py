@@ -14,7 +14,12 @@ def conv(seed: int, **fixed: Any) -> Conv:
     dilation = (source.randint(1, 2), source.randint(1, 3))
     size = tuple(d * (k - 1) + source.randint(1, 6) for d, k in zip(dilation, kernel, strict=True))
     groups, offset_groups = source.choice(((1, 1), (1, 2), (2, 1), (2, 4), (4, 4)))
-    options = {
+    options: dict[str, Any] = {
+        "batch": source.randint(1, 5),
+        "channels": 4 * source.randint(1, 3),
+        "size": size,
+        "out_channels": 4 * source.randint(1, 2),
+        "kernel_size": kernel,
         "stride": (source.randint(1, 2), source.randint(1, 3)),
         "padding": (source.randint(0, 2), source.randint(0, 3)),
         "dilation": dilation,
@@ -23,8 +28,7 @@ def conv(seed: int, **fixed: Any) -> Conv:
         "modulated": source.random() < 0.5,
         "bias": source.random() < 0.5,
     }
-    batch, channels, out_channels = source.randint(1, 5), 4 * source.randint(1, 3), 4 * source.randint(1, 2)
-    return Conv("drawn", batch, channels, size, out_channels, kernel, **{**options, **fixed})
+    return Conv("drawn", **{**options, **fixed})
 
 
 def attention(seed: int) -> Attention:
