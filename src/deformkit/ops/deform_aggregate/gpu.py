@@ -8,21 +8,23 @@ import triton.language as tl
 from torch import Tensor
 
 from .._shape import prod
-from ..gpu.launch import Config, gather_configs, launch
+from ..gpu.launch import Config, launch, row_configs
 from ..sample.gpu import (
     FieldGradient,
     coordinates,
     defined,
+    differentiate,
     follows,
-    gather,
+    interpolate,
     largest,
     lifted,
+    load_parts,
     locate,
-    pull_back,
     store_coordinates,
-    tile_mask,
+    store_parts,
     tile_rows,
     unravel,
+    zeros,
 )
 
 
@@ -99,32 +101,35 @@ def deform_aggregate_forward(
     BORDER: tl.constexpr,
     ROWS: tl.constexpr,
     COLUMNS: tl.constexpr,
+    PARTS: tl.constexpr,
+    UNROLL: tl.constexpr,
 ):
-    part, program = tl.program_id(0) % tl.cdiv(CHANNELS, COLUMNS), tl.program_id(0) // tl.cdiv(CHANNELS, COLUMNS)
+    SPLITS: tl.constexpr = (CHANNELS + COLUMNS * PARTS - 1) // (COLUMNS * PARTS)
+    WHOLE: tl.constexpr = CHANNELS % (COLUMNS * PARTS) == 0
+    split, program = tl.program_id(0) % SPLITS, tl.program_id(0) // SPLITS
     head = program % heads
     image, place, exists = tile_rows(program // heads, positions, batch, ROWS)
-    tile = (part * COLUMNS + tl.arange(0, COLUMNS), value_strides[3], CHANNELS)
+    tile = (split * COLUMNS * PARTS + tl.arange(0, COLUMNS), value_strides[3], CHANNELS)
     size, out_size = (D, H, W), (D, out_h, out_w)
 
     field = value + image * value_strides[0] + head * value_strides[2]
     row = place.to(tl.int64)
     offset += image * offset_strides[0] + row * offset_strides[1] + head * offset_strides[2]
     weight += image * weight_strides[0] + row * weight_strides[1] + head * weight_strides[2]
-    result = tl.zeros((ROWS, COLUMNS), tl.float32)
-    for tap in range(TAPS):
+    result = zeros(ROWS, COLUMNS, PARTS)
+    for tap in tl.range(0, TAPS, loop_unroll_factor=UNROLL):
         base, shift = tap_point(
             place, out_size, offset + tap * offset_strides[3], offset_strides[4], exists, tap, offset_scale,
             KERNEL, STRIDE, PADDING, DILATION, REMOVE_CENTER, AXES,
         )  # fmt: skip
         known = defined(shift)
         factor = tl.load(weight + tap * weight_strides[3], mask=exists, other=0.0).to(tl.float32)
-        result = gather(
-            field, value_strides[1], tile, size, locate(base, shift, size, AXES, BORDER),
-            tl.where(known, factor, float("nan")), known & exists, result,
-            AXES, BORDER, False, CHANNELS % COLUMNS == 0,
+        result = interpolate(
+            result, field, value_strides[1], tile, size, locate(base, shift, size, AXES, BORDER),
+            tl.where(known, factor, float("nan")), known & exists, AXES, BORDER, False, PARTS, WHOLE,
         )  # fmt: skip
     output += ((image * positions + place) * heads + head) * CHANNELS
-    tl.store(output[:, None] + tile[0][None, :], result, mask=tile_mask(exists, tile, CHANNELS % COLUMNS == 0))
+    store_parts(output, tile, result, exists, PARTS, WHOLE)
 
 
 @triton.jit(do_not_specialize=["batch", "positions", "D", "H", "W", "out_h", "out_w"])
@@ -163,7 +168,11 @@ def deform_aggregate_backward(
     EXACT: tl.constexpr,
     ROWS: tl.constexpr,
     COLUMNS: tl.constexpr,
+    PARTS: tl.constexpr,
+    UNROLL: tl.constexpr,
 ):
+    SPLITS: tl.constexpr = (CHANNELS + COLUMNS * PARTS - 1) // (COLUMNS * PARTS)
+    WHOLE: tl.constexpr = CHANNELS % (COLUMNS * PARTS) == 0
     head = tl.program_id(0) % heads
     image, place, exists = tile_rows(tl.program_id(0) // heads, positions, batch, ROWS)
     size, out_size = (D, H, W), (D, out_h, out_w)
@@ -175,7 +184,9 @@ def deform_aggregate_backward(
     weight += image * weight_strides[0] + row * weight_strides[1] + head * weight_strides[2]
     grad_output += image * grad_output_strides[0] + row * grad_output_strides[1] + head * grad_output_strides[2]
     result = ((image * positions + place) * heads + head) * TAPS
-    for tap in range(TAPS):
+    columns = tl.arange(0, COLUMNS)
+    cotangent = load_parts(grad_output, (columns, grad_output_strides[3], CHANNELS), exists, PARTS, WHOLE)
+    for tap in tl.range(0, TAPS, loop_unroll_factor=UNROLL):
         base, shift = tap_point(
             place, out_size, offset + tap * offset_strides[3], offset_strides[4], exists, tap, offset_scale,
             KERNEL, STRIDE, PADDING, DILATION, REMOVE_CENTER, AXES,
@@ -185,13 +196,16 @@ def deform_aggregate_backward(
         point = locate(base, shift, size, AXES, BORDER)
         amount = tl.where(known, 0.0, float("nan"))
         z, y, x = amount, amount, amount
-        for part in tl.static_range(tl.cdiv(CHANNELS, COLUMNS)):
-            tile = (part * COLUMNS + tl.arange(0, COLUMNS), value_strides[3], CHANNELS)
-            mask = tile_mask(exists, tile, CHANNELS % COLUMNS == 0)
-            cotangent = tl.load(grad_output[:, None] + tile[0][None, :] * grad_output_strides[3], mask=mask, other=0.0)
-            by_factor, by_z, by_y, by_x = pull_back(
-                cotangent.to(tl.float32), field, value_strides[1], grad_value, first, heads * CHANNELS, tile, size,
-                point, factor, known & exists, AXES, BORDER, False, CHANNELS % COLUMNS == 0, FIELD, POINTS, EXACT,
+        for split in tl.static_range(SPLITS):
+            columns = split * COLUMNS * PARTS + tl.arange(0, COLUMNS)
+            if split > 0:
+                part = load_parts(grad_output, (columns, grad_output_strides[3], CHANNELS), exists, PARTS, WHOLE)
+            else:
+                part = cotangent
+            by_factor, by_z, by_y, by_x = differentiate(
+                part, field, value_strides[1], grad_value, first, heads * CHANNELS,
+                (columns, value_strides[3], CHANNELS), size, point, factor, known & exists,
+                AXES, BORDER, False, PARTS, WHOLE, FIELD, POINTS, EXACT,
             )  # fmt: skip
             amount, z, y, x = amount + by_factor, z + by_z, y + by_y, x + by_x
         if POINTS:
@@ -226,10 +240,10 @@ def forward(value: Tensor, offset: Tensor, weight: Tensor, *steps: Any) -> Tenso
     output = value.new_empty(*offset.shape[:-3], heads, channels)
 
     def programs(config: Config) -> int:
-        parts = triton.cdiv(channels, config.blocks["COLUMNS"])
-        return triton.cdiv(rows, config.blocks["ROWS"]) * heads * parts
+        splits = triton.cdiv(channels, config.blocks["COLUMNS"] * config.blocks["PARTS"])
+        return triton.cdiv(rows, config.blocks["ROWS"]) * heads * splits
 
-    configs = gather_configs(channels, per_thread=8)
+    configs = row_configs(rows * heads, channels, 16 // value.itemsize)
     launch(deform_aggregate_forward, programs, [*tensors, output, *strides, *numbers], constants, configs)
     return output
 
@@ -255,7 +269,7 @@ def backward(grad_output: Tensor, value: Tensor, offset: Tensor, weight: Tensor,
             lambda config: triton.cdiv(rows, config.blocks["ROWS"]) * heads,
             [grad_output, *tensors, *results, grad_output.stride(), *strides, *numbers],
             constants,
-            gather_configs(channels, per_thread=4),
+            row_configs(rows * heads, channels, 4),
         )
     grads = (grad_value.result(), grad_offset, grad_weight)
     return tuple(grad if asked else grad.new_empty(0) for grad, asked in zip(grads, output_mask, strict=True))

@@ -128,3 +128,40 @@ def gather_configs(channels: int, per_thread: int) -> list[Config]:
         rows = max(warps * 32 * each // columns, 8)
         configs.append(Config({"ROWS": rows, "COLUMNS": columns}, num_warps=warps))
     return configs
+
+
+# About as many threads as keep a large GPU busy; fewer leave the latency of memory in sight.
+_MANY_THREADS = 2**17
+_MOST_PARTS = 8
+
+
+def row_configs(rows: int, channels: int, vector: int) -> list[Config]:
+    """Candidates for a kernel whose rows are points, each with ``channels`` side by side in memory.
+
+    What has to be known of a point is worked out by every thread of its row: the fewer there are, the better, as long
+    as all rows together have threads enough. A thread reads PARTS vectors of a row; a program has ROWS of them.
+
+    Args:
+        rows: how many there are in all.
+        channels: of a row; more than 8 vectors of 32 threads are left to several programs or to a loop.
+        vector: how many channels a thread reads at once.
+    """
+    if target().backend == "interpreter":
+        columns = min(triton.next_power_of_2(channels), 128)
+        return [Config({"ROWS": max(1024 // columns, 16), "COLUMNS": columns, "PARTS": 1, "UNROLL": 1})]
+    vector = min(vector, triton.next_power_of_2(channels))
+    most = max(min(triton.next_power_of_2(channels) // vector, 32), 1)
+    least = min(max(triton.next_power_of_2(triton.cdiv(channels, vector * _MOST_PARTS)), min(2, most)), most)
+    threads = min(max(triton.next_power_of_2(triton.cdiv(_MANY_THREADS, max(rows, 1))), least), most)
+    busy = rows * threads >= _MANY_THREADS
+    configs = []
+    for share, warps, unroll in (
+        (threads, 4, 1 if busy else 2),
+        *((t, w, 1) for t in (least, most) for w in (2, 4, 8)),
+    ):
+        parts = min(triton.cdiv(channels, vector * share), _MOST_PARTS)
+        blocks = {"ROWS": warps * 32 // share, "COLUMNS": vector * share, "PARTS": parts, "UNROLL": unroll}
+        config = Config(blocks, num_warps=warps)
+        if config not in configs:
+            configs.append(config)
+    return configs

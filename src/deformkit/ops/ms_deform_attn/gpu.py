@@ -7,19 +7,21 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..gpu.launch import Config, gather_configs, launch
+from ..gpu.launch import Config, launch, row_configs
 from ..sample.gpu import (
     FieldGradient,
     coordinates,
     defined,
-    gather,
+    differentiate,
+    interpolate,
     largest,
     lifted,
+    load_parts,
     locate,
-    pull_back,
     store_coordinates,
-    tile_mask,
+    store_parts,
     tile_rows,
+    zeros,
 )
 
 
@@ -56,11 +58,15 @@ def ms_deform_attn_forward(
     NEAREST: tl.constexpr,
     ROWS: tl.constexpr,
     COLUMNS: tl.constexpr,
+    PARTS: tl.constexpr,
+    UNROLL: tl.constexpr,
 ):
-    part, program = tl.program_id(0) % tl.cdiv(CHANNELS, COLUMNS), tl.program_id(0) // tl.cdiv(CHANNELS, COLUMNS)
+    SPLITS: tl.constexpr = (CHANNELS + COLUMNS * PARTS - 1) // (COLUMNS * PARTS)
+    WHOLE: tl.constexpr = CHANNELS % (COLUMNS * PARTS) == 0
+    split, program = tl.program_id(0) % SPLITS, tl.program_id(0) // SPLITS
     head = program % heads
     image, query, exists = tile_rows(program // heads, queries, batch, ROWS)
-    tile = (part * COLUMNS + tl.arange(0, COLUMNS), value_strides[3], CHANNELS)
+    tile = (split * COLUMNS * PARTS + tl.arange(0, COLUMNS), value_strides[3], CHANNELS)
 
     field = value + image * value_strides[0] + head * value_strides[2]
     row = query.to(tl.int64)
@@ -68,23 +74,22 @@ def ms_deform_attn_forward(
         sampling_locations + image * location_strides[0] + row * location_strides[1] + head * location_strides[2]
     )
     weights = attention_weights + image * weight_strides[0] + row * weight_strides[1] + head * weight_strides[2]
-    result = tl.zeros((ROWS, COLUMNS), tl.float32)
+    result = zeros(ROWS, COLUMNS, PARTS)
     for LEVEL in tl.static_range(len(NUM_POINTS)):
         size = level_size(sizes, LEVEL)
-        for _ in range(NUM_POINTS[LEVEL]):
+        for _ in tl.range(0, NUM_POINTS[LEVEL], loop_unroll_factor=UNROLL):
             shift = level_shift(locations, location_strides[4], size, exists, AXES, NEAREST)
             known = defined(shift)
             factor = tl.load(weights, mask=exists, other=0.0).to(tl.float32)
-            result = gather(
-                field, value_strides[1], tile, size, locate((0, 0, 0), shift, size, AXES, NEAREST),
-                tl.where(known, factor, float("nan")), known & exists, result,
-                AXES, NEAREST, NEAREST, CHANNELS % COLUMNS == 0,
+            result = interpolate(
+                result, field, value_strides[1], tile, size, locate((0, 0, 0), shift, size, AXES, NEAREST),
+                tl.where(known, factor, float("nan")), known & exists, AXES, NEAREST, NEAREST, PARTS, WHOLE,
             )  # fmt: skip
             locations += location_strides[3]
             weights += weight_strides[3]
         field += size[0].to(tl.int64) * size[1] * size[2] * value_strides[1]
     output += ((image * queries + query) * heads + head) * CHANNELS
-    tl.store(output[:, None] + tile[0][None, :], result, mask=tile_mask(exists, tile, CHANNELS % COLUMNS == 0))
+    store_parts(output, tile, result, exists, PARTS, WHOLE)
 
 
 @triton.jit(do_not_specialize=["batch", "queries", "length"])
@@ -115,7 +120,11 @@ def ms_deform_attn_backward(
     EXACT: tl.constexpr,
     ROWS: tl.constexpr,
     COLUMNS: tl.constexpr,
+    PARTS: tl.constexpr,
+    UNROLL: tl.constexpr,
 ):
+    SPLITS: tl.constexpr = (CHANNELS + COLUMNS * PARTS - 1) // (COLUMNS * PARTS)
+    WHOLE: tl.constexpr = CHANNELS % (COLUMNS * PARTS) == 0
     head = tl.program_id(0) % heads
     image, query, exists = tile_rows(tl.program_id(0) // heads, queries, batch, ROWS)
 
@@ -128,25 +137,27 @@ def ms_deform_attn_backward(
     weights = attention_weights + image * weight_strides[0] + row * weight_strides[1] + head * weight_strides[2]
     grad_output += image * grad_output_strides[0] + row * grad_output_strides[1] + head * grad_output_strides[2]
     result = ((image * queries + query) * heads + head) * POINTS_IN_ALL
+    columns = tl.arange(0, COLUMNS)
+    cotangent = load_parts(grad_output, (columns, grad_output_strides[3], CHANNELS), exists, PARTS, WHOLE)
     for LEVEL in tl.static_range(len(NUM_POINTS)):
         size = level_size(sizes, LEVEL)
-        for _ in range(NUM_POINTS[LEVEL]):
+        for _ in tl.range(0, NUM_POINTS[LEVEL], loop_unroll_factor=UNROLL):
             shift = level_shift(locations, location_strides[4], size, exists, AXES, NEAREST)
             known = defined(shift)
             factor = tl.load(weights, mask=exists, other=0.0).to(tl.float32)
             point = locate((0, 0, 0), shift, size, AXES, NEAREST)
             amount = tl.where(known, 0.0, float("nan"))
             z, y, x = amount, amount, amount
-            for part in tl.static_range(tl.cdiv(CHANNELS, COLUMNS)):
-                tile = (part * COLUMNS + tl.arange(0, COLUMNS), value_strides[3], CHANNELS)
-                mask = tile_mask(exists, tile, CHANNELS % COLUMNS == 0)
-                cotangent = tl.load(
-                    grad_output[:, None] + tile[0][None, :] * grad_output_strides[3], mask=mask, other=0.0
-                )
-                by_factor, by_z, by_y, by_x = pull_back(
-                    cotangent.to(tl.float32), field, value_strides[1], grad_value, first, heads * CHANNELS, tile, size,
-                    point, factor, known & exists,
-                    AXES, NEAREST, NEAREST, CHANNELS % COLUMNS == 0, FIELD, POINTS, EXACT,
+            for split in tl.static_range(SPLITS):
+                columns = split * COLUMNS * PARTS + tl.arange(0, COLUMNS)
+                if split > 0:
+                    part = load_parts(grad_output, (columns, grad_output_strides[3], CHANNELS), exists, PARTS, WHOLE)
+                else:
+                    part = cotangent
+                by_factor, by_z, by_y, by_x = differentiate(
+                    part, field, value_strides[1], grad_value, first, heads * CHANNELS,
+                    (columns, value_strides[3], CHANNELS), size, point, factor, known & exists,
+                    AXES, NEAREST, NEAREST, PARTS, WHOLE, FIELD, POINTS, EXACT,
                 )  # fmt: skip
                 amount, z, y, x = amount + by_factor, z + by_z, y + by_y, x + by_x
             if POINTS:
@@ -181,10 +192,10 @@ def forward(
     output = value.new_empty(batch, queries, heads * channels)
 
     def programs(config: Config) -> int:
-        parts = triton.cdiv(channels, config.blocks["COLUMNS"])
-        return triton.cdiv(batch * queries, config.blocks["ROWS"]) * heads * parts
+        splits = triton.cdiv(channels, config.blocks["COLUMNS"] * config.blocks["PARTS"])
+        return triton.cdiv(batch * queries, config.blocks["ROWS"]) * heads * splits
 
-    configs = gather_configs(channels, per_thread=8)
+    configs = row_configs(batch * queries * heads, channels, 16 // value.itemsize)
     args = [*tensors, output, *(t.stride() for t in tensors), *numbers]
     launch(ms_deform_attn_forward, programs, args, constants, configs)
     return output
@@ -223,7 +234,7 @@ def backward(
             lambda config: triton.cdiv(batch * queries, config.blocks["ROWS"]) * heads,
             [*tensors, *results, *(t.stride() for t in tensors), *numbers, value.shape[1]],
             constants,
-            gather_configs(channels, per_thread=4),
+            row_configs(batch * queries * heads, channels, 4),
         )
     grads = (grad_value.result(), grad_locations, grad_weights)
     return tuple(grad if asked else grad.new_empty(0) for grad, asked in zip(grads, output_mask, strict=True))

@@ -267,6 +267,229 @@ def pull_back(
     return amount, slope_z, slope_y, slope_x
 
 
+@triton.jit
+def lower_corner(point, size, AXES: tl.constexpr):
+    """The index in the field of each point's lower corner, which may lie outside."""
+    index = point[2]
+    if AXES > 1:
+        index += point[1] * size[2]
+    if AXES > 2:
+        index += point[0] * (size[1] * size[2])
+    return index.to(tl.int64)
+
+
+@triton.jit
+def step_along(place, length, stride, UPPER: tl.constexpr, BORDER: tl.constexpr):
+    """How far the upper corner lies from the lower one along one axis, in elements of memory; 0 for the lower one."""
+    step = stride * UPPER
+    if BORDER and UPPER:
+        step = tl.where(place < length - 1, step, 0)
+    return step
+
+
+@triton.jit
+def step(point, size, stride, CORNER: tl.constexpr, AXES: tl.constexpr, BORDER: tl.constexpr):
+    """How far a corner lies from the lower one, in elements of memory, where two positions lie ``stride`` apart."""
+    far = step_along(point[2], size[2], stride, CORNER & 1, BORDER)
+    if AXES > 1:
+        line = size[2].to(tl.int64) * stride
+        far += step_along(point[1], size[1], line, CORNER >> 1 & 1, BORDER)
+        if AXES > 2:
+            far += step_along(point[0], size[0], line * size[1], CORNER >> 2, BORDER)
+    return far
+
+
+@triton.jit
+def inside_along(place, length, UPPER: tl.constexpr):
+    """Whether a corner lies in the field along one axis."""
+    # As unsigned numbers, those below 0 are above any length.
+    return (place + UPPER).to(tl.uint32) < length.to(tl.uint32)
+
+
+@triton.jit
+def inside(point, size, CORNER: tl.constexpr, AXES: tl.constexpr, BORDER: tl.constexpr, known):
+    """Which of the ``known`` rows have this corner in the field."""
+    if not BORDER:
+        known &= inside_along(point[2], size[2], CORNER & 1)
+        if AXES > 1:
+            known &= inside_along(point[1], size[1], CORNER >> 1 & 1)
+        if AXES > 2:
+            known &= inside_along(point[0], size[0], CORNER >> 2)
+    return known
+
+
+@triton.jit
+def weighted(factor, point, CORNER: tl.constexpr, AXES: tl.constexpr, NEAREST: tl.constexpr):
+    """``factor`` times the weight of a corner in the interpolation."""
+    if not NEAREST:
+        if AXES > 2:
+            factor *= edge(point[3], CORNER >> 2)
+        if AXES > 1:
+            factor *= edge(point[4], CORNER >> 1 & 1)
+        factor *= edge(point[5], CORNER & 1)
+    return factor
+
+
+@triton.jit
+def zeros(ROWS: tl.constexpr, COLUMNS: tl.constexpr, PARTS: tl.constexpr):
+    """The parts of a tile, all 0."""
+    parts = ()
+    for _ in tl.static_range(PARTS):
+        parts = parts + (tl.zeros((ROWS, COLUMNS), tl.float32),)
+    return parts
+
+
+@triton.jit
+def load_parts(rows, tile, mask, PARTS: tl.constexpr, WHOLE: tl.constexpr):
+    """The parts of a tile whose rows begin at the pointers ``rows``; 0 where ``mask`` says so."""
+    parts = ()
+    for PART in tl.static_range(PARTS):
+        columns, stride, count = tile
+        columns += PART * columns.shape[0]
+        exists = mask[:, None] if WHOLE else mask[:, None] & (columns < count)[None, :]
+        values = tl.load(rows[:, None] + columns[None, :] * stride, mask=exists, other=0.0)
+        parts = parts + (values.to(tl.float32),)
+    return parts
+
+
+@triton.jit
+def store_parts(rows, tile, parts, mask, PARTS: tl.constexpr, WHOLE: tl.constexpr):
+    """Write the parts of a tile to rows that begin at the pointers ``rows``, columns side by side."""
+    for PART in tl.static_range(PARTS):
+        columns = tile[0] + PART * tile[0].shape[0]
+        exists = mask[:, None] if WHOLE else mask[:, None] & (columns < tile[2])[None, :]
+        tl.store(rows[:, None] + columns[None, :], parts[PART], mask=exists)
+
+
+@triton.jit
+def interpolate(
+    result,
+    field,
+    stride,
+    tile,
+    size,
+    point,
+    factor,
+    known,
+    AXES: tl.constexpr,
+    BORDER: tl.constexpr,
+    NEAREST: tl.constexpr,
+    PARTS: tl.constexpr,
+    WHOLE: tl.constexpr,
+):
+    """The parts of ``result + factor * sample``.
+
+    ``field`` points, for each row, to the first position of its field; two positions lie ``stride`` apart. A row that
+    is not known reads nothing and counts as 0: NaN for its factor makes it NaN.
+    """
+    lower = field + lower_corner(point, size, AXES) * stride
+    for CORNER in tl.static_range(1 if NEAREST else 2**AXES):
+        rows = lower + step(point, size, stride, CORNER, AXES, BORDER)
+        values = load_parts(rows, tile, inside(point, size, CORNER, AXES, BORDER, known), PARTS, WHOLE)
+        weight = weighted(factor, point, CORNER, AXES, NEAREST)[:, None]
+        sums = ()
+        for PART in tl.static_range(PARTS):
+            sums = sums + (result[PART] + values[PART] * weight,)
+        result = sums
+    return result
+
+
+@triton.jit
+def folded(values, fraction, COUNT: tl.constexpr):
+    """Pairs of values, interpolated along the axis with the lowest bit."""
+    result = ()
+    for i in tl.static_range(COUNT // 2):
+        result = result + (values[2 * i] * (1 - fraction) + values[2 * i + 1] * fraction,)
+    return result
+
+
+@triton.jit
+def differences(values, COUNT: tl.constexpr):
+    """Pairs of values, the upper one less the lower one."""
+    result = ()
+    for i in tl.static_range(COUNT // 2):
+        result = result + (values[2 * i + 1] - values[2 * i],)
+    return result
+
+
+@triton.jit
+def interpolated(corners, point, AXES: tl.constexpr, NEAREST: tl.constexpr):
+    """Interpolation of a number for each corner, and its derivatives by z, y and x."""
+    value = corners[0]
+    z, y, x = tl.zeros_like(value), tl.zeros_like(value), tl.zeros_like(value)
+    if not NEAREST:
+        if AXES == 1:
+            x = differences(corners, 2)[0]
+            value = folded(corners, point[5], 2)[0]
+        if AXES == 2:
+            lines = folded(corners, point[5], 4)
+            x = folded(differences(corners, 4), point[4], 2)[0]
+            y = differences(lines, 2)[0]
+            value = folded(lines, point[4], 2)[0]
+        if AXES == 3:
+            lines = folded(corners, point[5], 8)
+            planes = folded(lines, point[4], 4)
+            x = folded(folded(differences(corners, 8), point[4], 4), point[3], 2)[0]
+            y = folded(differences(lines, 4), point[3], 2)[0]
+            z = differences(planes, 2)[0]
+            value = folded(planes, point[3], 2)[0]
+    return value, z, y, x
+
+
+@triton.jit
+def differentiate(
+    cotangent,
+    field,
+    stride,
+    gradient,
+    gradient_first,
+    gradient_stride,
+    tile,
+    size,
+    point,
+    factor,
+    known,
+    AXES: tl.constexpr,
+    BORDER: tl.constexpr,
+    NEAREST: tl.constexpr,
+    PARTS: tl.constexpr,
+    WHOLE: tl.constexpr,
+    FIELD: tl.constexpr,
+    POINTS: tl.constexpr,
+    EXACT: tl.constexpr,
+):
+    """The derivatives of ``sum(cotangent * factor * sample)``; those by the field are added to ``gradient``.
+
+    ``cotangent`` is the parts of a tile, 0 where a row or a column does not exist. The gradient of a row's field begins
+    at its element ``gradient_first``.
+
+    Returns, for each row, the derivative by ``factor``, and those by z, y and x at a factor of 1.
+    """
+    index = lower_corner(point, size, AXES)
+    lower, first = field + index * stride, gradient_first + index * gradient_stride
+    dots = ()
+    for CORNER in tl.static_range(1 if NEAREST else 2**AXES):
+        mask = inside(point, size, CORNER, AXES, BORDER, known)
+        if POINTS:
+            values = load_parts(lower + step(point, size, stride, CORNER, AXES, BORDER), tile, mask, PARTS, WHOLE)
+            products = values[0] * cotangent[0]
+            for PART in tl.static_range(1, PARTS):
+                products += values[PART] * cotangent[PART]
+            dots = dots + (tl.sum(products, 1),)
+        if FIELD:
+            where = first + step(point, size, gradient_stride, CORNER, AXES, BORDER)
+            weight = weighted(factor, point, CORNER, AXES, NEAREST)[:, None]
+            for PART in tl.static_range(PARTS):
+                columns = tile[0] + PART * tile[0].shape[0]
+                exists = mask[:, None] if WHOLE else mask[:, None] & (columns < tile[2])[None, :]
+                scatter(gradient, where[:, None] + columns[None, :], cotangent[PART] * weight, exists, EXACT)
+    if POINTS:
+        return interpolated(dots, point, AXES, NEAREST)
+    else:
+        nothing = tl.zeros_like(point[5])
+        return nothing, nothing, nothing, nothing
+
+
 class FieldGradient:
     """Where kernels add up the gradient of a field: in float32.
 
