@@ -234,6 +234,26 @@ def test_offsets_sized_for_another_padding_are_refused_with_the_reason() -> None
     assert "valid" not in str(raised.value)
 
 
+def test_the_demonstration_of_the_module() -> None:
+    options = {"kernel_size": 3, "padding": "same", "dilation": 128, "groups": 64, "unconstrained": True}
+    one, other = pair("DeformConv1d", in_channels=64, out_channels=64, **options)
+    input = torch.rand(4, 64, 133, dtype=torch.float64)
+    check(one, other, [input, torch.ones(4, 1, one.expected_offset_positions(133), 3, dtype=torch.float64)])
+
+
+def test_offsets_may_be_in_another_precision_than_the_input() -> None:
+    layer = ours.DeformConv1d(4, 6, 3, dilation=100)
+    input, offsets = torch.randn(2, 4, 210), (8 * torch.randn(2, 1, 10, 3)).bfloat16()
+    expected = layer(input, offsets.float())
+    # A tap at 100.3 is one at 100.5 in bfloat16: its place in the window must not be computed in it.
+    assert_equal(layer(input, offsets), expected)
+    assert_equal(layer(input, offsets.double()), expected)
+    layer.double()
+    assert_equal(layer(input.double(), offsets, mask=None), layer(input.double(), offsets.double()))
+    with pytest.raises(TypeError, match="offset has dtype"):
+        layer(input.double(), offsets.long())
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
