@@ -164,6 +164,9 @@ def test_errors_of_convolution() -> None:
         compat.deform_conv2d(x[0], offset, weight)
     with pytest.raises(ValueError, match="mask has 9 channels"):
         compat.modulated_deform_conv2d(x, offset, torch.zeros(1, 9, 3, 3), weight, groups=2, deform_groups=2)
+    for layer in (compat.DeformConv2d, compat.ModulatedDeformConv2d):
+        with pytest.raises(TypeError, match="padding is 'same'; it must be an int"):
+            layer(8, 4, 3, padding="same")
     with pytest.raises(TypeError, match="mask is a NoneType"):
         compat.modulated_deform_conv2d(x, offset, None, weight, groups=2, deform_groups=2)
 

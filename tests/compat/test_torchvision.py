@@ -132,3 +132,5 @@ def test_errors() -> None:
         layer.sampling_locations(torch.zeros(18))
     with pytest.raises(TypeError, match="input is a list"):
         layer([], torch.zeros(1, 18, 3, 3))
+    with pytest.raises(TypeError, match="padding is 'same'; it must be an int"):
+        compat.DeformConv2d(8, 4, 3, padding="same")

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from .. import nn
 from ..ops import deform_conv2d as _deform_conv2d
-from ..ops._shape import check_tensor, prod
+from ..ops._shape import check_tensor, ntuple, prod
 
 __all__ = ["DeformConv2d", "deform_conv2d"]
 
@@ -90,7 +90,8 @@ class DeformConv2d(nn.DeformConv2d):
         groups: int = 1,
         bias: bool = True,
     ) -> None:
-        super().__init__(in_channels, out_channels, kernel_size, stride, padding, dilation, groups, bias)
+        window = (kernel_size, stride, ntuple(padding, 2, "padding", 0), dilation)
+        super().__init__(in_channels, out_channels, *window, groups, bias)
 
     def forward(self, input: Tensor, offset: Tensor, mask: Tensor | None = None) -> Tensor:
         """The convolution of ``input`` at points moved by ``offset``, each tap multiplied by ``mask``."""

@@ -9,7 +9,7 @@ from torch.nn import Conv2d, init
 
 from ... import nn
 from ...ops import deform_conv2d as _deform_conv2d
-from ...ops._shape import check_floating, check_tensor, prod, times
+from ...ops._shape import check_floating, check_tensor, ntuple, prod, times
 
 
 def deform_conv2d(
@@ -146,7 +146,7 @@ class DeformConv2d(nn.DeformConv2d):
     ) -> None:
         if bias:
             raise ValueError(f"bias is {bias!r}; DeformConv2d has none: it must be False")
-        window = (kernel_size, stride, padding, dilation)
+        window = (kernel_size, stride, ntuple(padding, 2, "padding", 0), dilation)
         super().__init__(in_channels, out_channels, *window, groups, False, offset_groups=deform_groups)
         self.deform_groups = deform_groups
         self.im2col_step = im2col_step
@@ -238,7 +238,7 @@ class ModulatedDeformConv2d(nn.DeformConv2d):
         deform_groups: int = 1,
         bias: bool | str = True,
     ) -> None:
-        window = (kernel_size, stride, padding, dilation)
+        window = (kernel_size, stride, ntuple(padding, 2, "padding", 0), dilation)
         super().__init__(in_channels, out_channels, *window, groups, bool(bias), offset_groups=deform_groups)
         self.deform_groups = deform_groups
 
