@@ -24,6 +24,12 @@ NAMES = ("input", "offsets", "mask")
 pytestmark = pytest.mark.filterwarnings("ignore:Using padding='same' with even kernel lengths:UserWarning")
 
 
+@pytest.fixture(autouse=True)
+def _one_thread() -> None:
+    # Layers as small as these mostly wait for their threads, on a busy machine long.
+    torch.set_num_threads(1)
+
+
 def layer_options(seed: int) -> dict[str, Any]:
     """The arguments of a layer with four channels, at random."""
     draw = random.Random(seed)

@@ -20,6 +20,12 @@ from deformkit.compat.deformops import nn as old
 from deformkit.compat.deformops.v3 import nn as v3
 
 
+@pytest.fixture(autouse=True)
+def _one_thread() -> None:
+    # Layers as small as these mostly wait for their threads, on a busy machine long.
+    torch.set_num_threads(1)
+
+
 def jittered(layer: nn.Module) -> nn.Module:
     """The layer in float64, with random parameters."""
     for parameter in layer.double().parameters():
