@@ -26,9 +26,22 @@ from ..sample.gpu import (
 
 
 @triton.jit
-def level_size(sizes, LEVEL: tl.constexpr):
-    """The size of a level, which comes as odd numbers: see :func:`_problem`."""
-    return sizes[LEVEL][0] // 2, sizes[LEVEL][1] // 2, sizes[LEVEL][2] // 2
+def level_of(point, sizes, NUM_POINTS: tl.constexpr):
+    """The size of the level that a point belongs to, and the first of its positions.
+
+    The sizes come as odd numbers: see :func:`_problem`.
+    """
+    D, H, W = sizes[0][0] // 2, sizes[0][1] // 2, sizes[0][2] // 2
+    start = tl.zeros_like(W)
+    first, end = 0, D * H * W
+    for LEVEL in tl.static_range(1, len(NUM_POINTS)):
+        first += NUM_POINTS[LEVEL - 1]
+        here = point >= first
+        d, h, w = sizes[LEVEL][0] // 2, sizes[LEVEL][1] // 2, sizes[LEVEL][2] // 2
+        D, H, W = tl.where(here, d, D), tl.where(here, h, H), tl.where(here, w, W)
+        start = tl.where(here, end, start)
+        end += d * h * w
+    return (D, H, W), start.to(tl.int64)
 
 
 @triton.jit
@@ -54,6 +67,7 @@ def ms_deform_attn_forward(
     heads,
     CHANNELS: tl.constexpr,
     NUM_POINTS: tl.constexpr,
+    POINTS_IN_ALL: tl.constexpr,
     AXES: tl.constexpr,
     NEAREST: tl.constexpr,
     ROWS: tl.constexpr,
@@ -75,19 +89,16 @@ def ms_deform_attn_forward(
     )
     weights = attention_weights + image * weight_strides[0] + row * weight_strides[1] + head * weight_strides[2]
     result = zeros(ROWS, COLUMNS, PARTS)
-    for LEVEL in tl.static_range(len(NUM_POINTS)):
-        size = level_size(sizes, LEVEL)
-        for _ in tl.range(0, NUM_POINTS[LEVEL], loop_unroll_factor=UNROLL):
-            shift = level_shift(locations, location_strides[4], size, exists, AXES, NEAREST)
-            known = defined(shift)
-            factor = tl.load(weights, mask=exists, other=0.0).to(tl.float32)
-            result = interpolate(
-                result, field, value_strides[1], tile, size, locate((0, 0, 0), shift, size, AXES, NEAREST),
-                tl.where(known, factor, float("nan")), known & exists, AXES, NEAREST, NEAREST, PARTS, WHOLE,
-            )  # fmt: skip
-            locations += location_strides[3]
-            weights += weight_strides[3]
-        field += size[0].to(tl.int64) * size[1] * size[2] * value_strides[1]
+    for point in tl.range(0, POINTS_IN_ALL, loop_unroll_factor=UNROLL):
+        size, start = level_of(point, sizes, NUM_POINTS)
+        shift = level_shift(locations + point * location_strides[3], location_strides[4], size, exists, AXES, NEAREST)
+        known = defined(shift)
+        factor = tl.load(weights + point * weight_strides[3], mask=exists, other=0.0).to(tl.float32)
+        result = interpolate(
+            result, field + start * value_strides[1], value_strides[1], tile, size,
+            locate((0, 0, 0), shift, size, AXES, NEAREST), tl.where(known, factor, float("nan")), known & exists,
+            AXES, NEAREST, NEAREST, PARTS, WHOLE,
+        )  # fmt: skip
     output += ((image * queries + query) * heads + head) * CHANNELS
     store_parts(output, tile, result, exists, PARTS, WHOLE)
 
@@ -139,37 +150,30 @@ def ms_deform_attn_backward(
     result = ((image * queries + query) * heads + head) * POINTS_IN_ALL
     columns = tl.arange(0, COLUMNS)
     cotangent = load_parts(grad_output, (columns, grad_output_strides[3], CHANNELS), exists, PARTS, WHOLE)
-    for LEVEL in tl.static_range(len(NUM_POINTS)):
-        size = level_size(sizes, LEVEL)
-        for _ in tl.range(0, NUM_POINTS[LEVEL], loop_unroll_factor=UNROLL):
-            shift = level_shift(locations, location_strides[4], size, exists, AXES, NEAREST)
-            known = defined(shift)
-            factor = tl.load(weights, mask=exists, other=0.0).to(tl.float32)
-            point = locate((0, 0, 0), shift, size, AXES, NEAREST)
-            amount = tl.where(known, 0.0, float("nan"))
-            z, y, x = amount, amount, amount
-            for split in tl.static_range(SPLITS):
-                columns = split * COLUMNS * PARTS + tl.arange(0, COLUMNS)
-                if split > 0:
-                    part = load_parts(grad_output, (columns, grad_output_strides[3], CHANNELS), exists, PARTS, WHOLE)
-                else:
-                    part = cotangent
-                by_factor, by_z, by_y, by_x = differentiate(
-                    part, field, value_strides[1], grad_value, first, heads * CHANNELS,
-                    (columns, value_strides[3], CHANNELS), size, point, factor, known & exists,
-                    AXES, NEAREST, NEAREST, PARTS, WHOLE, FIELD, POINTS, EXACT,
-                )  # fmt: skip
-                amount, z, y, x = amount + by_factor, z + by_z, y + by_y, x + by_x
-            if POINTS:
-                slopes = (z * factor * size[0], y * factor * size[1], x * factor * size[2])
-                tl.store(grad_weights + result, amount, mask=exists)
-                store_coordinates(grad_locations + result * AXES, 1, slopes, exists, AXES, True)
-            locations += location_strides[3]
-            weights += weight_strides[3]
-            result += 1
-        positions = size[0].to(tl.int64) * size[1] * size[2]
-        field += positions * value_strides[1]
-        first += positions * heads * CHANNELS
+    for point in tl.range(0, POINTS_IN_ALL, loop_unroll_factor=UNROLL):
+        size, start = level_of(point, sizes, NUM_POINTS)
+        shift = level_shift(locations + point * location_strides[3], location_strides[4], size, exists, AXES, NEAREST)
+        known = defined(shift)
+        factor = tl.load(weights + point * weight_strides[3], mask=exists, other=0.0).to(tl.float32)
+        cell = locate((0, 0, 0), shift, size, AXES, NEAREST)
+        amount = tl.where(known, 0.0, float("nan"))
+        z, y, x = amount, amount, amount
+        for split in tl.static_range(SPLITS):
+            columns = split * COLUMNS * PARTS + tl.arange(0, COLUMNS)
+            if split > 0:
+                part = load_parts(grad_output, (columns, grad_output_strides[3], CHANNELS), exists, PARTS, WHOLE)
+            else:
+                part = cotangent
+            by_factor, by_z, by_y, by_x = differentiate(
+                part, field + start * value_strides[1], value_strides[1], grad_value,
+                first + start * (heads * CHANNELS), heads * CHANNELS, (columns, value_strides[3], CHANNELS), size,
+                cell, factor, known & exists, AXES, NEAREST, NEAREST, PARTS, WHOLE, FIELD, POINTS, EXACT,
+            )  # fmt: skip
+            amount, z, y, x = amount + by_factor, z + by_z, y + by_y, x + by_x
+        if POINTS:
+            slopes = (z * factor * size[0], y * factor * size[1], x * factor * size[2])
+            tl.store(grad_weights + result + point, amount, mask=exists)
+            store_coordinates(grad_locations + (result + point) * AXES, 1, slopes, exists, AXES, True)
 
 
 def extent(value: Tensor, spatial_shapes: Sequence[int], sampling_locations: Tensor, *_: object) -> int:
@@ -224,7 +228,6 @@ def backward(
     grad_locations, grad_weights = (
         t.new_empty(t.shape if by_points else 0) for t in (sampling_locations, attention_weights)
     )
-    constants |= {"POINTS_IN_ALL": sum(num_points)}
     constants |= {"FIELD": grad_value.wanted, "POINTS": by_points, "EXACT": grad_value.exact}
     if by_points or grad_value.wanted:
         tensors = [grad_output, value, sampling_locations, attention_weights]
@@ -252,6 +255,7 @@ def _problem(
     constants = {
         "CHANNELS": value.shape[3],
         "NUM_POINTS": tuple(num_points),
+        "POINTS_IN_ALL": sum(num_points),
         "AXES": axes,
         "NEAREST": mode == "nearest",
     }
