@@ -290,6 +290,16 @@ def test_a_module_that_can_be_imported_stays(tmp_path: Path, monkeypatch: pytest
     assert importlib.import_module("DCNv3") is real
 
 
+@pytest.mark.parametrize("names", [(), ("dcn_v2", "_ext")], ids=["all", "by-name"])
+def test_layers_that_lack_only_their_extension_stay(
+    names: tuple[str, ...], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "dcn_v2.py").write_text("import _ext as backend")
+    monkeypatch.syspath_prepend(tmp_path)
+    assert "_ext" in compat.install(*names) and "dcn_v2" not in compat.install(*names)
+    assert importlib.import_module("dcn_v2").backend is importlib.import_module("_ext")
+
+
 def test_a_module_that_raises_is_replaced(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """As one does that was built for another torch, or wants a GPU."""
     (tmp_path / "DCNv4" / "functions").mkdir(parents=True)

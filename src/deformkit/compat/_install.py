@@ -54,7 +54,7 @@ def install(*names: str, force: bool = False) -> tuple[str, ...]:
         ('MultiScaleDeformableAttention',)
     """
     installed = []
-    for name in _known(names) or _SHIMS:
+    for name in _known(names):
         if name not in _replaced:
             if not force and _importable(name):
                 continue
@@ -81,18 +81,19 @@ def uninstall(*names: str) -> tuple[str, ...]:
     Raises:
         ValueError: a name that :func:`install` does not know; then nothing is taken out.
     """
-    removed = [name for name in _known(names) or _SHIMS if name in _replaced]
+    removed = [name for name in _known(names) if name in _replaced]
     for name in removed:
         for path in [path for path in _replaced if path == name or path.startswith(f"{name}.")]:
             _put(path, _replaced.pop(path))
     return tuple(removed)
 
 
-def _known(names: tuple[str, ...]) -> tuple[str, ...]:
+def _known(names: tuple[str, ...]) -> list[str]:
+    """The names that are meant, in the order of the table; a ValueError if there is another one among them."""
     for name in names:
         if name not in _SHIMS:
             raise ValueError(f"{name!r} cannot be installed; there are {', '.join(map(repr, _SHIMS))}")
-    return names
+    return [name for name in _SHIMS if not names or name in names]
 
 
 def _importable(name: str) -> bool:
