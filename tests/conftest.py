@@ -1,8 +1,38 @@
+import os
 import random
 from collections.abc import Iterator
 
 import pytest
 import torch
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption(
+        "--kernels",
+        choices=("cpu", "triton", "cuda"),
+        default="cpu",
+        help="what answers calls with CPU tensors: the C++ kernels, the Triton kernels in the interpreter or on a GPU",
+    )
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    kernels, present = config.getoption("--kernels"), torch.cuda.is_available()
+    if kernels == "cuda" and not present:
+        raise pytest.UsageError("--kernels cuda: torch sees no CUDA device")
+    if kernels == "triton" or not present:
+        # Triton reads it where a kernel is defined.
+        os.environ["TRITON_INTERPRET"] = "1"
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _kernels(request: pytest.FixtureRequest) -> Iterator[None]:
+    if request.config.getoption("--kernels") == "cpu":
+        yield
+    else:
+        import triton_kernels
+
+        with triton_kernels.instead_of_cpp():
+            yield
 
 
 @pytest.fixture(autouse=True)

@@ -122,6 +122,33 @@ def representatives(each_axes: bool = True) -> list[Call]:
     return list(first.values())
 
 
+def _transposed(t: Tensor) -> Tensor:
+    return t.transpose(0, -1).contiguous().transpose(0, -1)
+
+
+def _channels_last(t: Tensor) -> Tensor:
+    return t.movedim(1, -1).contiguous().movedim(-1, 1) if t.dim() > 1 else t
+
+
+def _strided(t: Tensor) -> Tensor:
+    return torch.stack([t, torch.full_like(t, torch.nan)], -1)[..., 0]
+
+
+def _reversed_order(t: Tensor) -> Tensor:
+    return t.permute(*reversed(range(t.dim()))).contiguous().permute(*reversed(range(t.dim())))
+
+
+def _offset_storage(t: Tensor) -> Tensor:
+    return torch.cat([torch.full((3,), torch.nan, dtype=t.dtype), t.flatten()])[3:].view(t.shape)
+
+
+def _expanded(t: Tensor) -> Tensor:
+    return t[:1].expand_as(t)
+
+
+LAYOUTS = [_transposed, _channels_last, _strided, _reversed_order, _offset_storage, _expanded]
+
+
 def needs_kernel(name: str) -> pytest.MarkDecorator:
     """For what a CPU kernel promises and the reference does not; that there is a kernel, the contract tests see to."""
     loaded = torch._C._dispatch_has_kernel_for_dispatch_key(f"deformkit::{name}", "CPU")

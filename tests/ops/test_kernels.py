@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 import torch
 from close import assert_close, assert_equal
-from rooms import CALLS, Call, check, check_bits, double, representatives
+from rooms import CALLS, LAYOUTS, Call, check, check_bits, double, representatives
 from torch import Tensor
 
 every_call = pytest.mark.parametrize("call", CALLS, ids=str)
@@ -46,33 +46,6 @@ def test_float32_values_with_half_coordinates(call: Call) -> None:
         )
         return
     check(call, args)
-
-
-def _transposed(t: Tensor) -> Tensor:
-    return t.transpose(0, -1).contiguous().transpose(0, -1)
-
-
-def _channels_last(t: Tensor) -> Tensor:
-    return t.movedim(1, -1).contiguous().movedim(-1, 1) if t.dim() > 1 else t
-
-
-def _strided(t: Tensor) -> Tensor:
-    return torch.stack([t, torch.full_like(t, torch.nan)], -1)[..., 0]
-
-
-def _reversed_order(t: Tensor) -> Tensor:
-    return t.permute(*reversed(range(t.dim()))).contiguous().permute(*reversed(range(t.dim())))
-
-
-def _offset_storage(t: Tensor) -> Tensor:
-    return torch.cat([torch.full((3,), torch.nan, dtype=t.dtype), t.flatten()])[3:].view(t.shape)
-
-
-def _expanded(t: Tensor) -> Tensor:
-    return t[:1].expand_as(t)
-
-
-LAYOUTS = [_transposed, _channels_last, _strided, _reversed_order, _offset_storage, _expanded]
 
 
 @one_call_each

@@ -1,0 +1,152 @@
+"""Every operator's Triton kernels against the reference: in Triton's interpreter, or on a GPU where there is one."""
+
+from collections.abc import Iterator
+from dataclasses import replace
+from importlib.util import find_spec
+from itertools import product
+from typing import Any
+
+import fuzz
+import pytest
+import torch
+from close import assert_close, assert_equal
+from rooms import CALLS, LAYOUTS, Call, check, double, evaluate, representatives
+from torch import Tensor
+
+from deformkit.ops._library import operators
+
+pytest.importorskip("triton")
+
+import triton_kernels
+
+from deformkit.ops.gpu import launch
+
+FLAT = [call for call in representatives() if call.case.axes < 3]
+WIDEST = [
+    max((call for call in CALLS if call.operator is operator), key=lambda call: call.case.channels)
+    for operator in dict.fromkeys(call.operator for call in CALLS)
+]
+every_call = pytest.mark.parametrize("call", CALLS, ids=str)
+one_call_each = pytest.mark.parametrize("call", representatives(), ids=str)
+# Without the volumes, whose kernels go through eight corners at a time, and the interpreter through each of them.
+one_flat_call_each = pytest.mark.parametrize("call", FLAT, ids=str)
+every_layout = pytest.mark.parametrize("layout", LAYOUTS, ids=lambda f: f.__name__.strip("_"))
+
+
+@pytest.fixture(autouse=True)
+def _triton(_kernels: None, request: pytest.FixtureRequest) -> Iterator[None]:
+    if request.config.getoption("--kernels") != "cpu":
+        yield
+    else:
+        with triton_kernels.instead_of_cpp():
+            yield
+
+
+@pytest.fixture(params=[False, True], ids=["atomics", "deterministic"])
+def deterministic(request: pytest.FixtureRequest) -> bool:
+    """The two ways in which the gradient of a field is added up."""
+    torch.use_deterministic_algorithms(request.param)
+    return request.param
+
+
+@pytest.mark.parametrize("name", [name for name in operators if not name.endswith("_backward")])
+def test_every_operator_has_kernels(name: str) -> None:
+    assert find_spec(f"deformkit.ops.{name}.gpu")
+
+
+@every_call
+def test_value_and_gradients(call: Call, deterministic: bool) -> None:
+    check(call, call.arguments())
+
+
+@one_call_each
+@pytest.mark.parametrize("half", [torch.float16, torch.bfloat16], ids=["float16", "bfloat16"])
+def test_half_precision(call: Call, half: torch.dtype) -> None:
+    torch.use_deterministic_algorithms(False)
+    check(call, call.arguments(half))
+
+
+@one_flat_call_each
+def test_half_values_with_float32_coordinates(call: Call) -> None:
+    args, precise = call.arguments(torch.bfloat16), call.arguments()
+    for i in call.operator.coordinates:
+        args[i] = precise[i]
+    check(call, args)
+
+
+@one_flat_call_each
+@every_layout
+def test_any_layout(call: Call, layout: Any) -> None:
+    check(call, [layout(v) if isinstance(v, Tensor) else v for v in call.arguments()])
+
+
+@one_flat_call_each
+@every_layout
+def test_cotangent_of_any_layout(call: Call, layout: Any) -> None:
+    grad, *args = call.backward_arguments(call.arguments())
+    grad = layout(grad)
+    truth = call.backward_operator.reference(grad.double(), *double(args))
+    reference = call.backward_operator.reference(grad, *args)
+    for results in zip(call.backward_operator(grad, *args), truth, reference, strict=True):
+        assert_close(*results, name=f"gradient for a cotangent with strides {grad.stride()}")
+
+
+@pytest.mark.parametrize("call", representatives(each_axes=False), ids=str)
+def test_gradients_only_where_asked(call: Call, deterministic: bool) -> None:
+    grad, *args, possible = call.backward_arguments(call.arguments())
+    truth = call.backward_operator.reference(grad.double(), *double(args), possible)
+    reference = call.backward_operator.reference(grad, *args, possible)
+    for asked in product(*((False, True) if may else (False,) for may in possible)):
+        for i, result in enumerate(call.backward_operator(grad, *args, list(asked))):
+            if asked[i]:
+                assert_close(result, truth[i], reference[i], f"gradient {i}, asked {asked}")
+            else:
+                assert result.numel() == 0
+
+
+@pytest.mark.parametrize("call", WIDEST, ids=str)
+def test_many_small_tiles(call: Call, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Blocks far smaller than the sizes: rows and channels are in several of them, none of which is whole."""
+    choose, small = launch._choose, 16
+
+    def smallest(*args: Any) -> Any:
+        config = choose(*args)
+        return replace(config, blocks={name: min(size, small) for name, size in config.blocks.items()})
+
+    args = call.arguments()
+    expected = evaluate(call.operator, args, call.positions(args), torch.float32)
+    monkeypatch.setattr(launch, "_choose", smallest)
+    check(call, args)
+    assert len(expected) > 1
+
+
+@one_flat_call_each
+def test_deterministic_gradients_do_not_depend_on_order(call: Call, monkeypatch: pytest.MonkeyPatch) -> None:
+    args = call.backward_arguments(call.arguments())
+    there = call.backward_operator(*args)
+    if triton_kernels.interpreting():
+        monkeypatch.setattr(*triton_kernels.last_program_first())
+    for one, other in zip(there, call.backward_operator(*args), strict=True):
+        assert_equal(one, other)
+
+
+@one_flat_call_each
+def test_special_coordinates(call: Call, deterministic: bool) -> None:
+    args = call.arguments()
+    for i in call.operator.coordinates:
+        if args[i] is not None and call.operator.arguments[i] != "rois":
+            values = torch.tensor((*fuzz.WILD, torch.nan))[torch.randint(len(fuzz.WILD) + 1, args[i].shape)]
+            args[i] = torch.where(torch.rand(args[i].shape) < 0.2, values, args[i])
+    check(call, args)
+
+
+@one_flat_call_each
+def test_an_undefined_field_shows_where_it_is_read(call: Call, deterministic: bool) -> None:
+    args = call.arguments()
+    args[0].flatten()[:: args[0].numel() // 3] = torch.nan
+    check(call, args)
+
+
+def test_random_calls() -> None:
+    counts = fuzz.run(60, seed=10_000, compare_every=1, refuse=False)
+    assert counts["compared"] > 30

@@ -1,0 +1,119 @@
+"""The Triton kernels in the place of the C++ ones, so that what tests CPU tensors tests them.
+
+Without a GPU Triton's interpreter runs them; with one, tensors go there, through the dispatcher, and back.
+"""
+
+import os
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from types import SimpleNamespace
+from typing import Any
+
+import numpy
+import torch
+from torch import Tensor
+from torch.overrides import TorchFunctionMode
+from torch.utils._pytree import tree_map_only
+
+from deformkit.ops._library import NAMESPACE, Operator, operators
+from deformkit.ops.gpu import launcher
+
+_UNINITIALISED = (
+    torch.empty,
+    torch.empty_like,
+    torch.empty_strided,
+    Tensor.new_empty,
+    Tensor.new_empty_strided,
+)
+
+
+def interpreting() -> bool:
+    """Whether the kernels of this process are for the interpreter."""
+    return os.environ.get("TRITON_INTERPRET") == "1"
+
+
+@contextmanager
+def instead_of_cpp() -> Iterator[None]:
+    """Within, every operator's Triton kernels answer calls with CPU tensors."""
+    answer = _interpreted if interpreting() else _on_cuda
+    library = torch.library.Library(NAMESPACE, "IMPL")
+    try:
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", ".*overrid", UserWarning)
+            for operator in operators.values():
+                library.impl(operator.name, answer(operator), "CPU", allow_override=True)
+        yield
+    finally:
+        library._destroy()
+
+
+def _interpreted(operator: Operator) -> Callable[..., Any]:
+    launch = launcher(operator)
+
+    def answer(*args: Any) -> Any:
+        # NumPy warns of what a GPU computes with: infinity times zero, NaN as an integer in a row that is masked.
+        with numpy.errstate(all="ignore"), _Poisoned(), _patching_once():
+            return launch(*args)
+
+    return answer
+
+
+def _on_cuda(operator: Operator) -> Callable[..., Any]:
+    def answer(*args: Any) -> Any:
+        with _Poisoned():
+            results = operator.overload(*(_moved(v) if isinstance(v, Tensor) else v for v in args))
+        return tree_map_only(Tensor, Tensor.cpu, results)
+
+    return answer
+
+
+def _moved(value: Tensor) -> Tensor:
+    """``value`` on the GPU, with the same strides in the same storage."""
+    storage = value.detach().untyped_storage().cuda()
+    moved = torch.empty(0, dtype=value.dtype, device="cuda")
+    return moved.set_(storage, value.storage_offset(), value.shape, value.stride())
+
+
+class _Poisoned(TorchFunctionMode):
+    """Fills memory that a launcher asks for with NaN, as deterministic algorithms do: it shows where it is left."""
+
+    def __torch_function__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = function(*args, **(kwargs or {}))
+        if function in _UNINITIALISED:
+            result.fill_(torch.nan if result.is_floating_point() else torch.iinfo(result.dtype).max)
+        return result
+
+
+def last_program_first() -> tuple[Any, str, Any]:
+    """What to set, and to what, for the interpreter to go through the programs of a kernel backwards."""
+    from triton.runtime.interpreter import interpreter_builder as builder
+
+    forwards = builder.set_grid_idx
+
+    def backwards(*place: int) -> None:
+        forwards(*(size - 1 - i for i, size in zip(place, builder.grid_dim, strict=True)))
+
+    return builder, "set_grid_idx", backwards
+
+
+@contextmanager
+def _patching_once() -> Iterator[None]:
+    """Keep the interpreter from patching the language anew at each call of a function: half of its time."""
+    from triton.runtime import interpreter
+
+    patch, modules, scopes = interpreter._patch_lang, set(), []
+
+    def once(function: Any) -> Any:
+        if id(function.__globals__) not in modules:
+            modules.add(id(function.__globals__))
+            scopes.append(patch(function))
+        return SimpleNamespace(restore=lambda: None)
+
+    interpreter._patch_lang = once
+    try:
+        yield
+    finally:
+        interpreter._patch_lang = patch
+        for scope in reversed(scopes):
+            scope.restore()
