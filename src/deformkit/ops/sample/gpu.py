@@ -27,7 +27,7 @@ def tile_rows(tile, positions, batch, ROWS: tl.constexpr):
 
     Returns the image (int64), the position in it (int32) and whether there is one, for each row.
     """
-    first = tile.to(tl.int64) * ROWS
+    first = (tl.zeros((), tl.int64) + tile) * ROWS
     image = first // positions
     place = (first - image * positions).to(tl.int32) + tl.arange(0, ROWS)
     image = image + place // positions

@@ -1,0 +1,793 @@
+"""Deformable convolution in Triton; see ``sample/gpu.py`` for the notation.
+
+The channels that share both a weight group and an offset group are a piece; a program goes over the pieces of its
+group, over the taps and over chunks of channels. Samples are gathered into registers and go into matrix products from
+there; no columns are ever stored. Where every channel is a group of its own, there is no product to speak of: the same
+kernels then multiply each channel by its own weight.
+"""
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from .._shape import prod
+from ..gpu.launch import Config, launch, row_configs, target
+from ..sample.gpu import (
+    FieldGradient,
+    coordinates,
+    defined,
+    differentiate,
+    follows,
+    interpolate,
+    largest,
+    lifted,
+    locate,
+    store_coordinates,
+    tile_rows,
+    unravel,
+    zeros,
+)
+
+
+@triton.jit
+def tap_point(
+    place,
+    out_size,
+    offset,
+    channel_stride,
+    offset_group,
+    tap,
+    exists,
+    TAPS: tl.constexpr,
+    KERNEL: tl.constexpr,
+    STRIDE: tl.constexpr,
+    PADDING: tl.constexpr,
+    DILATION: tl.constexpr,
+    AXES: tl.constexpr,
+):
+    """Base and shift of the point that a tap reads for the output positions ``place``."""
+    z, y, x = unravel(place, out_size, AXES)
+    base = (
+        z * STRIDE[0] + (tap // (KERNEL[1] * KERNEL[2]) * DILATION[0] - PADDING[0]),
+        y * STRIDE[1] + (tap // KERNEL[2] % KERNEL[1] * DILATION[1] - PADDING[1]),
+        x * STRIDE[2] + (tap % KERNEL[2] * DILATION[2] - PADDING[2]),
+    )
+    first = offset + (offset_group * TAPS + tap).to(tl.int64) * AXES * channel_stride
+    return base, coordinates(first, channel_stride, exists, AXES, False)
+
+
+@triton.jit
+def tap_factor(mask, channel_stride, channel, exists, MODULATED: tl.constexpr):
+    """The factor of a tap: that of the mask, or 1."""
+    factor = tl.where(exists, 1.0, 0.0)
+    if MODULATED:
+        factor = tl.load(mask + channel.to(tl.int64) * channel_stride, mask=exists, other=0.0).to(tl.float32)
+    return factor
+
+
+@triton.jit
+def overlap(group, piece, CHANNELS: tl.constexpr, OTHERS_CHANNELS: tl.constexpr):
+    """The piece of a group of CHANNELS channels: which of the other groups it shares, its first channel and its end."""
+    other = group * CHANNELS // OTHERS_CHANNELS + piece
+    first = tl.maximum(group * CHANNELS, other * OTHERS_CHANNELS)
+    return other, first, tl.minimum((group + 1) * CHANNELS, (other + 1) * OTHERS_CHANNELS)
+
+
+@triton.jit
+def load_filters(pointers, rows, columns, row_count, column_count, stride, OPERAND: tl.constexpr):
+    """A tile of the weight, 0 where there is none, as an operand of a product."""
+    mask = (rows < row_count)[:, None] & (columns < column_count)[None, :]
+    where = rows.to(tl.int64)[:, None] * stride + columns[None, :]
+    return tl.load(pointers + where, mask=mask, other=0.0).to(OPERAND)
+
+
+@triton.jit(do_not_specialize=["batch", "positions", "D", "H", "W", "out_h", "out_w"])
+def deform_conv_forward(
+    input,
+    offset,
+    weight,
+    bias,
+    mask,
+    output,
+    input_strides,
+    offset_strides,
+    mask_strides,
+    batch,
+    positions,
+    D,
+    H,
+    W,
+    out_h,
+    out_w,
+    FILTERS: tl.constexpr,
+    GROUPS: tl.constexpr,
+    GROUP_CHANNELS: tl.constexpr,
+    OFFSET_CHANNELS: tl.constexpr,
+    PIECES: tl.constexpr,
+    PIECE: tl.constexpr,
+    EVEN: tl.constexpr,
+    TAPS: tl.constexpr,
+    KERNEL: tl.constexpr,
+    STRIDE: tl.constexpr,
+    PADDING: tl.constexpr,
+    DILATION: tl.constexpr,
+    AXES: tl.constexpr,
+    BORDER: tl.constexpr,
+    MODULATED: tl.constexpr,
+    PRECISION: tl.constexpr,
+    OPERAND: tl.constexpr,
+    BIASED: tl.constexpr,
+    ROWS: tl.constexpr,
+    OUTPUTS: tl.constexpr,
+    COLUMNS: tl.constexpr,
+    PARTS: tl.constexpr,
+):
+    GROUP_FILTERS: tl.constexpr = FILTERS // GROUPS
+    BLOCKS: tl.constexpr = (GROUP_FILTERS + OUTPUTS - 1) // OUTPUTS
+    CHUNKS: tl.constexpr = (PIECE + COLUMNS * PARTS - 1) // (COLUMNS * PARTS)
+    WHOLE: tl.constexpr = EVEN and PIECE % (COLUMNS * PARTS) == 0
+    block, program = tl.program_id(0) % BLOCKS, tl.program_id(0) // BLOCKS
+    group = program % GROUPS
+    image, place, exists = tile_rows(program // GROUPS, positions, batch, ROWS)
+    size, out_size, row = (D, H, W), (D, out_h, out_w), place.to(tl.int64)
+    outputs = block * OUTPUTS + tl.arange(0, OUTPUTS)
+
+    field = input + image * input_strides[0]
+    offset += image * offset_strides[0] + row * offset_strides[2]
+    weight += group * GROUP_FILTERS
+    if MODULATED:
+        mask += image * mask_strides[0] + row * mask_strides[2]
+    result = tl.zeros((ROWS, OUTPUTS), tl.float32)
+    for step in range(PIECES * TAPS * CHUNKS):
+        tap = step // CHUNKS % TAPS
+        offset_group, first, end = overlap(group, step // (CHUNKS * TAPS), GROUP_CHANNELS, OFFSET_CHANNELS)
+        columns = first + step % CHUNKS * (COLUMNS * PARTS) + tl.arange(0, COLUMNS)
+        # A group may have fewer pieces than another.
+        there = exists & (first < end)
+        base, shift = tap_point(
+            place, out_size, offset, offset_strides[1], offset_group, tap, there,
+            TAPS, KERNEL, STRIDE, PADDING, DILATION, AXES,
+        )  # fmt: skip
+        known = defined(shift)
+        factor = tap_factor(mask, mask_strides[1], offset_group * TAPS + tap, there, MODULATED)
+        samples = interpolate(
+            zeros(ROWS, COLUMNS, PARTS), field, input_strides[2], (columns, input_strides[1], end), size,
+            locate(base, shift, size, AXES, BORDER), tl.where(known, factor, float("nan")), known & there,
+            AXES, BORDER, False, PARTS, WHOLE,
+        )  # fmt: skip
+        for PART in tl.static_range(PARTS):
+            inputs = columns + PART * COLUMNS
+            filters = load_filters(
+                weight + (tap * GROUP_CHANNELS - group * GROUP_CHANNELS).to(tl.int64) * FILTERS,
+                inputs, outputs, end, GROUP_FILTERS, FILTERS, OPERAND,
+            )  # fmt: skip
+            result = tl.dot(samples[PART].to(OPERAND), filters, result, input_precision=PRECISION)
+    outputs += group * GROUP_FILTERS
+    of_group = outputs < (group + 1) * GROUP_FILTERS
+    if BIASED:
+        result += tl.load(bias + outputs, mask=of_group, other=0.0).to(tl.float32)[None, :]
+    channels = (image * FILTERS)[:, None] + outputs[None, :]
+    tl.store(output + channels * positions + row[:, None], result, mask=exists[:, None] & of_group[None, :])
+
+
+@triton.jit(do_not_specialize=["batch", "positions", "D", "H", "W", "out_h", "out_w"])
+def deform_conv_forward_depthwise(
+    input,
+    offset,
+    weight,
+    bias,
+    mask,
+    output,
+    input_strides,
+    offset_strides,
+    mask_strides,
+    batch,
+    positions,
+    D,
+    H,
+    W,
+    out_h,
+    out_w,
+    FILTERS: tl.constexpr,
+    GROUPS: tl.constexpr,
+    OFFSET_CHANNELS: tl.constexpr,
+    TAPS: tl.constexpr,
+    KERNEL: tl.constexpr,
+    STRIDE: tl.constexpr,
+    PADDING: tl.constexpr,
+    DILATION: tl.constexpr,
+    AXES: tl.constexpr,
+    BORDER: tl.constexpr,
+    MODULATED: tl.constexpr,
+    BIASED: tl.constexpr,
+    ROWS: tl.constexpr,
+    COLUMNS: tl.constexpr,
+    PARTS: tl.constexpr,
+    UNROLL: tl.constexpr,
+):
+    MULTIPLE: tl.constexpr = FILTERS // GROUPS
+    CHUNKS: tl.constexpr = (OFFSET_CHANNELS + COLUMNS * PARTS - 1) // (COLUMNS * PARTS)
+    WHOLE: tl.constexpr = OFFSET_CHANNELS % (COLUMNS * PARTS) == 0
+    copy, program = tl.program_id(0) % MULTIPLE, tl.program_id(0) // MULTIPLE
+    chunk, program = program % CHUNKS, program // CHUNKS
+    offset_group = program % (GROUPS // OFFSET_CHANNELS)
+    image, place, exists = tile_rows(program // (GROUPS // OFFSET_CHANNELS), positions, batch, ROWS)
+    size, out_size, row = (D, H, W), (D, out_h, out_w), place.to(tl.int64)
+    end = (offset_group + 1) * OFFSET_CHANNELS
+    columns = offset_group * OFFSET_CHANNELS + chunk * (COLUMNS * PARTS) + tl.arange(0, COLUMNS)
+
+    field = input + image * input_strides[0]
+    offset += image * offset_strides[0] + row * offset_strides[2]
+    if MODULATED:
+        mask += image * mask_strides[0] + row * mask_strides[2]
+    result = zeros(ROWS, COLUMNS, PARTS)
+    for tap in tl.range(0, TAPS, loop_unroll_factor=UNROLL):
+        base, shift = tap_point(
+            place, out_size, offset, offset_strides[1], offset_group, tap, exists,
+            TAPS, KERNEL, STRIDE, PADDING, DILATION, AXES,
+        )  # fmt: skip
+        known = defined(shift)
+        factor = tap_factor(mask, mask_strides[1], offset_group * TAPS + tap, exists, MODULATED)
+        samples = interpolate(
+            zeros(ROWS, COLUMNS, PARTS), field, input_strides[2], (columns, input_strides[1], end), size,
+            locate(base, shift, size, AXES, BORDER), tl.where(known, factor, float("nan")), known & exists,
+            AXES, BORDER, False, PARTS, WHOLE,
+        )  # fmt: skip
+        sums = ()
+        for PART in tl.static_range(PARTS):
+            filters = load_taps(weight, columns + PART * COLUMNS, copy, tap, end, MULTIPLE, TAPS)
+            sums = sums + (result[PART] + samples[PART] * filters[None, :],)
+        result = sums
+    for PART in tl.static_range(PARTS):
+        of_part = columns + PART * COLUMNS < end
+        outputs = (columns + PART * COLUMNS) * MULTIPLE + copy
+        values = result[PART]
+        if BIASED:
+            values += tl.load(bias + outputs, mask=of_part, other=0.0).to(tl.float32)[None, :]
+        channels = (image * FILTERS)[:, None] + outputs[None, :]
+        tl.store(output + channels * positions + row[:, None], values, mask=exists[:, None] & of_part[None, :])
+
+
+@triton.jit
+def load_taps(weight, channels, copy, tap, end, MULTIPLE: tl.constexpr, TAPS: tl.constexpr):
+    """The weight of one tap for each of some channels that are convolved by themselves."""
+    pointers = weight + (channels * MULTIPLE + copy) * TAPS + tap
+    return tl.load(pointers, mask=channels < end, other=0.0).to(tl.float32)
+
+
+@triton.jit
+def load_cotangent(rows, stride, channels, row_mask, channel_mask, OPERAND: tl.constexpr):
+    """A tile of the output's gradient, from pointers to its rows, which are positions; its columns are channels."""
+    pointers = rows[:, None] + (channels.to(tl.int64) * stride)[None, :]
+    return tl.load(pointers, mask=row_mask[:, None] & channel_mask[None, :], other=0.0).to(OPERAND)
+
+
+@triton.jit(do_not_specialize=["batch", "positions", "D", "H", "W", "out_h", "out_w"])
+def deform_conv_backward_data(
+    grad_output,
+    input,
+    offset,
+    weight,
+    mask,
+    grad_input,
+    grad_offset,
+    grad_mask,
+    grad_output_strides,
+    input_strides,
+    offset_strides,
+    mask_strides,
+    batch,
+    positions,
+    D,
+    H,
+    W,
+    out_h,
+    out_w,
+    FILTERS: tl.constexpr,
+    GROUPS: tl.constexpr,
+    GROUP_CHANNELS: tl.constexpr,
+    OFFSET_CHANNELS: tl.constexpr,
+    PIECES: tl.constexpr,
+    PIECE: tl.constexpr,
+    EVEN: tl.constexpr,
+    TAPS: tl.constexpr,
+    KERNEL: tl.constexpr,
+    STRIDE: tl.constexpr,
+    PADDING: tl.constexpr,
+    DILATION: tl.constexpr,
+    AXES: tl.constexpr,
+    BORDER: tl.constexpr,
+    MODULATED: tl.constexpr,
+    PRECISION: tl.constexpr,
+    OPERAND: tl.constexpr,
+    DEPTHWISE: tl.constexpr,
+    PLANAR: tl.constexpr,
+    FIELD: tl.constexpr,
+    POINTS: tl.constexpr,
+    EXACT: tl.constexpr,
+    ROWS: tl.constexpr,
+    OUTPUTS: tl.constexpr,
+    COLUMNS: tl.constexpr,
+    PARTS: tl.constexpr,
+):
+    CHANNELS: tl.constexpr = GROUPS * GROUP_CHANNELS
+    OFFSET_GROUPS: tl.constexpr = CHANNELS // OFFSET_CHANNELS
+    GROUP_FILTERS: tl.constexpr = FILTERS // GROUPS
+    CHUNKS: tl.constexpr = (PIECE + COLUMNS * PARTS - 1) // (COLUMNS * PARTS)
+    WHOLE: tl.constexpr = EVEN and PIECE % (COLUMNS * PARTS) == 0
+    tap, program = tl.program_id(0) % TAPS, tl.program_id(0) // TAPS
+    offset_group = program % OFFSET_GROUPS
+    image, place, exists = tile_rows(program // OFFSET_GROUPS, positions, batch, ROWS)
+    size, out_size, row = (D, H, W), (D, out_h, out_w), place.to(tl.int64)
+
+    field = input + image * input_strides[0]
+    field_positions = D.to(tl.int64) * H * W
+    grad_output += image * grad_output_strides[0] + row * grad_output_strides[2]
+    offset += image * offset_strides[0] + row * offset_strides[2]
+    if MODULATED:
+        mask += image * mask_strides[0] + row * mask_strides[2]
+    base, shift = tap_point(
+        place, out_size, offset, offset_strides[1], offset_group, tap, exists,
+        TAPS, KERNEL, STRIDE, PADDING, DILATION, AXES,
+    )  # fmt: skip
+    known = defined(shift)
+    factor = tap_factor(mask, mask_strides[1], offset_group * TAPS + tap, exists, MODULATED)
+    point = locate(base, shift, size, AXES, BORDER)
+    amount = tl.where(known, 0.0, float("nan"))
+    z, y, x = amount, amount, amount
+    for step in range(PIECES * CHUNKS):
+        if DEPTHWISE:
+            group, first, end = 0, offset_group * OFFSET_CHANNELS, (offset_group + 1) * OFFSET_CHANNELS
+        else:
+            group, first, end = overlap(offset_group, step // CHUNKS, OFFSET_CHANNELS, GROUP_CHANNELS)
+        first += step % CHUNKS * (COLUMNS * PARTS)
+        columns = first + tl.arange(0, COLUMNS)
+        cotangent = zeros(ROWS, COLUMNS, PARTS)
+        if DEPTHWISE:
+            for copy in range(GROUP_FILTERS):
+                sums = ()
+                for PART in tl.static_range(PARTS):
+                    channels = columns + PART * COLUMNS
+                    filters = load_taps(weight, channels, copy, tap, end, GROUP_FILTERS, TAPS)
+                    part = load_cotangent(
+                        grad_output, grad_output_strides[1], channels * GROUP_FILTERS + copy, exists, channels < end,
+                        tl.float32,
+                    )  # fmt: skip
+                    sums = sums + (cotangent[PART] + part * filters[None, :],)
+                cotangent = sums
+        else:
+            for block in range((GROUP_FILTERS + OUTPUTS - 1) // OUTPUTS):
+                outputs = block * OUTPUTS + tl.arange(0, OUTPUTS)
+                part = load_cotangent(
+                    grad_output, grad_output_strides[1], group * GROUP_FILTERS + outputs, exists,
+                    (outputs < GROUP_FILTERS) & (first < end), OPERAND,
+                )  # fmt: skip
+                sums = ()
+                for PART in tl.static_range(PARTS):
+                    filters = load_filters(
+                        weight + (tap * FILTERS + group * GROUP_FILTERS).to(tl.int64) * GROUP_CHANNELS
+                        - group * GROUP_CHANNELS,
+                        outputs, columns + PART * COLUMNS, GROUP_FILTERS, end, GROUP_CHANNELS, OPERAND,
+                    )  # fmt: skip
+                    sums = sums + (tl.dot(part, filters, cotangent[PART], input_precision=PRECISION),)
+                cotangent = sums
+        if PLANAR:
+            tile, plane = (tl.arange(0, COLUMNS), 1, 1), (image * CHANNELS + first) * field_positions
+            by_factor, by_z, by_y, by_x = differentiate(
+                cotangent, field + first * input_strides[1], input_strides[2], grad_input, plane, 1, tile, size, point,
+                factor, known & exists, AXES, BORDER, False, PARTS, WHOLE, FIELD, POINTS, EXACT,
+            )  # fmt: skip
+        else:
+            by_factor, by_z, by_y, by_x = differentiate(
+                cotangent, field, input_strides[2], grad_input, image * field_positions * CHANNELS, CHANNELS,
+                (columns, input_strides[1], end), size, point, factor, known & exists,
+                AXES, BORDER, False, PARTS, WHOLE, FIELD, POINTS, EXACT,
+            )  # fmt: skip
+        amount, z, y, x = amount + by_factor, z + by_z, y + by_y, x + by_x
+    if POINTS:
+        slopes = (
+            z * factor * follows(base[0], shift[0], D, BORDER),
+            y * factor * follows(base[1], shift[1], H, BORDER),
+            x * factor * follows(base[2], shift[2], W, BORDER),
+        )
+        channel = (image * OFFSET_GROUPS + offset_group) * TAPS + tap
+        store_coordinates(grad_offset + channel * AXES * positions + row, positions, slopes, exists, AXES, False)
+        if MODULATED:
+            tl.store(grad_mask + channel * positions + row, amount, mask=exists)
+
+
+@triton.jit(do_not_specialize=["batch", "positions", "D", "H", "W", "out_h", "out_w", "splits"])
+def deform_conv_backward_weight(
+    grad_output,
+    input,
+    offset,
+    mask,
+    partial,
+    grad_output_strides,
+    input_strides,
+    offset_strides,
+    mask_strides,
+    batch,
+    positions,
+    D,
+    H,
+    W,
+    out_h,
+    out_w,
+    splits,
+    FILTERS: tl.constexpr,
+    GROUPS: tl.constexpr,
+    GROUP_CHANNELS: tl.constexpr,
+    OFFSET_CHANNELS: tl.constexpr,
+    PIECES: tl.constexpr,
+    PIECE: tl.constexpr,
+    EVEN: tl.constexpr,
+    TAPS: tl.constexpr,
+    KERNEL: tl.constexpr,
+    STRIDE: tl.constexpr,
+    PADDING: tl.constexpr,
+    DILATION: tl.constexpr,
+    AXES: tl.constexpr,
+    BORDER: tl.constexpr,
+    MODULATED: tl.constexpr,
+    PRECISION: tl.constexpr,
+    OPERAND: tl.constexpr,
+    DEPTHWISE: tl.constexpr,
+    ROWS: tl.constexpr,
+    OUTPUTS: tl.constexpr,
+    COLUMNS: tl.constexpr,
+    PARTS: tl.constexpr,
+):
+    GROUP_FILTERS: tl.constexpr = FILTERS // GROUPS
+    BLOCKS: tl.constexpr = GROUP_FILTERS if DEPTHWISE else (GROUP_FILTERS + OUTPUTS - 1) // OUTPUTS
+    CHUNKS: tl.constexpr = (PIECE + COLUMNS * PARTS - 1) // (COLUMNS * PARTS)
+    WHOLE: tl.constexpr = EVEN and PIECE % (COLUMNS * PARTS) == 0
+    block, program = tl.program_id(0) % BLOCKS, tl.program_id(0) // BLOCKS
+    chunk, program = program % CHUNKS, program // CHUNKS
+    tap, program = program % TAPS, program // TAPS
+    if DEPTHWISE:
+        group, split = program % (GROUPS // OFFSET_CHANNELS), program // (GROUPS // OFFSET_CHANNELS)
+        offset_group, first, end = group, group * OFFSET_CHANNELS, (group + 1) * OFFSET_CHANNELS
+        sums = ()
+        for _ in tl.static_range(PARTS):
+            sums = sums + (tl.zeros((COLUMNS,), tl.float32),)
+    else:
+        piece, program = program % PIECES, program // PIECES
+        group, split = program % GROUPS, program // GROUPS
+        offset_group, first, end = overlap(group, piece, GROUP_CHANNELS, OFFSET_CHANNELS)
+        sums = zeros(COLUMNS, OUTPUTS, PARTS)
+    columns = first + chunk * (COLUMNS * PARTS) + tl.arange(0, COLUMNS)
+    outputs = block * OUTPUTS + tl.arange(0, OUTPUTS)
+    size, out_size = (D, H, W), (D, out_h, out_w)
+
+    for tile in range(split, ((batch * positions.to(tl.int64) + (ROWS - 1)) // ROWS).to(tl.int32), splits):
+        image, place, exists = tile_rows(tile, positions, batch, ROWS)
+        exists &= first < end
+        row = place.to(tl.int64)
+        base, shift = tap_point(
+            place, out_size, offset + image * offset_strides[0] + row * offset_strides[2], offset_strides[1],
+            offset_group, tap, exists, TAPS, KERNEL, STRIDE, PADDING, DILATION, AXES,
+        )  # fmt: skip
+        known = defined(shift)
+        masks = mask
+        if MODULATED:
+            masks += image * mask_strides[0] + row * mask_strides[2]
+        factor = tap_factor(masks, mask_strides[1], offset_group * TAPS + tap, exists, MODULATED)
+        samples = interpolate(
+            zeros(ROWS, COLUMNS, PARTS), input + image * input_strides[0], input_strides[2],
+            (columns, input_strides[1], end), size, locate(base, shift, size, AXES, BORDER),
+            tl.where(known, factor, float("nan")), known & exists, AXES, BORDER, False, PARTS, WHOLE,
+        )  # fmt: skip
+        cotangents = grad_output + image * grad_output_strides[0] + row * grad_output_strides[2]
+        more = ()
+        if DEPTHWISE:
+            for PART in tl.static_range(PARTS):
+                channels = columns + PART * COLUMNS
+                part = load_cotangent(
+                    cotangents, grad_output_strides[1], channels * GROUP_FILTERS + block, exists, channels < end,
+                    tl.float32,
+                )  # fmt: skip
+                more = more + (sums[PART] + tl.sum(samples[PART] * part, 0),)
+        else:
+            part = load_cotangent(
+                cotangents, grad_output_strides[1], group * GROUP_FILTERS + outputs, exists, outputs < GROUP_FILTERS,
+                OPERAND,
+            )  # fmt: skip
+            for PART in tl.static_range(PARTS):
+                samples_of_part = tl.trans(samples[PART].to(OPERAND))
+                more = more + (tl.dot(samples_of_part, part, sums[PART], input_precision=PRECISION),)
+        sums = more
+
+    partial += (split * TAPS + tap).to(tl.int64) * (GROUP_CHANNELS * FILTERS)
+    for PART in tl.static_range(PARTS):
+        channels = columns + PART * COLUMNS
+        if DEPTHWISE:
+            tl.store(partial + channels * GROUP_FILTERS + block, sums[PART], mask=channels < end)
+        else:
+            where = (channels - group * GROUP_CHANNELS)[:, None] * FILTERS + (group * GROUP_FILTERS + outputs)[None, :]
+            mask_of_part = (channels < end)[:, None] & (outputs < GROUP_FILTERS)[None, :]
+            tl.store(partial + where, sums[PART], mask=mask_of_part)
+
+
+# A program for each processor of a large GPU.
+_PROCESSORS = 132
+# How much memory the parts of a weight gradient may take before they are added up, in bytes.
+_WORKSPACE = 2**25
+
+
+def extent(
+    input: Tensor,
+    offset: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    stride: Sequence[int],
+    padding: Sequence[int],
+    *_: object,
+) -> int:
+    """The largest number that kernels have to keep in 32 bits."""
+    size = input.shape[2:]
+    return max(prod(size), prod(offset.shape[2:]), *(s + 2 * p for s, p in zip(size, padding, strict=True)))
+
+
+def forward(
+    input: Tensor,
+    offset: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    stride: Sequence[int],
+    padding: Sequence[int],
+    dilation: Sequence[int],
+    mask: Tensor | None,
+    boundary: str,
+) -> Tensor:
+    """Launch the kernel; arguments as in the schema."""
+    problem = _Problem(input, offset, weight, stride, padding, dilation, mask, boundary)
+    output = input.new_empty(len(input), len(weight), *offset.shape[2:])
+    constants = problem.constants | {"BIASED": bias is not None}
+    if problem.depthwise:
+        kernel, filters, configs = deform_conv_forward_depthwise, weight, problem.row_configs(16 // input.itemsize)
+        constants |= {"OFFSET_CHANNELS": problem.offset_channels}
+    else:
+        kernel, filters, configs = deform_conv_forward, weight.flatten(2).permute(2, 1, 0), problem.product_configs()
+        constants |= problem.products | problem.pieces(problem.group_channels, problem.offset_channels)
+    args = [*problem.tensors[:2], filters.contiguous(), bias, problem.tensors[2], output, *problem.numbers]
+    launch(kernel, problem.forward_programs, args, constants, configs)
+    return output
+
+
+def backward(
+    grad_output: Tensor,
+    input: Tensor,
+    offset: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    stride: Sequence[int],
+    padding: Sequence[int],
+    dilation: Sequence[int],
+    mask: Tensor | None,
+    boundary: str,
+    output_mask: Sequence[bool],
+) -> tuple[Tensor, ...]:
+    """Launch the kernels; arguments as in the schema."""
+    problem = _Problem(input, offset, weight, stride, padding, dilation, mask, boundary)
+    by_input, by_offset, by_weight, by_bias, by_mask = output_mask
+    nothing = grad_output.new_empty(0)
+    grads = dict.fromkeys(("input", "offset", "weight", "bias", "mask"), nothing)
+    rows = grad_output.flatten(2)
+    if by_input or by_offset or by_mask:
+        found = _backward_data(problem, rows, weight, by_input, by_offset or by_mask)
+        for name, grad, asked in zip(("input", "offset", "mask"), found, (by_input, by_offset, by_mask), strict=True):
+            grads[name] = grad if asked else nothing
+    if by_weight:
+        grads["weight"] = _backward_weight(problem, rows, weight)
+    if by_bias:
+        grads["bias"] = rows.sum((0, 2), dtype=torch.float32).to(grad_output.dtype)
+    return tuple(grads.values())
+
+
+def _backward_data(
+    problem: "_Problem", grad_output: Tensor, weight: Tensor, by_input: bool, by_points: bool
+) -> tuple[Tensor, ...]:
+    """The gradients by input, offset and mask."""
+    input, offset, mask = problem.arguments
+
+    def most() -> Tensor:
+        # Of what the output's gradient gives to one column, times the columns that may read one position.
+        column = largest(grad_output) * largest(weight) * weight.shape[0]
+        return column * (1 if mask is None else largest(mask)) * max(problem.rows * problem.taps, 1)
+
+    size, channels = input.shape[2:], input.shape[1]
+    shape = (len(input), channels, *size) if problem.planar else (len(input), *size, channels)
+    grad_input = FieldGradient(input, shape, by_input, most)
+    grad_offset = offset.new_empty(offset.shape if by_points else 0)
+    grad_mask = grad_offset if mask is None else mask.new_empty(mask.shape if by_points else 0)
+    if problem.depthwise:
+        filters = weight
+        pieces = problem.pieces(problem.offset_channels, problem.offset_channels)
+    else:
+        filters = weight.flatten(2).permute(2, 0, 1)
+        pieces = problem.pieces(problem.offset_channels, problem.group_channels)
+    launch(
+        deform_conv_backward_data,
+        lambda config: triton.cdiv(problem.rows, config.blocks["ROWS"]) * problem.offset_groups * problem.taps,
+        [grad_output, *problem.tensors[:2], filters.contiguous(), problem.tensors[2], grad_input.argument]
+        + [grad_offset, grad_mask, grad_output.stride(), *problem.numbers],
+        problem.constants
+        | problem.products
+        | pieces
+        | {"DEPTHWISE": problem.depthwise, "PLANAR": problem.planar}
+        | {"FIELD": by_input, "POINTS": by_points, "EXACT": grad_input.exact},
+        problem.gradient_configs(),
+    )
+    result = grad_input.result()
+    return result.movedim(-1, 1).contiguous() if by_input and not problem.planar else result, grad_offset, grad_mask
+
+
+def _backward_weight(problem: "_Problem", grad_output: Tensor, weight: Tensor) -> Tensor:
+    """The gradient by the weight: parts of it, each from some of the positions, added up in order."""
+    if problem.depthwise:
+        pieces = problem.pieces(problem.offset_channels, problem.offset_channels)
+    else:
+        pieces = problem.pieces(problem.group_channels, problem.offset_channels)
+    configs = problem.weight_configs()
+    each = problem.weight_programs(configs[0], pieces)
+    splits = min(triton.cdiv(2 * _PROCESSORS, each), _WORKSPACE // (4 * weight.numel()), triton.cdiv(problem.rows, 256))
+    splits = max(splits, 1)
+    partial = weight.new_empty(splits, problem.taps, weight.shape[1], len(weight), dtype=torch.float32)
+    input, offset, mask = problem.tensors
+    launch(
+        deform_conv_backward_weight,
+        lambda config: problem.weight_programs(config, pieces) * splits,
+        [grad_output, input, offset, mask, partial, grad_output.stride(), *problem.numbers, splits],
+        problem.constants | problem.products | pieces | {"DEPTHWISE": problem.depthwise},
+        configs,
+    )
+    return partial.sum(0).permute(2, 1, 0).reshape(weight.shape).to(weight.dtype)
+
+
+class _Problem:
+    """What all kernels of a call have in common."""
+
+    def __init__(
+        self,
+        input: Tensor,
+        offset: Tensor,
+        weight: Tensor,
+        stride: Sequence[int],
+        padding: Sequence[int],
+        dilation: Sequence[int],
+        mask: Tensor | None,
+        boundary: str,
+    ) -> None:
+        size, out_size, kernel_size = input.shape[2:], offset.shape[2:], weight.shape[2:]
+        axes = len(size)
+        self.arguments = (input, offset, mask)
+        self.taps = prod(kernel_size)
+        self.filters, self.group_channels = weight.shape[:2]
+        self.channels = input.shape[1]
+        self.groups = self.channels // self.group_channels
+        self.offset_groups = offset.shape[1] // (self.taps * axes)
+        self.offset_channels = self.channels // self.offset_groups
+        self.depthwise = self.group_channels == 1
+        # Too few channels share their points to be read side by side.
+        self.planar = self.depthwise and self.offset_channels < 8
+        self.rows = len(input) * prod(out_size)
+        self.half = input.dtype != torch.float32
+
+        field = input if self.planar else input.movedim(1, -1).contiguous().movedim(-1, 1)
+        self.tensors = [t if t is None else t.flatten(2) for t in (field, offset, mask)]
+        strides = [(0, 0, 0) if t is None else t.stride() for t in self.tensors]
+        sizes = [*lifted(size, 1), *lifted(out_size, 1)[1:]]
+        self.numbers = [*strides, len(input), prod(out_size), *sizes]
+        self.constants = {
+            "FILTERS": self.filters,
+            "GROUPS": self.groups,
+            "TAPS": self.taps,
+            "KERNEL": lifted(kernel_size, 1),
+            "STRIDE": lifted(stride, 1),
+            "PADDING": lifted(padding, 0),
+            "DILATION": lifted(dilation, 1),
+            "AXES": axes,
+            "BORDER": boundary == "border",
+            "MODULATED": mask is not None,
+        }
+        self.products = {"PRECISION": _precision(), "OPERAND": _operand(input.dtype)}
+
+    def pieces(self, channels: int, others: int) -> dict[str, Any]:
+        """How groups of ``channels`` channels fall into pieces, each of which is in one group of the other kind."""
+        even = channels % others == 0 or others % channels == 0
+        most = max(
+            (first + channels - 1) // others - first // others + 1 for first in range(0, self.channels, channels)
+        )
+        constants = {"PIECES": most, "PIECE": min(channels, others), "EVEN": even}
+        return constants | {"GROUP_CHANNELS": self.group_channels, "OFFSET_CHANNELS": self.offset_channels}
+
+    def forward_programs(self, config: Config) -> int:
+        """How many programs a forward kernel has."""
+        tiles, columns = (
+            triton.cdiv(self.rows, config.blocks["ROWS"]),
+            config.blocks["COLUMNS"] * config.blocks["PARTS"],
+        )
+        if self.depthwise:
+            copies = self.filters // self.groups
+            return tiles * self.offset_groups * triton.cdiv(self.offset_channels, columns) * copies
+        return tiles * self.groups * triton.cdiv(self.filters // self.groups, config.blocks["OUTPUTS"])
+
+    def weight_programs(self, config: Config, pieces: dict[str, Any]) -> int:
+        """How many programs each part of the gradient by the weight has."""
+        chunks = triton.cdiv(pieces["PIECE"], config.blocks["COLUMNS"] * config.blocks["PARTS"]) * self.taps
+        filters = self.filters // self.groups
+        if self.depthwise:
+            return chunks * self.offset_groups * filters
+        return chunks * self.groups * pieces["PIECES"] * triton.cdiv(filters, config.blocks["OUTPUTS"])
+
+    def row_configs(self, vector: int) -> list[Config]:
+        """Candidates for the kernels without products."""
+        if not self.planar:
+            return row_configs(self.rows * self.offset_groups, self.offset_channels, vector)
+        rows = 1024 if target().backend == "interpreter" else 128
+        return [Config({"ROWS": rows, "COLUMNS": 1, "PARTS": 1, "UNROLL": 1})]
+
+    def product_configs(self) -> list[Config]:
+        """Candidates for the forward kernel with products."""
+        filters = self.filters // self.groups
+        return self._products(((128, 256, 8), (128, 128, 8), (64, 128, 4), (64, 64, 4), (32, 64, 4)), filters, True)
+
+    def gradient_configs(self) -> list[Config]:
+        """Candidates for the gradients by input, offset and mask."""
+        if self.depthwise:
+            configs = self.row_configs(4)
+            return [Config(_without_unroll(c.blocks) | {"OUTPUTS": 16}, c.num_warps, c.num_stages) for c in configs]
+        filters = self.filters // self.groups
+        return self._products(((64, 64, 4), (128, 64, 8), (32, 64, 4)), filters, False)
+
+    def weight_configs(self) -> list[Config]:
+        """Candidates for the gradient by the weight."""
+        if self.depthwise:
+            configs = self.row_configs(16 // self.arguments[0].itemsize)
+            return [Config(_without_unroll(c.blocks) | {"OUTPUTS": 16}, c.num_warps, c.num_stages) for c in configs]
+        filters = self.filters // self.groups
+        return self._products(((64, 128, 4), (64, 64, 4), (128, 64, 8)), filters, False)
+
+    def _products(self, tiles: Sequence[tuple[int, int, int]], filters: int, fill: bool) -> list[Config]:
+        """Candidates with tiles of ROWS x OUTPUTS; with ``fill`` the first one that gives every processor a program."""
+        piece = triton.next_power_of_2(min(self.group_channels, self.offset_channels))
+        fitting = max(triton.next_power_of_2(filters), 16)
+        if target().backend == "interpreter":
+            blocks = {"ROWS": 64, "OUTPUTS": min(fitting, 64), "COLUMNS": min(max(piece, 16), 64), "PARTS": 1}
+            return [Config(blocks)]
+        configs = []
+        for rows, outputs, warps in tiles:
+            blocks = {
+                "ROWS": rows,
+                "OUTPUTS": min(outputs, fitting),
+                "COLUMNS": 16,
+                "PARTS": min(max(piece // 16, 1), 4),
+            }
+            config = Config(blocks, num_warps=warps, num_stages=2)
+            if config.blocks not in [c.blocks for c in configs]:
+                configs.append(config)
+        if fill:
+            configs.sort(key=lambda config: self.forward_programs(config) < _PROCESSORS)
+        return configs
+
+
+def _without_unroll(blocks: dict[str, int]) -> dict[str, int]:
+    return {name: size for name, size in blocks.items() if name != "UNROLL"}
+
+
+def _precision() -> str:
+    """How float32 operands are multiplied: as torch's matrix products are, but never less exactly than asked."""
+    if target().backend != "cuda":
+        return "ieee"
+    return "tf32" if torch.backends.cuda.matmul.fp32_precision == "tf32" else "tf32x3"
+
+
+def _operand(dtype: torch.dtype) -> Any:
+    if target().backend == "interpreter":  # whose products of bfloat16 are wrong
+        return tl.float32
+    return {torch.float16: tl.float16, torch.bfloat16: tl.bfloat16}.get(dtype, tl.float32)
