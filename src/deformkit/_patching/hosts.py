@@ -7,6 +7,7 @@ from importlib import import_module
 from operator import attrgetter
 from typing import Any
 
+import torch
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -86,6 +87,28 @@ def multi_scale_deformable_attention(
     return _attend(value, value_spatial_shapes, sampling_locations, attention_weights)
 
 
+class _ChannelsFirstGradient(torch.autograd.Function):
+    """The same values, with a gradient that lies in memory as the host's does: positions last.
+
+    On a CPU the backward of torch's batch norm reads a gradient of one image with channels last as if it lay otherwise,
+    and is wrong without a word. In D-FINE and DEIMv2 no linear layer stands between the attention and a batch norm.
+    """
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(value: Tensor) -> Tensor:
+        return value.view_as(value)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+        pass
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Tensor:
+        return grad.permute(0, 2, 3, 1).contiguous().permute(0, 3, 1, 2)
+
+
 def multi_scale_deformable_attention_v2(
     value: Tensor,
     value_spatial_shapes: SpatialShapes,
@@ -95,6 +118,8 @@ def multi_scale_deformable_attention_v2(
     method: str = "default",
 ) -> Tensor:
     """The function of RT-DETRv2, D-FINE and DEIMv2 in transformers."""
+    if value.shape[0] == 1 and value.device.type == "cpu" and not torch.compiler.is_compiling():
+        value = _ChannelsFirstGradient.apply(value)
     return _attend(
         value, value_spatial_shapes, sampling_locations, attention_weights, num_points_list, _METHODS[method]
     )

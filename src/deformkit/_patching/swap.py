@@ -18,6 +18,9 @@ from .hosts import FUNCTIONS, HOSTS, LAYERS, Part, find
 # What a module of the model had before, by name: travels with copies and pickles, so that those can be restored too.
 _BEFORE = "_deformkit_before"
 
+# Packages that hold no part of a host, and that nearly all code reads.
+_PLAIN = ("torch", "builtins", "math", "collections", "deformkit")
+
 
 @dataclass(frozen=True)
 class Replacement:
@@ -221,21 +224,32 @@ def _lookups(cls: type) -> Iterator[tuple[Any, str]]:
     """The namespaces and names where methods of ``cls`` look up a function that is, or by now was, a host's."""
     found: dict[str, tuple[Any, str]] = {}
     for base in cls.__mro__:
+        if base.__module__.partition(".")[0] in _PLAIN:
+            continue
         for name, method in vars(base).items():
             method = inspect.unwrap(getattr(method, "__func__", method)) if callable(method) else None
             # What __init__ looks up it keeps in the instance.
-            if isinstance(method, FunctionType) and name != "__init__" and not base.__module__.startswith("torch."):
-                for chain in _chains(method.__code__):
+            if isinstance(method, FunctionType) and name != "__init__":
+                for chain in _chains(method.__code__, method.__globals__):
                     site = _resolve(method.__globals__, chain)
                     if site:
                         found[f"{site[0].__name__}.{site[1]}"] = site
     yield from found.values()
 
 
-def _chains(code: CodeType) -> Iterator[list[str]]:
-    """Every global name that ``code`` reads, with the attributes read of it, as in ``["torchvision", "ops"]``."""
+def _leads_on(value: Any) -> bool:
+    """Whether a global name with this value may give a host's function, by itself or by an attribute."""
+    if isinstance(value, ModuleType):
+        return value.__name__.partition(".")[0] not in _PLAIN
+    return _part(value) is not None or any(shared.ours is value for shared in _shared.values())
+
+
+def _chains(code: CodeType, names: dict[str, Any]) -> Iterator[list[str]]:
+    """The global names that ``code`` reads, with the attributes read of them, as in ``["torchvision", "ops"]``."""
     chain: list[str] = []
-    for instruction in dis.get_instructions(code):
+    # Taking code apart is slow, and most code reads no such name.
+    worthwhile = any(_leads_on(names[name]) for name in code.co_names if name in names)
+    for instruction in dis.get_instructions(code) if worthwhile else ():
         if instruction.opname == "LOAD_GLOBAL":
             if chain:
                 yield chain
@@ -247,7 +261,7 @@ def _chains(code: CodeType) -> Iterator[list[str]]:
             chain = []
     for constant in code.co_consts:
         if isinstance(constant, CodeType):
-            yield from _chains(constant)
+            yield from _chains(constant, names)
 
 
 def _resolve(names: dict[str, Any], chain: list[str]) -> tuple[Any, str] | None:
