@@ -16,7 +16,7 @@ import triton.language as tl
 from torch import Tensor
 
 from .._shape import prod
-from ..gpu.launch import Config, gather_configs, launch
+from ..gpu.launch import Config, launch
 from ..sample.gpu import (
     FieldGradient,
     coordinates,
@@ -173,7 +173,9 @@ def deform_roi_pool_forward(
     tl.store(output + where, result, mask=tile_mask(exists, tile, CHANNELS % COLUMNS == 0))
 
 
-@triton.jit(do_not_specialize=["batch", "bins", "D", "H", "W", "out_d", "out_h", "out_w", "sampling_ratio"])
+@triton.jit(
+    do_not_specialize=["batch", "bins", "D", "H", "W", "out_d", "out_h", "out_w", "sampling_ratio", "bin_stride"]
+)
 def deform_roi_pool_backward(
     grad_output,
     input,
@@ -196,6 +198,7 @@ def deform_roi_pool_backward(
     spatial_scale,
     sampling_ratio,
     gamma,
+    bin_stride,
     CHANNELS: tl.constexpr,
     AXES: tl.constexpr,
     FIELD: tl.constexpr,
@@ -215,7 +218,8 @@ def deform_roi_pool_backward(
 
     field = input + image * input_strides[0]
     first = image * (D.to(tl.int64) * H * W) * CHANNELS
-    grad_output += roi * grad_output_strides[0] + place.to(tl.int64) * grad_output_strides[2]
+    # Where the compiler knows that bins are neighbours, it reads them in that order, and turns every corner's amounts.
+    grad_output += roi * grad_output_strides[0] + place.to(tl.int64) * bin_stride
     total = samples[0] * samples[1] * samples[2]
     z = tl.zeros((ROWS,), tl.float32)
     y, x = z, z
@@ -280,7 +284,7 @@ def backward(
         launch(
             deform_roi_pool_backward,
             lambda config: _tiles(grad_output, config),
-            [flat, *tensors, grad_input.argument, grad_offset, flat.stride(), *strides, *numbers],
+            [flat, *tensors, grad_input.argument, grad_offset, flat.stride(), *strides, *numbers, flat.stride(2)],
             constants,
             _configs(grad_output, per_thread=4),
         )
@@ -293,13 +297,14 @@ def _tiles(output: Tensor, config: Config) -> int:
 
 
 def _configs(output: Tensor, per_thread: int) -> list[Config]:
-    """Candidates whose tiles are not much larger than all bins of a RoI."""
-    bins = triton.next_power_of_2(prod(output.shape[2:]))
+    """Candidates whose tiles have at most about the bins of one RoI, and ``per_thread`` elements for each thread."""
+    channels, bins = (triton.next_power_of_2(max(n, 1)) for n in (output.shape[1], prod(output.shape[2:])))
     configs = []
-    for config in gather_configs(max(output.shape[1], 1), per_thread):
-        rows = min(config.blocks["ROWS"], bins)
-        warps = max(config.num_warps * rows // config.blocks["ROWS"], 1)
-        configs.append(Config({**config.blocks, "ROWS": rows}, warps, config.num_stages))
+    for columns, rows in ((128, 8), (64, 8), (128, 16), (64, 16), (32, 16)):
+        columns = min(columns, channels)
+        rows = min(max(rows, 512 // columns), bins)
+        warps = min(max(rows * columns // (32 * per_thread), 1), 8)
+        configs.append(Config({"ROWS": rows, "COLUMNS": columns}, num_warps=warps))
     return configs
 
 
