@@ -72,7 +72,7 @@ def tap_along(
     return place * STRIDE[AXIS] + (centre - PADDING[AXIS]), offset_scale * (tap * DILATION[AXIS] - centre + offset)
 
 
-@triton.jit(do_not_specialize=["batch", "positions", "D", "H", "W", "out_h", "out_w"])
+@triton.jit(do_not_specialize=["positions", "D", "H", "W", "out_h", "out_w"])
 def deform_aggregate_forward(
     value,
     offset,
@@ -81,7 +81,6 @@ def deform_aggregate_forward(
     value_strides,
     offset_strides,
     weight_strides,
-    batch,
     positions,
     D,
     H,
@@ -108,7 +107,7 @@ def deform_aggregate_forward(
     WHOLE: tl.constexpr = CHANNELS % (COLUMNS * PARTS) == 0
     split, program = tl.program_id(0) % SPLITS, tl.program_id(0) // SPLITS
     head = program % heads
-    image, place, exists = tile_rows(program // heads, positions, batch, ROWS)
+    image, place, exists = tile_rows(program // heads, positions, ROWS)
     tile = (split * COLUMNS * PARTS + tl.arange(0, COLUMNS), value_strides[3], CHANNELS)
     size, out_size = (D, H, W), (D, out_h, out_w)
 
@@ -132,7 +131,7 @@ def deform_aggregate_forward(
     store_parts(output, tile, result, exists, PARTS, WHOLE)
 
 
-@triton.jit(do_not_specialize=["batch", "positions", "D", "H", "W", "out_h", "out_w"])
+@triton.jit(do_not_specialize=["positions", "D", "H", "W", "out_h", "out_w"])
 def deform_aggregate_backward(
     grad_output,
     value,
@@ -145,7 +144,6 @@ def deform_aggregate_backward(
     value_strides,
     offset_strides,
     weight_strides,
-    batch,
     positions,
     D,
     H,
@@ -174,7 +172,7 @@ def deform_aggregate_backward(
     SPLITS: tl.constexpr = (CHANNELS + COLUMNS * PARTS - 1) // (COLUMNS * PARTS)
     WHOLE: tl.constexpr = CHANNELS % (COLUMNS * PARTS) == 0
     head = tl.program_id(0) % heads
-    image, place, exists = tile_rows(tl.program_id(0) // heads, positions, batch, ROWS)
+    image, place, exists = tile_rows(tl.program_id(0) // heads, positions, ROWS)
     size, out_size = (D, H, W), (D, out_h, out_w)
 
     field = value + image * value_strides[0] + head * value_strides[2]
@@ -235,15 +233,15 @@ def extent(
 
 def forward(value: Tensor, offset: Tensor, weight: Tensor, *steps: Any) -> Tensor:
     """Launch the kernel; arguments as in the schema."""
-    rows, heads, channels = prod(offset.shape[:-3]), *value.shape[-2:]
+    batch, positions, heads, channels = len(value), prod(offset.shape[1:-3]), *value.shape[-2:]
     tensors, strides, numbers, constants = _problem(value, offset, weight, *steps)
     output = value.new_empty(*offset.shape[:-3], heads, channels)
 
     def programs(config: Config) -> int:
         splits = triton.cdiv(channels, config.blocks["COLUMNS"] * config.blocks["PARTS"])
-        return triton.cdiv(rows, config.blocks["ROWS"]) * heads * splits
+        return batch * triton.cdiv(positions, config.blocks["ROWS"]) * heads * splits
 
-    configs = row_configs(rows * heads, channels, 16 // value.itemsize)
+    configs = row_configs(positions, batch * heads, channels, 16 // value.itemsize)
     launch(deform_aggregate_forward, programs, [*tensors, output, *strides, *numbers], constants, configs)
     return output
 
@@ -251,7 +249,7 @@ def forward(value: Tensor, offset: Tensor, weight: Tensor, *steps: Any) -> Tenso
 def backward(grad_output: Tensor, value: Tensor, offset: Tensor, weight: Tensor, *steps: Any) -> tuple[Tensor, ...]:
     """Launch the kernel; arguments as in the schema."""
     *steps, output_mask = steps
-    rows, heads, channels = prod(offset.shape[:-3]), *value.shape[-2:]
+    batch, positions, heads, channels = len(value), prod(offset.shape[1:-3]), *value.shape[-2:]
     tensors, strides, numbers, constants = _problem(value, offset, weight, *steps)
     grad_output = grad_output.flatten(1, -3)
 
@@ -266,10 +264,10 @@ def backward(grad_output: Tensor, value: Tensor, offset: Tensor, weight: Tensor,
         results = [grad_value.argument, grad_offset, grad_weight]
         launch(
             deform_aggregate_backward,
-            lambda config: triton.cdiv(rows, config.blocks["ROWS"]) * heads,
+            lambda config: batch * triton.cdiv(positions, config.blocks["ROWS"]) * heads,
             [grad_output, *tensors, *results, grad_output.stride(), *strides, *numbers],
             constants,
-            row_configs(rows * heads, channels, 4),
+            row_configs(positions, batch * heads, channels, 4),
         )
     grads = (grad_value.result(), grad_offset, grad_weight)
     return tuple(grad if asked else grad.new_empty(0) for grad, asked in zip(grads, output_mask, strict=True))
@@ -291,7 +289,7 @@ def _problem(
     *out_size, _, taps, axes = offset.shape[1:]
     size = value.shape[1:-2]
     tensors = [value.flatten(1, axes), offset.flatten(1, axes), weight.flatten(1, axes)]
-    numbers = [len(value), prod(out_size), *lifted(size, 1), *lifted(out_size, 1)[1:], value.shape[-2], offset_scale]
+    numbers = [prod(out_size), *lifted(size, 1), *lifted(out_size, 1)[1:], value.shape[-2], offset_scale]
     constants = {
         "CHANNELS": value.shape[-1],
         "TAPS": taps,

@@ -85,7 +85,7 @@ def load_filters(pointers, rows, columns, row_count, column_count, stride, OPERA
     return tl.load(pointers + where, mask=mask, other=0.0).to(OPERAND)
 
 
-@triton.jit(do_not_specialize=["batch", "positions", "D", "H", "W", "out_h", "out_w"])
+@triton.jit(do_not_specialize=["positions", "D", "H", "W", "out_h", "out_w"])
 def deform_conv_forward(
     input,
     offset,
@@ -96,7 +96,6 @@ def deform_conv_forward(
     input_strides,
     offset_strides,
     mask_strides,
-    batch,
     positions,
     D,
     H,
@@ -132,7 +131,7 @@ def deform_conv_forward(
     WHOLE: tl.constexpr = EVEN and PIECE % (COLUMNS * PARTS) == 0
     block, program = tl.program_id(0) % BLOCKS, tl.program_id(0) // BLOCKS
     group = program % GROUPS
-    image, place, exists = tile_rows(program // GROUPS, positions, batch, ROWS)
+    image, place, exists = tile_rows(program // GROUPS, positions, ROWS)
     size, out_size, row = (D, H, W), (D, out_h, out_w), place.to(tl.int64)
     outputs = block * OUTPUTS + tl.arange(0, OUTPUTS)
 
@@ -170,11 +169,12 @@ def deform_conv_forward(
     of_group = outputs < (group + 1) * GROUP_FILTERS
     if BIASED:
         result += tl.load(bias + outputs, mask=of_group, other=0.0).to(tl.float32)[None, :]
-    channels = (image * FILTERS)[:, None] + outputs[None, :]
-    tl.store(output + channels * positions + row[:, None], result, mask=exists[:, None] & of_group[None, :])
+    rows = output + (image * FILTERS * positions + row)
+    mask = exists[:, None] if GROUP_FILTERS % OUTPUTS == 0 else exists[:, None] & of_group[None, :]
+    tl.store(rows[:, None] + (outputs.to(tl.int64) * positions)[None, :], result, mask=mask)
 
 
-@triton.jit(do_not_specialize=["batch", "positions", "D", "H", "W", "out_h", "out_w"])
+@triton.jit(do_not_specialize=["positions", "D", "H", "W", "out_h", "out_w"])
 def deform_conv_forward_depthwise(
     input,
     offset,
@@ -185,7 +185,6 @@ def deform_conv_forward_depthwise(
     input_strides,
     offset_strides,
     mask_strides,
-    batch,
     positions,
     D,
     H,
@@ -215,7 +214,7 @@ def deform_conv_forward_depthwise(
     copy, program = tl.program_id(0) % MULTIPLE, tl.program_id(0) // MULTIPLE
     chunk, program = program % CHUNKS, program // CHUNKS
     offset_group = program % (GROUPS // OFFSET_CHANNELS)
-    image, place, exists = tile_rows(program // (GROUPS // OFFSET_CHANNELS), positions, batch, ROWS)
+    image, place, exists = tile_rows(program // (GROUPS // OFFSET_CHANNELS), positions, ROWS)
     size, out_size, row = (D, H, W), (D, out_h, out_w), place.to(tl.int64)
     end = (offset_group + 1) * OFFSET_CHANNELS
     columns = offset_group * OFFSET_CHANNELS + chunk * (COLUMNS * PARTS) + tl.arange(0, COLUMNS)
@@ -266,7 +265,7 @@ def load_cotangent(rows, stride, channels, row_mask, channel_mask, OPERAND: tl.c
     return tl.load(pointers, mask=row_mask[:, None] & channel_mask[None, :], other=0.0).to(OPERAND)
 
 
-@triton.jit(do_not_specialize=["batch", "positions", "D", "H", "W", "out_h", "out_w"])
+@triton.jit(do_not_specialize=["positions", "D", "H", "W", "out_h", "out_w"])
 def deform_conv_backward_data(
     grad_output,
     input,
@@ -280,7 +279,6 @@ def deform_conv_backward_data(
     input_strides,
     offset_strides,
     mask_strides,
-    batch,
     positions,
     D,
     H,
@@ -321,7 +319,7 @@ def deform_conv_backward_data(
     WHOLE: tl.constexpr = EVEN and PIECE % (COLUMNS * PARTS) == 0
     tap, program = tl.program_id(0) % TAPS, tl.program_id(0) // TAPS
     offset_group = program % OFFSET_GROUPS
-    image, place, exists = tile_rows(program // OFFSET_GROUPS, positions, batch, ROWS)
+    image, place, exists = tile_rows(program // OFFSET_GROUPS, positions, ROWS)
     size, out_size, row = (D, H, W), (D, out_h, out_w), place.to(tl.int64)
 
     field = input + image * input_strides[0]
@@ -411,13 +409,13 @@ def deform_conv_backward_weight(
     input_strides,
     offset_strides,
     mask_strides,
-    batch,
     positions,
     D,
     H,
     W,
     out_h,
     out_w,
+    batch,
     splits,
     FILTERS: tl.constexpr,
     GROUPS: tl.constexpr,
@@ -464,8 +462,8 @@ def deform_conv_backward_weight(
     outputs = block * OUTPUTS + tl.arange(0, OUTPUTS)
     size, out_size = (D, H, W), (D, out_h, out_w)
 
-    for tile in range(split, ((batch * positions.to(tl.int64) + (ROWS - 1)) // ROWS).to(tl.int32), splits):
-        image, place, exists = tile_rows(tile, positions, batch, ROWS)
+    for tile in range(split, batch * tl.cdiv(positions, ROWS), splits):
+        image, place, exists = tile_rows(tile, positions, ROWS)
         exists &= first < end
         row = place.to(tl.int64)
         base, shift = tap_point(
@@ -598,7 +596,7 @@ def _backward_data(
     def most() -> Tensor:
         # Of what the output's gradient gives to one column, times the columns that may read one position.
         column = largest(grad_output) * largest(weight) * weight.shape[0]
-        return column * (1 if mask is None else largest(mask)) * max(problem.rows * problem.taps, 1)
+        return column * (1 if mask is None else largest(mask)) * max(problem.positions * problem.taps, 1)
 
     size, channels = input.shape[2:], input.shape[1]
     shape = (len(input), channels, *size) if problem.planar else (len(input), *size, channels)
@@ -613,7 +611,7 @@ def _backward_data(
         pieces = problem.pieces(problem.offset_channels, problem.group_channels)
     launch(
         deform_conv_backward_data,
-        lambda config: triton.cdiv(problem.rows, config.blocks["ROWS"]) * problem.offset_groups * problem.taps,
+        lambda config: problem.tiles(config) * problem.offset_groups * problem.taps,
         [grad_output, *problem.tensors[:2], filters.contiguous(), problem.tensors[2], grad_input.argument]
         + [grad_offset, grad_mask, grad_output.stride(), *problem.numbers],
         problem.constants
@@ -635,14 +633,18 @@ def _backward_weight(problem: "_Problem", grad_output: Tensor, weight: Tensor) -
         pieces = problem.pieces(problem.group_channels, problem.offset_channels)
     configs = problem.weight_configs()
     each = problem.weight_programs(configs[0], pieces)
-    splits = min(triton.cdiv(2 * _PROCESSORS, each), _WORKSPACE // (4 * weight.numel()), triton.cdiv(problem.rows, 256))
+    splits = min(
+        triton.cdiv(2 * _PROCESSORS, each),
+        _WORKSPACE // (4 * weight.numel()),
+        triton.cdiv(problem.batch * problem.positions, 256),
+    )
     splits = max(splits, 1)
     partial = weight.new_empty(splits, problem.taps, weight.shape[1], len(weight), dtype=torch.float32)
     input, offset, mask = problem.tensors
     launch(
         deform_conv_backward_weight,
         lambda config: problem.weight_programs(config, pieces) * splits,
-        [grad_output, input, offset, mask, partial, grad_output.stride(), *problem.numbers, splits],
+        [grad_output, input, offset, mask, partial, grad_output.stride(), *problem.numbers, problem.batch, splits],
         problem.constants | problem.products | pieces | {"DEPTHWISE": problem.depthwise},
         configs,
     )
@@ -675,14 +677,14 @@ class _Problem:
         self.depthwise = self.group_channels == 1
         # Too few channels share their points to be read side by side.
         self.planar = self.depthwise and self.offset_channels < 8
-        self.rows = len(input) * prod(out_size)
+        self.batch, self.positions = len(input), prod(out_size)
         self.half = input.dtype != torch.float32
 
         field = input if self.planar else input.movedim(1, -1).contiguous().movedim(-1, 1)
         self.tensors = [t if t is None else t.flatten(2) for t in (field, offset, mask)]
         strides = [(0, 0, 0) if t is None else t.stride() for t in self.tensors]
         sizes = [*lifted(size, 1), *lifted(out_size, 1)[1:]]
-        self.numbers = [*strides, len(input), prod(out_size), *sizes]
+        self.numbers = [*strides, self.positions, *sizes]
         self.constants = {
             "FILTERS": self.filters,
             "GROUPS": self.groups,
@@ -706,10 +708,14 @@ class _Problem:
         constants = {"PIECES": most, "PIECE": min(channels, others), "EVEN": even}
         return constants | {"GROUP_CHANNELS": self.group_channels, "OFFSET_CHANNELS": self.offset_channels}
 
+    def tiles(self, config: Config) -> int:
+        """How many tiles of positions there are."""
+        return self.batch * triton.cdiv(self.positions, config.blocks["ROWS"])
+
     def forward_programs(self, config: Config) -> int:
         """How many programs a forward kernel has."""
         tiles, columns = (
-            triton.cdiv(self.rows, config.blocks["ROWS"]),
+            self.tiles(config),
             config.blocks["COLUMNS"] * config.blocks["PARTS"],
         )
         if self.depthwise:
@@ -728,7 +734,7 @@ class _Problem:
     def row_configs(self, vector: int) -> list[Config]:
         """Candidates for the kernels without products."""
         if not self.planar:
-            return row_configs(self.rows * self.offset_groups, self.offset_channels, vector)
+            return row_configs(self.positions, self.batch * self.offset_groups, self.offset_channels, vector)
         rows = 1024 if target().backend == "interpreter" else 128
         return [Config({"ROWS": rows, "COLUMNS": 1, "PARTS": 1, "UNROLL": 1})]
 

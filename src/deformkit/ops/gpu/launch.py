@@ -135,14 +135,15 @@ _MANY_THREADS = 2**17
 _MOST_PARTS = 8
 
 
-def row_configs(rows: int, channels: int, vector: int) -> list[Config]:
+def row_configs(rows: int, times: int, channels: int, vector: int) -> list[Config]:
     """Candidates for a kernel whose rows are points, each with ``channels`` side by side in memory.
 
     What has to be known of a point is worked out by every thread of its row: the fewer there are, the better, as long
     as all rows together have threads enough. A thread reads PARTS vectors of a row; a program has ROWS of them.
 
     Args:
-        rows: how many there are in all.
+        rows: how many of them follow one another, in one image.
+        times: how many such sequences of rows there are.
         channels: of a row; more than 8 vectors of 32 threads are left to several programs or to a loop.
         vector: how many channels a thread reads at once.
     """
@@ -152,16 +153,17 @@ def row_configs(rows: int, channels: int, vector: int) -> list[Config]:
     vector = min(vector, triton.next_power_of_2(channels))
     most = max(min(triton.next_power_of_2(channels) // vector, 32), 1)
     least = min(max(triton.next_power_of_2(triton.cdiv(channels, vector * _MOST_PARTS)), min(2, most)), most)
-    threads = min(max(triton.next_power_of_2(triton.cdiv(_MANY_THREADS, max(rows, 1))), least), most)
-    busy = rows * threads >= _MANY_THREADS
+    wanted = triton.next_power_of_2(triton.cdiv(_MANY_THREADS, max(rows * times, 1)))
+    threads = min(max(wanted, least), most)
     configs = []
     for share, warps, unroll in (
-        (threads, 4, 1 if busy else 2),
+        (threads, 4, 1 if threads >= wanted else 2),
         *((t, w, 1) for t in (least, most) for w in (2, 4, 8)),
     ):
         parts = min(triton.cdiv(channels, vector * share), _MOST_PARTS)
-        blocks = {"ROWS": warps * 32 // share, "COLUMNS": vector * share, "PARTS": parts, "UNROLL": unroll}
-        config = Config(blocks, num_warps=warps)
+        tile = min(warps * 32 // share, max(triton.next_power_of_2(rows), 1))
+        blocks = {"ROWS": tile, "COLUMNS": vector * share, "PARTS": parts, "UNROLL": unroll}
+        config = Config(blocks, num_warps=max(min(warps, tile * share // 32), 1))
         if config not in configs:
             configs.append(config)
     return configs

@@ -52,7 +52,7 @@ def level_shift(pointers, stride, size, mask, AXES: tl.constexpr, NEAREST: tl.co
     return z * size[0] + half, y * size[1] + half, x * size[2] + half
 
 
-@triton.jit(do_not_specialize=["batch", "queries"])
+@triton.jit(do_not_specialize=["queries"])
 def ms_deform_attn_forward(
     value,
     sampling_locations,
@@ -62,7 +62,6 @@ def ms_deform_attn_forward(
     location_strides,
     weight_strides,
     sizes,
-    batch,
     queries,
     heads,
     CHANNELS: tl.constexpr,
@@ -79,7 +78,7 @@ def ms_deform_attn_forward(
     WHOLE: tl.constexpr = CHANNELS % (COLUMNS * PARTS) == 0
     split, program = tl.program_id(0) % SPLITS, tl.program_id(0) // SPLITS
     head = program % heads
-    image, query, exists = tile_rows(program // heads, queries, batch, ROWS)
+    image, query, exists = tile_rows(program // heads, queries, ROWS)
     tile = (split * COLUMNS * PARTS + tl.arange(0, COLUMNS), value_strides[3], CHANNELS)
 
     field = value + image * value_strides[0] + head * value_strides[2]
@@ -103,7 +102,7 @@ def ms_deform_attn_forward(
     store_parts(output, tile, result, exists, PARTS, WHOLE)
 
 
-@triton.jit(do_not_specialize=["batch", "queries", "length"])
+@triton.jit(do_not_specialize=["queries", "length"])
 def ms_deform_attn_backward(
     grad_output,
     value,
@@ -117,7 +116,6 @@ def ms_deform_attn_backward(
     location_strides,
     weight_strides,
     sizes,
-    batch,
     queries,
     heads,
     length,
@@ -137,7 +135,7 @@ def ms_deform_attn_backward(
     SPLITS: tl.constexpr = (CHANNELS + COLUMNS * PARTS - 1) // (COLUMNS * PARTS)
     WHOLE: tl.constexpr = CHANNELS % (COLUMNS * PARTS) == 0
     head = tl.program_id(0) % heads
-    image, query, exists = tile_rows(tl.program_id(0) // heads, queries, batch, ROWS)
+    image, query, exists = tile_rows(tl.program_id(0) // heads, queries, ROWS)
 
     field = value + image * value_strides[0] + head * value_strides[2]
     first = (image * length * heads + head) * CHANNELS
@@ -197,9 +195,9 @@ def forward(
 
     def programs(config: Config) -> int:
         splits = triton.cdiv(channels, config.blocks["COLUMNS"] * config.blocks["PARTS"])
-        return triton.cdiv(batch * queries, config.blocks["ROWS"]) * heads * splits
+        return batch * triton.cdiv(queries, config.blocks["ROWS"]) * heads * splits
 
-    configs = row_configs(batch * queries * heads, channels, 16 // value.itemsize)
+    configs = row_configs(queries, batch * heads, channels, 16 // value.itemsize)
     args = [*tensors, output, *(t.stride() for t in tensors), *numbers]
     launch(ms_deform_attn_forward, programs, args, constants, configs)
     return output
@@ -234,10 +232,10 @@ def backward(
         results = [grad_value.argument, grad_locations, grad_weights]
         launch(
             ms_deform_attn_backward,
-            lambda config: triton.cdiv(batch * queries, config.blocks["ROWS"]) * heads,
+            lambda config: batch * triton.cdiv(queries, config.blocks["ROWS"]) * heads,
             [*tensors, *results, *(t.stride() for t in tensors), *numbers, value.shape[1]],
             constants,
-            row_configs(batch * queries * heads, channels, 4),
+            row_configs(queries, batch * heads, channels, 4),
         )
     grads = (grad_value.result(), grad_locations, grad_weights)
     return tuple(grad if asked else grad.new_empty(0) for grad, asked in zip(grads, output_mask, strict=True))
@@ -247,7 +245,7 @@ def _problem(
     value: Tensor, spatial_shapes: Sequence[int], sampling_locations: Tensor, num_points: Sequence[int], mode: str
 ) -> tuple[list[Any], dict[str, Any]]:
     """What both kernels are given besides tensors: numbers and constants."""
-    batch, queries, heads, _, axes = sampling_locations.shape
+    queries, heads, _, axes = sampling_locations.shape[1:]
     levels = [lifted(spatial_shapes[i : i + axes], 1) for i in range(0, len(spatial_shapes), axes)]
     # Triton compiles anew for each set of numbers in a tuple that are 1, and that are multiples of 16: odd ones above
     # 1 are neither, so that a new image size is no new kernel.
@@ -259,4 +257,4 @@ def _problem(
         "AXES": axes,
         "NEAREST": mode == "nearest",
     }
-    return [sizes, batch, queries, heads], constants
+    return [sizes, queries, heads], constants

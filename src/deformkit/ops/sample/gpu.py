@@ -22,16 +22,16 @@ from torch import Tensor
 
 
 @triton.jit
-def tile_rows(tile, positions, batch, ROWS: tl.constexpr):
-    """The rows of a tile, when the positions of all images follow one another.
+def tile_rows(tile, positions, ROWS: tl.constexpr):
+    """The rows of a tile: ROWS positions that follow one another in one image.
 
-    Returns the image (int64), the position in it (int32) and whether there is one, for each row.
+    Returns the image (int64), and for each row its position and whether there is one.
     """
-    first = (tl.zeros((), tl.int64) + tile) * ROWS
-    image = first // positions
-    place = (first - image * positions).to(tl.int32) + tl.arange(0, ROWS)
-    image = image + place // positions
-    return image, place % positions, image < batch
+    tiles = tl.cdiv(positions, ROWS)
+    # A number that a loop counts is no tensor yet where the kernel is interpreted.
+    image = (tl.zeros((), tl.int64) + tile) // tiles
+    place = (tile % tiles) * ROWS + tl.arange(0, ROWS)
+    return image, place, place < positions
 
 
 @triton.jit
