@@ -16,7 +16,8 @@ from ..ops.deform_conv.op import deform_conv2d
 from ..ops.deform_roi_pool.op import deform_roi_pool
 from ..ops.ms_deform_attn.op import Mode, SpatialShapes, ms_deform_attn
 
-HOSTS = "transformers, torchvision, mmcv, ultralytics, rfdetr or Deformable DETR"
+PACKAGES = ("transformers", "torchvision", "mmcv", "ultralytics", "rfdetr")
+HOSTS = f"{', '.join(PACKAGES)} or Deformable DETR"
 
 _METHODS: dict[str, Mode] = {"default": "linear", "discrete": "nearest"}
 

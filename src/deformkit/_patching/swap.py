@@ -13,13 +13,13 @@ from weakref import WeakSet
 
 from torch import nn
 
-from .hosts import FUNCTIONS, HOSTS, LAYERS, Part, find
+from .hosts import FUNCTIONS, HOSTS, LAYERS, PACKAGES, Part, find
 
 # What a module of the model had before, by name: travels with copies and pickles, so that those can be restored too.
 _BEFORE = "_deformkit_before"
 
-# Packages that hold no part of a host, and that nearly all code reads.
-_PLAIN = ("torch", "builtins", "math", "collections", "deformkit")
+# Packages whose classes look up no host's function.
+_PLAIN = ("torch", "builtins", "collections", "typing", "abc", "deformkit")
 
 
 @dataclass(frozen=True)
@@ -240,7 +240,7 @@ def _lookups(cls: type) -> Iterator[tuple[Any, str]]:
 def _leads_on(value: Any) -> bool:
     """Whether a global name with this value may give a host's function, by itself or by an attribute."""
     if isinstance(value, ModuleType):
-        return value.__name__.partition(".")[0] not in _PLAIN
+        return value.__name__.partition(".")[0] in PACKAGES
     return _part(value) is not None or any(shared.ours is value for shared in _shared.values())
 
 
