@@ -8,6 +8,8 @@ NATIVE := $(wildcard src/deformkit/ops/*/*.cpp src/deformkit/ops/*/*.h)
 RECENT_TORCH := import torch; assert tuple(map(int, torch.__version__.split(".")[:2])) >= (2, 10)
 TORCH_HOME := $(RECENT_TORCH); import pathlib; print(pathlib.Path(torch.__file__).parents[1])
 SITE := import sysconfig; print(sysconfig.get_path("purelib"))
+# Triton comes with a torch for CUDA; for one that is for CPUs alone there is a Triton too, on Linux.
+NO_TRITON := import sys, importlib.util as u; sys.exit(sys.platform == "linux" and not u.find_spec("triton"))
 
 .PHONY: help build demo test check format bench wheel docs sanitize clean
 .NOTPARALLEL:
@@ -91,4 +93,5 @@ $(VENV)/.build: $(VENV)/.tools $(NATIVE) CMakeLists.txt pyproject.toml
 
 $(VENV)/.demo $(VENV)/.dev $(VENV)/.docs: $(VENV)/.%: $(VENV)/.tools $(NATIVE) CMakeLists.txt pyproject.toml
 	$(EDITABLE) '.[$*]'
+	$(if $(filter dev,$*),@$(PY) -c '$(NO_TRITON)' || $(INSTALL) triton==3.7.1)
 	@touch $@

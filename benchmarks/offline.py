@@ -102,46 +102,49 @@ def jobs() -> list[Job]:
 
 def compiled(job: Job) -> list[dict[str, Any]]:
     """A row for each kernel that the launchers of a job would start."""
-    driver.set_active(Driver(TARGETS[job.target]))
+    cases = importlib.import_module(f"deformkit.ops.{job.operator}.cases").BENCHMARKS
+    named = next(case for case in cases if case.name == job.case).arguments(dtype=getattr(torch, job.dtype))
+    about = {"operator": job.operator, "case": job.case, "dtype": job.dtype, "deterministic": job.deterministic}
+    return [
+        {
+            **about,
+            "target": job.target,
+            "kernel": kernel,
+            "blocks": config.blocks,
+            "warps": config.num_warps,
+            **look(built),
+        }
+        for kernel, built, config in build(job.operator, named, TARGETS[job.target], job.deterministic)
+    ]
+
+
+def build(
+    name: str, named: dict[str, Any], target: GPUTarget, deterministic: bool
+) -> list[tuple[str, Any, launch.Config]]:
+    """Compile what a call of an operator would start, forward and backward; Triton's cache keeps it."""
+    driver.set_active(Driver(target))
     launch._target.cache_clear()
-    torch.use_deterministic_algorithms(job.deterministic)
-    rows: list[dict[str, Any]] = []
+    built = []
 
     def start(kernel: Any, count: int, args: Sequence[Any], constants: dict[str, Any], config: launch.Config) -> None:
         # What was compiled for another target is kept by device alone.
         kernel.device_caches.clear()
         options = {"num_warps": config.num_warps, "num_stages": config.num_stages}
-        built = kernel.warmup(*args, **constants, **config.blocks, **options, grid=(1,))
-        about = {"operator": job.operator, "case": job.case, "dtype": job.dtype, "deterministic": job.deterministic}
-        rows.append(
-            {
-                **about,
-                "target": job.target,
-                "kernel": kernel.__name__,
-                "blocks": config.blocks,
-                "warps": config.num_warps,
-                **look(built),
-            }
-        )
+        found = kernel.warmup(*args, **constants, **config.blocks, **options, grid=(1,))
+        built.append((kernel.__name__, found, config))
 
+    operator, room = operators[name], importlib.import_module(f"deformkit.ops.{name}.gpu")
+    args = [named[key].to("meta") if isinstance(named[key], Tensor) else named[key] for key in operator.arguments]
     before, launch.start = launch.start, start
+    torch.use_deterministic_algorithms(deterministic)
     try:
-        for function, args in _calls(job):
-            function(*args)
+        room.forward(*args)
+        output = operator.overload(*args)
+        room.backward(output, *args, [args[i] is not None for i in operator.differentiable])
     finally:
         launch.start = before
         torch.use_deterministic_algorithms(False)
-    return rows
-
-
-def _calls(job: Job) -> Iterator[tuple[Any, list[Any]]]:
-    operator = operators[job.operator]
-    cases = importlib.import_module(f"deformkit.ops.{job.operator}.cases").BENCHMARKS
-    room = importlib.import_module(f"deformkit.ops.{job.operator}.gpu")
-    named = next(case for case in cases if case.name == job.case).arguments(dtype=getattr(torch, job.dtype))
-    args = [named[name].to("meta") if isinstance(named[name], Tensor) else named[name] for name in operator.arguments]
-    yield room.forward, args
-    yield room.backward, [operator.overload(*args), *args, [args[i] is not None for i in operator.differentiable]]
+    return built
 
 
 def look(built: Any) -> dict[str, Any]:
@@ -170,9 +173,7 @@ def _look_at_cubin(code: bytes) -> dict[str, Any]:
         ).stdout
         listing = subprocess.run([tools / "nvdisasm", "-c", file.name], capture_output=True, text=True, check=True)
     counts = {key: int(found) for key, found in re.findall(r"(REG|STACK|LOCAL):(\d+)", usage)}
-    opcodes = Counter(
-        re.findall(r"^\s*/\*[0-9a-f]+\*/\s+(?:@!?U?P\w+\s+)?([A-Z][\w.]*)", listing.stdout, re.MULTILINE)
-    )
+    opcodes = Counter(re.findall(r"^\s*/\*[0-9a-f]+\*/\s+(?:@!?U?P\w+\s+)?([A-Z][\w.]*)", listing.stdout, re.MULTILINE))
     return {
         "registers": counts["REG"],
         # Bytes: a stack is where registers go that there are not.

@@ -2,6 +2,7 @@
 
 import subprocess
 import sys
+from importlib.util import find_spec
 
 import pytest
 import torch
@@ -53,6 +54,30 @@ def test_which_kernel_answers() -> None:
     for name in operators:
         assert doctor.kernel(name, "cpu") == expected
         assert doctor.kernel(name, "meta") == "reference"
+
+
+def test_what_a_gpu_would_lack_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
+    reasons = "\n".join(doctor._reasons())
+    assert ("sees no device" in reasons) != torch.cuda.is_available()
+    assert ("Triton: not installed" in reasons) != bool(find_spec("triton"))
+    monkeypatch.setattr(doctor.gpu, "available", lambda: False)
+    monkeypatch.setattr(torch.version, "hip", "6.4")
+    reasons = "\n".join(doctor._reasons())
+    assert "Triton: not installed, so the reference would answer on a GPU" in reasons
+    assert "ROCm 6.4: the Triton kernels compile for it, and have never been run on it" in reasons
+
+
+@pytest.mark.skipif(not find_spec("triton"), reason="needs Triton")
+def test_triton_answers_on_a_gpu() -> None:
+    for name in operators:
+        assert doctor.kernel(name, "cuda") == "Triton"
+
+
+def test_other_devices_are_tested_with_one_case_for_each_number_of_axes() -> None:
+    for cases in doctor._cases().values():
+        chosen = doctor._one_each(cases)
+        assert sorted(case.axes for case in chosen) == [1, 2, 3]
+        assert all(case in cases for case in chosen)
 
 
 def test_needs_torch_alone() -> None:

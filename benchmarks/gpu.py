@@ -1,0 +1,191 @@
+"""Times the operators on a GPU: ``python benchmarks/gpu.py [--out DIR]``; ``gpu.sh`` runs it after the tests.
+
+Correctness comes first: the worst error of the output and of the gradients against the float64 reference stands beside
+each time. Without a GPU everything runs in Triton's interpreter on tiny sizes, which says nothing of how fast it is.
+"""
+
+import argparse
+import contextlib
+import json
+import platform
+import sys
+import time
+from collections.abc import Iterator
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import gpu_page
+import red
+import torch
+import triton
+from gpu_cases import DTYPES, Workload, workloads
+from gpu_clock import Clock, CudaClock
+from gpu_rivals import ABSENT, COMPILED, OURS, adapters
+from measure import error, tolerance
+from rivals import Call, Unfit, reference
+
+from deformkit import __version__
+
+PASSES = ("forward", "forward + backward")
+RED_ROWS = 2**20
+
+
+def main() -> None:
+    options = _options()
+    torch.utils.deterministic.fill_uninitialized_memory = False  # it would be timed
+    on_gpu = torch.cuda.is_available() and not options.interpret
+    clock, device = (CudaClock(), "cuda") if on_gpu else (Clock(), "cpu")
+    document: dict[str, Any] = {**origin(on_gpu), "red": [], "rows": []}
+    options.out.mkdir(parents=True, exist_ok=True)
+    end = time.monotonic() + options.seconds
+    with contextlib.nullcontext() if on_gpu else _interpreter():
+        for part in ("red", "rows"):
+            for row in _part(part, clock, device, options, end):
+                # After each row: whoever stops this has what there is.
+                document[part].append(row)
+                (options.out / "gpu.json").write_text(json.dumps(document, indent=1) + "\n")
+                (options.out / "gpu.md").write_text(gpu_page.measured(document) + "\n")
+    document["clocks_after"] = clocks(on_gpu)
+    (options.out / "gpu.json").write_text(json.dumps(document, indent=1) + "\n")
+    print((options.out / "gpu.md").read_text())
+
+
+def _part(part: str, clock: Clock, device: str, options: argparse.Namespace, end: float) -> Iterator[dict[str, Any]]:
+    if part == "red":
+        yield from red.rates(clock, device, RED_ROWS if device == "cuda" else 128, options.each)
+        return
+    for workload in workloads(small=device != "cuda"):
+        for dtype in DTYPES[workload.operator]:
+            if time.monotonic() > end:
+                print(f"out of time before {workload.case}", file=sys.stderr)
+                return
+            print(f"{workload.operator} {workload.case}, {workload.points}, {dtype}", file=sys.stderr, flush=True)
+            yield from _rows(workload, dtype, clock, device, options)
+
+
+def _rows(
+    workload: Workload, dtype: torch.dtype, clock: Clock, device: str, options: argparse.Namespace
+) -> Iterator[dict[str, Any]]:
+    arguments = workload.arguments(dtype, device)
+    expected, weights = _truth(workload, arguments, device)
+    found: dict[str, tuple[Call, dict[str, Any]]] = {}
+    skipped: dict[str, str] = {}
+    for name, adapter in adapters(workload, options.compiled and dtype == DTYPES[workload.operator][0]).items():
+        try:
+            call = adapter(workload.case, arguments)
+            worst = error(call, expected, weights)
+        except Unfit as reason:
+            skipped[name] = str(reason)
+        except Exception as failure:  # of a rival: a GPU out of memory, a kernel that does not build
+            if name == OURS:
+                raise
+            skipped[name] = f"failed: {type(failure).__name__}: {str(failure).splitlines()[:1]}"
+        else:
+            if worst <= tolerance(dtype):
+                found[name] = call, {"error": worst}
+            else:
+                skipped[name] = f"wrong: error {worst:.2g}"
+    del expected
+    for what in PASSES:
+        rivals: dict[str, Any] = {name: {"skipped": why} for name, why in skipped.items()}
+        for name, (call, note) in found.items():
+            run = call.forward() if what == PASSES[0] else call.both()
+            rivals[name] = {
+                **note,
+                "device": clock.device(run, options.each),
+                "wall": clock.wall(run, options.each / 4),
+                "memory": clock.memory(run),
+            }
+        row = {
+            "operator": workload.operator,
+            "case": workload.case.name,
+            "sizes": str(workload.case),
+            "points": workload.points,
+            "dtype": str(dtype).removeprefix("torch."),
+            "pass": what,
+            "rivals": rivals,
+        }
+        if what == PASSES[1] and OURS in found:
+            row["deterministic"] = _deterministic(found[OURS][0], clock, options.each)
+        yield row
+
+
+def _truth(workload: Workload, arguments: dict[str, Any], device: str) -> tuple[dict[str, Any], Any]:
+    exact = {name: value.double() if isinstance(value, torch.Tensor) else value for name, value in arguments.items()}
+    call = reference(workload.case, exact)
+    with torch.no_grad():
+        shape = call.run().shape
+    weights = torch.randn(shape, generator=torch.Generator().manual_seed(1)).to(torch.bfloat16).to(device)
+    return call.evaluate(weights), weights
+
+
+def _deterministic(call: Call, clock: Clock, seconds: float) -> dict[str, Any]:
+    """The time of forward and backward under deterministic algorithms, and whether every run has the same bits."""
+    torch.use_deterministic_algorithms(True)
+    try:
+        run = call.both()
+        timing, first = clock.device(run, seconds), run()
+        same = all(all(map(torch.equal, run(), first)) for _ in range(clock.repeats - 1))
+    finally:
+        torch.use_deterministic_algorithms(False)
+    return {"device": timing, "same_bits": same}
+
+
+def _interpreter() -> Any:
+    import triton_kernels
+
+    return triton_kernels.instead_of_cpp()
+
+
+def origin(on_gpu: bool) -> dict[str, Any]:
+    versions = {"python": platform.python_version(), "torch": torch.__version__, "triton": triton.__version__}
+    installed = {name: metadata.version(name) for name in ("torchvision", "deformops") if name not in ABSENT}
+    device = {"name": "Triton's interpreter on a CPU", "interpreted": True}
+    if on_gpu:
+        properties = torch.cuda.get_device_properties(0)
+        device = {
+            "name": properties.name,
+            "interpreted": False,
+            "multiprocessors": properties.multi_processor_count,
+            "memory": properties.total_memory,
+            "cuda": torch.version.cuda,
+        }
+    return {
+        "device": device,
+        "versions": {"deformkit": __version__, **versions, **installed},
+        "absent": ABSENT,
+        "clocks": clocks(on_gpu),
+    }
+
+
+def clocks(on_gpu: bool) -> dict[str, int] | None:
+    """MHz of the multiprocessors, now and at most; None where nothing says."""
+    if not on_gpu:
+        return None
+    try:
+        import pynvml
+
+        pynvml.nvmlInit()
+        handle = pynvml.nvmlDeviceGetHandleByIndex(torch.cuda.current_device())
+        kind = pynvml.NVML_CLOCK_SM
+        return {
+            "now": pynvml.nvmlDeviceGetClockInfo(handle, kind),
+            "most": pynvml.nvmlDeviceGetMaxClockInfo(handle, kind),
+        }
+    except Exception:  # no such package, or a machine that does not say
+        return None
+
+
+def _options() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description="Time the operators on a GPU.")
+    parser.add_argument("--out", type=Path, default=Path("build/gpu"), help="where gpu.json and gpu.md go")
+    parser.add_argument("--seconds", type=float, default=300.0, help="after how long no further case is begun")
+    parser.add_argument("--each", type=float, default=0.1, help="how long to time each call")
+    parser.add_argument("--interpret", action="store_true", help="tiny sizes in Triton's interpreter")
+    parser.add_argument("--no-compiled", dest="compiled", action="store_false", help=f"without the {COMPILED}")
+    return parser.parse_args()
+
+
+if __name__ == "__main__":
+    main()
