@@ -513,6 +513,15 @@ def deform_conv_backward_weight(
 
 # A program for each processor of a large GPU.
 _PROCESSORS = 132
+# Tiles for the kernels with products, for half operands and for float32: rows, filters, columns, parts, warps, stages.
+_TILES = {
+    ("forward", True): [(128, 128, 16, 4, 8, 1), (64, 128, 16, 4, 4, 1), (64, 64, 16, 4, 4, 1), (64, 64, 16, 4, 4, 2)],
+    ("forward", False): [(128, 64, 16, 4, 8, 1), (64, 64, 16, 4, 4, 1), (64, 128, 16, 2, 4, 1), (64, 64, 16, 4, 4, 2)],
+    ("data", True): [(128, 64, 32, 2, 8, 1), (64, 32, 32, 2, 4, 1), (64, 64, 32, 1, 4, 1)],
+    ("data", False): [(128, 64, 32, 2, 8, 1), (64, 32, 32, 2, 4, 1), (64, 64, 16, 4, 4, 1)],
+    ("weight", True): [(64, 128, 16, 4, 4, 1), (64, 64, 16, 4, 4, 1), (128, 64, 64, 1, 8, 1)],
+    ("weight", False): [(64, 128, 32, 2, 8, 1), (64, 64, 32, 2, 4, 1), (64, 64, 64, 1, 4, 1)],
+}
 # How much memory the parts of a weight gradient may take before they are added up, in bytes.
 _WORKSPACE = 2**25
 
@@ -550,7 +559,11 @@ def forward(
         kernel, filters, configs = deform_conv_forward_depthwise, weight, problem.row_configs(16 // input.itemsize)
         constants |= {"OFFSET_CHANNELS": problem.offset_channels}
     else:
-        kernel, filters, configs = deform_conv_forward, weight.flatten(2).permute(2, 1, 0), problem.product_configs()
+        kernel, filters, configs = (
+            deform_conv_forward,
+            weight.flatten(2).permute(2, 1, 0),
+            problem.product_configs("forward"),
+        )
         constants |= problem.products | problem.pieces(problem.group_channels, problem.offset_channels)
     args = [*problem.tensors[:2], filters.contiguous(), bias, problem.tensors[2], output, *problem.numbers]
     launch(kernel, problem.forward_programs, args, constants, configs)
@@ -619,7 +632,7 @@ def _backward_data(
         | pieces
         | {"DEPTHWISE": problem.depthwise, "PLANAR": problem.planar}
         | {"FIELD": by_input, "POINTS": by_points, "EXACT": grad_input.exact},
-        problem.gradient_configs(),
+        problem.depthwise_configs(4) if problem.depthwise else problem.product_configs("data"),
     )
     result = grad_input.result()
     return result.movedim(-1, 1).contiguous() if by_input and not problem.planar else result, grad_offset, grad_mask
@@ -631,7 +644,8 @@ def _backward_weight(problem: "_Problem", grad_output: Tensor, weight: Tensor) -
         pieces = problem.pieces(problem.offset_channels, problem.offset_channels)
     else:
         pieces = problem.pieces(problem.group_channels, problem.offset_channels)
-    configs = problem.weight_configs()
+    vector = 16 // problem.arguments[0].itemsize
+    configs = problem.depthwise_configs(vector) if problem.depthwise else problem.product_configs("weight")
     each = problem.weight_programs(configs[0], pieces)
     splits = min(
         triton.cdiv(2 * _PROCESSORS, each),
@@ -721,7 +735,7 @@ class _Problem:
         if self.depthwise:
             copies = self.filters // self.groups
             return tiles * self.offset_groups * triton.cdiv(self.offset_channels, columns) * copies
-        return tiles * self.groups * triton.cdiv(self.filters // self.groups, config.blocks["OUTPUTS"])
+        return tiles * self._products(config)
 
     def weight_programs(self, config: Config, pieces: dict[str, Any]) -> int:
         """How many programs each part of the gradient by the weight has."""
@@ -738,52 +752,36 @@ class _Problem:
         rows = 1024 if target().backend == "interpreter" else 128
         return [Config({"ROWS": rows, "COLUMNS": 1, "PARTS": 1, "UNROLL": 1})]
 
-    def product_configs(self) -> list[Config]:
-        """Candidates for the forward kernel with products."""
-        filters = self.filters // self.groups
-        return self._products(((128, 256, 8), (128, 128, 8), (64, 128, 4), (64, 64, 4), (32, 64, 4)), filters, True)
-
-    def gradient_configs(self) -> list[Config]:
-        """Candidates for the gradients by input, offset and mask."""
-        if self.depthwise:
-            configs = self.row_configs(4)
-            return [Config(_without_unroll(c.blocks) | {"OUTPUTS": 16}, c.num_warps, c.num_stages) for c in configs]
-        filters = self.filters // self.groups
-        return self._products(((64, 64, 4), (128, 64, 8), (32, 64, 4)), filters, False)
-
-    def weight_configs(self) -> list[Config]:
-        """Candidates for the gradient by the weight."""
-        if self.depthwise:
-            configs = self.row_configs(16 // self.arguments[0].itemsize)
-            return [Config(_without_unroll(c.blocks) | {"OUTPUTS": 16}, c.num_warps, c.num_stages) for c in configs]
-        filters = self.filters // self.groups
-        return self._products(((64, 128, 4), (64, 64, 4), (128, 64, 8)), filters, False)
-
-    def _products(self, tiles: Sequence[tuple[int, int, int]], filters: int, fill: bool) -> list[Config]:
-        """Candidates with tiles of ROWS x OUTPUTS; with ``fill`` the first one that gives every processor a program."""
-        piece = triton.next_power_of_2(min(self.group_channels, self.offset_channels))
-        fitting = max(triton.next_power_of_2(filters), 16)
+    def product_configs(self, kernel: str) -> list[Config]:
+        """Candidates for a kernel with products, those first that give every processor a program."""
+        filters, piece = self.filters // self.groups, min(self.group_channels, self.offset_channels)
         if target().backend == "interpreter":
-            blocks = {"ROWS": 64, "OUTPUTS": min(fitting, 64), "COLUMNS": min(max(piece, 16), 64), "PARTS": 1}
-            return [Config(blocks)]
+            table = [(64, 64, 64, 1, 4, 1)]
+        else:
+            table = _TILES[kernel, self.half]
         configs = []
-        for rows, outputs, warps in tiles:
+        for rows, outputs, columns, parts, warps, stages in table:
+            columns = min(columns, max(triton.next_power_of_2(piece), 16))
             blocks = {
-                "ROWS": rows,
-                "OUTPUTS": min(outputs, fitting),
-                "COLUMNS": 16,
-                "PARTS": min(max(piece // 16, 1), 4),
+                "ROWS": min(rows, max(triton.next_power_of_2(self.positions), 16)),
+                "OUTPUTS": min(outputs, max(triton.next_power_of_2(filters), 16)),
+                "COLUMNS": columns,
+                "PARTS": min(parts, triton.cdiv(piece, columns)),
             }
-            config = Config(blocks, num_warps=warps, num_stages=2)
-            if config.blocks not in [c.blocks for c in configs]:
-                configs.append(config)
-        if fill:
-            configs.sort(key=lambda config: self.forward_programs(config) < _PROCESSORS)
-        return configs
+            configs.append(Config(blocks, warps, stages))
+        return sorted(configs, key=lambda config: self.tiles(config) * self._products(config) < _PROCESSORS)
 
+    def _products(self, config: Config) -> int:
+        """How many programs a forward kernel has for each tile of positions."""
+        return self.groups * triton.cdiv(self.filters // self.groups, config.blocks["OUTPUTS"])
 
-def _without_unroll(blocks: dict[str, int]) -> dict[str, int]:
-    return {name: size for name, size in blocks.items() if name != "UNROLL"}
+    def depthwise_configs(self, vector: int) -> list[Config]:
+        """Candidates for the backward kernels where there are no products."""
+        keys = ("ROWS", "COLUMNS", "PARTS")
+        return [
+            Config({"OUTPUTS": 16} | {key: config.blocks[key] for key in keys}, config.num_warps)
+            for config in self.row_configs(vector)
+        ]
 
 
 def _precision() -> str:
