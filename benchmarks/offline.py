@@ -218,9 +218,12 @@ def _widest_wanted(row: dict[str, Any]) -> int:
 
 
 def everything(processes: int, chosen: Sequence[Job]) -> list[dict[str, Any]]:
-    # Jobs that compile long first.
+    rows = []
     with ProcessPoolExecutor(processes) as pool:
-        return [row for rows in pool.map(compiled, chosen) for row in rows]
+        for n, found in enumerate(pool.map(compiled, chosen), 1):
+            rows += found
+            print(f"\r{n} of {len(chosen)} calls compiled", end="" if n < len(chosen) else "\n", file=sys.stderr)
+    return rows
 
 
 def main() -> None:
