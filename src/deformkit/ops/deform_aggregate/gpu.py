@@ -128,7 +128,7 @@ def deform_aggregate_forward(
             tl.where(known, factor, float("nan")), known & exists, AXES, BORDER, False, PARTS, WHOLE,
         )  # fmt: skip
     output += ((image * positions + place) * heads + head) * CHANNELS
-    store_parts(output, tile, result, exists, PARTS, WHOLE)
+    store_parts(output, (tile[0], 1, CHANNELS), result, exists, PARTS, WHOLE)
 
 
 @triton.jit(do_not_specialize=["positions", "D", "H", "W", "out_h", "out_w"])

@@ -16,20 +16,22 @@ import triton.language as tl
 from torch import Tensor
 
 from .._shape import prod
-from ..gpu.launch import Config, launch
+from ..gpu.launch import Config, launch, row_configs
 from ..sample.gpu import (
     FieldGradient,
     coordinates,
     defined,
+    differentiate,
     follows,
-    gather,
+    interpolate,
     largest,
     lifted,
+    load_parts,
     locate,
-    pull_back,
     store_coordinates,
-    tile_mask,
+    store_parts,
     unravel,
+    zeros,
 )
 from .reference import MOST_SAMPLES
 
@@ -147,10 +149,14 @@ def deform_roi_pool_forward(
     AXES: tl.constexpr,
     ROWS: tl.constexpr,
     COLUMNS: tl.constexpr,
+    PARTS: tl.constexpr,
+    UNROLL: tl.constexpr,
 ):
-    part, program = tl.program_id(0) % tl.cdiv(CHANNELS, COLUMNS), tl.program_id(0) // tl.cdiv(CHANNELS, COLUMNS)
+    SPLITS: tl.constexpr = (CHANNELS + COLUMNS * PARTS - 1) // (COLUMNS * PARTS)
+    WHOLE: tl.constexpr = CHANNELS % (COLUMNS * PARTS) == 0
+    split, program = tl.program_id(0) % SPLITS, tl.program_id(0) // SPLITS
     roi, place, exists = tile_bins(program, bins, ROWS)
-    tile = (part * COLUMNS + tl.arange(0, COLUMNS), input_strides[2], CHANNELS)
+    tile = (split * COLUMNS * PARTS + tl.arange(0, COLUMNS), input_strides[2], CHANNELS)
     size, out_size = (D, H, W), (out_d, out_h, out_w)
     if offset is not None:
         offset += roi * offset_strides[0] + place.to(tl.int64) * offset_strides[2]
@@ -161,16 +167,18 @@ def deform_roi_pool_forward(
 
     field = input + image * input_strides[0]
     total = samples[0] * samples[1] * samples[2]
-    result = tl.zeros((ROWS, COLUMNS), tl.float32)
-    for sample in range(total):
+    result = zeros(ROWS, COLUMNS, PARTS)
+    for sample in tl.range(0, total, loop_unroll_factor=UNROLL):
         shift = sample_shift(sample, place, out_size, origin, length, samples, AXES)
-        result = gather(
-            field, input_strides[1], tile, size, locate((0, 0, 0), shift, size, AXES, True),
-            tl.where(defined(shift), 1.0 / total, float("nan")), near(shift, size, AXES) & exists, result,
-            AXES, True, False, CHANNELS % COLUMNS == 0,
+        result = interpolate(
+            result, field, input_strides[1], tile, size, locate((0, 0, 0), shift, size, AXES, True),
+            tl.where(defined(shift), 1.0 / total, float("nan")), near(shift, size, AXES) & exists,
+            AXES, True, False, PARTS, WHOLE,
         )  # fmt: skip
-    where = (roi * CHANNELS + tile[0])[None, :] * bins + place[:, None]
-    tl.store(output + where, result, mask=tile_mask(exists, tile, CHANNELS % COLUMNS == 0))
+    # Neighbours in the output are bins: the parts of a tile are written channel by channel.
+    store_parts(
+        output + (roi * CHANNELS * bins + place), (tile[0], bins.to(tl.int64), CHANNELS), result, exists, PARTS, WHOLE
+    )
 
 
 @triton.jit(
@@ -206,7 +214,11 @@ def deform_roi_pool_backward(
     EXACT: tl.constexpr,
     ROWS: tl.constexpr,
     COLUMNS: tl.constexpr,
+    PARTS: tl.constexpr,
+    UNROLL: tl.constexpr,
 ):
+    SPLITS: tl.constexpr = (CHANNELS + COLUMNS * PARTS - 1) // (COLUMNS * PARTS)
+    WHOLE: tl.constexpr = CHANNELS % (COLUMNS * PARTS) == 0
     roi, place, exists = tile_bins(tl.program_id(0), bins, ROWS)
     size, out_size = (D, H, W), (out_d, out_h, out_w)
     if offset is not None:
@@ -223,17 +235,16 @@ def deform_roi_pool_backward(
     total = samples[0] * samples[1] * samples[2]
     z = tl.zeros((ROWS,), tl.float32)
     y, x = z, z
-    for part in range(tl.cdiv(CHANNELS, COLUMNS)):
-        tile = (part * COLUMNS + tl.arange(0, COLUMNS), input_strides[2], CHANNELS)
-        mask = tile_mask(exists, tile, CHANNELS % COLUMNS == 0)
-        where = tile[0].to(tl.int64) * grad_output_strides[1]
-        cotangent = tl.load(grad_output[:, None] + where[None, :], mask=mask, other=0.0).to(tl.float32)
-        for sample in range(total):
+    for split in range(SPLITS):
+        columns = split * COLUMNS * PARTS + tl.arange(0, COLUMNS)
+        strided = (columns.to(tl.int64), grad_output_strides[1], CHANNELS)
+        cotangent = load_parts(grad_output, strided, exists, PARTS, WHOLE)
+        for sample in tl.range(0, total, loop_unroll_factor=UNROLL):
             shift = sample_shift(sample, place, out_size, origin, length, samples, AXES)
-            _, by_z, by_y, by_x = pull_back(
-                cotangent, field, input_strides[1], grad_input, first, CHANNELS, tile, size,
-                locate((0, 0, 0), shift, size, AXES, True), 1.0 / total, near(shift, size, AXES) & exists,
-                AXES, True, False, CHANNELS % COLUMNS == 0, FIELD, POINTS, EXACT,
+            _, by_z, by_y, by_x = differentiate(
+                cotangent, field, input_strides[1], grad_input, first, CHANNELS, (columns, input_strides[2], CHANNELS),
+                size, locate((0, 0, 0), shift, size, AXES, True), 1.0 / total, near(shift, size, AXES) & exists,
+                AXES, True, False, PARTS, WHOLE, FIELD, POINTS, EXACT,
             )  # fmt: skip
             undefined = tl.where(defined(shift), 0.0, float("nan"))
             z += by_z * follows(0, shift[0], D, True) + undefined
@@ -257,9 +268,9 @@ def forward(input: Tensor, rois: Tensor, offset: Tensor | None, *steps: Any) -> 
     output = input.new_empty(len(rois), channels, *output_size)
 
     def programs(config: Config) -> int:
-        return _tiles(output, config) * triton.cdiv(channels, config.blocks["COLUMNS"])
+        return _tiles(output, config) * triton.cdiv(channels, config.blocks["COLUMNS"] * config.blocks["PARTS"])
 
-    configs = _configs(output, per_thread=8)
+    configs = row_configs(prod(output_size), len(rois), channels, 16 // input.itemsize)
     launch(deform_roi_pool_forward, programs, [*tensors, output, *strides, *numbers], constants, configs)
     return output
 
@@ -286,7 +297,7 @@ def backward(
             lambda config: _tiles(grad_output, config),
             [flat, *tensors, grad_input.argument, grad_offset, flat.stride(), *strides, *numbers, flat.stride(2)],
             constants,
-            _configs(grad_output, per_thread=4),
+            row_configs(prod(grad_output.shape[2:]), len(rois), input.shape[1], 4),
         )
     by_input = grad_input.result()
     return by_input.movedim(-1, 1).contiguous() if grad_input.wanted else by_input, grad_offset
@@ -294,18 +305,6 @@ def backward(
 
 def _tiles(output: Tensor, config: Config) -> int:
     return len(output) * triton.cdiv(prod(output.shape[2:]), config.blocks["ROWS"])
-
-
-def _configs(output: Tensor, per_thread: int) -> list[Config]:
-    """Candidates whose tiles have at most about the bins of one RoI, and ``per_thread`` elements for each thread."""
-    channels, bins = (triton.next_power_of_2(max(n, 1)) for n in (output.shape[1], prod(output.shape[2:])))
-    configs = []
-    for columns, rows in ((128, 8), (64, 8), (128, 16), (64, 16), (32, 16)):
-        columns = min(columns, channels)
-        rows = min(max(rows, 512 // columns), bins)
-        warps = min(max(rows * columns // (32 * per_thread), 1), 8)
-        configs.append(Config({"ROWS": rows, "COLUMNS": columns}, num_warps=warps))
-    return configs
 
 
 def _problem(

@@ -113,23 +113,6 @@ def _choose(
     return _tuned[kind]
 
 
-def gather_configs(channels: int, per_thread: int) -> list[Config]:
-    """Candidates for a kernel that gathers rows of ``channels``: tiles of ROWS x COLUMNS elements.
-
-    Args:
-        channels: how many of them one program or several cover.
-        per_thread: how many elements the first candidate gives to each thread.
-    """
-    columns = min(triton.next_power_of_2(channels), 128)
-    if target().backend == "interpreter":
-        return [Config({"ROWS": max(1024 // columns, 16), "COLUMNS": columns})]
-    configs = []
-    for warps, each in ((4, per_thread), (2, per_thread), (4, 2 * per_thread), (8, per_thread), (4, per_thread // 2)):
-        rows = max(warps * 32 * each // columns, 8)
-        configs.append(Config({"ROWS": rows, "COLUMNS": columns}, num_warps=warps))
-    return configs
-
-
 # About as many threads as keep a large GPU busy; fewer leave the latency of memory in sight.
 _MANY_THREADS = 2**17
 _MOST_PARTS = 8
@@ -147,6 +130,7 @@ def row_configs(rows: int, times: int, channels: int, vector: int) -> list[Confi
         channels: of a row; more than 8 vectors of 32 threads are left to several programs or to a loop.
         vector: how many channels a thread reads at once.
     """
+    channels = max(channels, 1)
     if target().backend == "interpreter":
         columns = min(triton.next_power_of_2(channels), 128)
         return [Config({"ROWS": max(1024 // columns, 16), "COLUMNS": columns, "PARTS": 1, "UNROLL": 1})]

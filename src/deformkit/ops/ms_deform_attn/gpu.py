@@ -99,7 +99,7 @@ def ms_deform_attn_forward(
             AXES, NEAREST, NEAREST, PARTS, WHOLE,
         )  # fmt: skip
     output += ((image * queries + query) * heads + head) * CHANNELS
-    store_parts(output, tile, result, exists, PARTS, WHOLE)
+    store_parts(output, (tile[0], 1, CHANNELS), result, exists, PARTS, WHOLE)
 
 
 @triton.jit(do_not_specialize=["queries", "length"])

@@ -7,6 +7,8 @@ In the kernels the rows of a tile are points and its columns are channels.
     point          (z, y, x, fz, fy, fx): the lower corner of its cell (int32) and how far it lies beyond it (0 to 1)
     known          rows that exist and have no NaN among their coordinates
     tile           (columns, distance of two columns in memory, number of columns that exist)
+    parts          of a tile: PARTS tensors [rows, columns], each with the next columns; every thread has one vector of
+                   a row in each part, so that the more parts, the fewer threads work out what is known of that row
 
 Two axes are three with D = 1 and z = fz = 0, one axis has H = 1 too: AXES tells the compiler to leave the rest out.
 A corner is a number from 0 to 2^AXES - 1, whose bits say on which axes it is the upper one: x has the lowest bit.
@@ -113,95 +115,9 @@ def follows(base, shift, size, BORDER: tl.constexpr):
 
 
 @triton.jit
-def place_along(place, size, UPPER: tl.constexpr, BORDER: tl.constexpr):
-    """A corner's place along one axis, and whether it lies in the field."""
-    place = place + UPPER
-    inside = (place >= 0) & (place < size)
-    if BORDER:
-        place = tl.minimum(place, size - 1)
-        inside = place >= 0
-    return place, inside
-
-
-@triton.jit
-def corner_place(point, size, CORNER: tl.constexpr, AXES: tl.constexpr, BORDER: tl.constexpr):
-    """The index of a corner in the field, and whether it lies in it."""
-    index, inside = place_along(point[2], size[2], CORNER & 1, BORDER)
-    if AXES > 1:
-        y, within = place_along(point[1], size[1], CORNER >> 1 & 1, BORDER)
-        index += y * size[2]
-        inside &= within
-    if AXES > 2:
-        z, within = place_along(point[0], size[0], CORNER >> 2, BORDER)
-        index += z * (size[1] * size[2])
-        inside &= within
-    return index.to(tl.int64), inside
-
-
-@triton.jit
 def edge(fraction, UPPER: tl.constexpr):
     """The weight of a corner along one axis."""
     return fraction if UPPER else 1 - fraction
-
-
-@triton.jit
-def corner_weight(point, CORNER: tl.constexpr, AXES: tl.constexpr, NEAREST: tl.constexpr):
-    """The weight of a corner in the interpolation."""
-    weight = edge(point[5], CORNER & 1)
-    if AXES > 1:
-        weight *= edge(point[4], CORNER >> 1 & 1)
-    if AXES > 2:
-        weight *= edge(point[3], CORNER >> 2)
-    return tl.full(weight.shape, 1.0, tl.float32) if NEAREST else weight
-
-
-@triton.jit
-def corner_slopes(point, CORNER: tl.constexpr, AXES: tl.constexpr):
-    """The derivatives of :func:`corner_weight` by z, y and x."""
-    ey, ez = edge(point[4], CORNER >> 1 & 1), edge(point[3], CORNER >> 2)
-    ex = edge(point[5], CORNER & 1)
-    x = tl.full(ex.shape, 2.0 * (CORNER & 1) - 1.0, tl.float32)
-    y = tl.full(ex.shape, 2.0 * (CORNER >> 1 & 1) - 1.0, tl.float32)
-    z = tl.full(ex.shape, 2.0 * (CORNER >> 2) - 1.0, tl.float32)
-    if AXES == 2:
-        x, y = x * ey, y * ex
-    if AXES == 3:
-        x, y, z = x * (ey * ez), y * (ex * ez), z * (ex * ey)
-    return z, y, x
-
-
-@triton.jit
-def tile_mask(rows, tile, WHOLE: tl.constexpr):
-    """The mask of a tile: by rows alone where every column exists, so that loads and sums are vectors."""
-    return rows[:, None] if WHOLE else rows[:, None] & (tile[0] < tile[2])[None, :]
-
-
-@triton.jit
-def gather(
-    field,
-    stride,
-    tile,
-    size,
-    point,
-    factor,
-    known,
-    result,
-    AXES: tl.constexpr,
-    BORDER: tl.constexpr,
-    NEAREST: tl.constexpr,
-    WHOLE: tl.constexpr,
-):
-    """``result + factor * sample``, as ``[rows, columns]``.
-
-    ``field`` points, for each row, to the first position of its field; two positions lie ``stride`` apart. A row that
-    is not known reads nothing and counts as 0: NaN for the factor makes it NaN.
-    """
-    for CORNER in tl.static_range(1 if NEAREST else 2**AXES):
-        index, inside = corner_place(point, size, CORNER, AXES, BORDER)
-        pointers = (field + index * stride)[:, None] + tile[0][None, :] * tile[1]
-        values = tl.load(pointers, mask=tile_mask(inside & known, tile, WHOLE), other=0.0).to(tl.float32)
-        result += values * (factor * corner_weight(point, CORNER, AXES, NEAREST))[:, None]
-    return result
 
 
 @triton.jit
@@ -215,56 +131,6 @@ def scatter(gradient, where, amount, mask, EXACT: tl.constexpr):
         tl.atomic_add(sums + where, amount, mask=mask & ~finite, sem="relaxed")
     else:
         tl.atomic_add(sums + where, amount, mask=mask, sem="relaxed")
-
-
-@triton.jit
-def pull_back(
-    cotangent,
-    field,
-    stride,
-    gradient,
-    gradient_first,
-    gradient_stride,
-    tile,
-    size,
-    point,
-    factor,
-    known,
-    AXES: tl.constexpr,
-    BORDER: tl.constexpr,
-    NEAREST: tl.constexpr,
-    WHOLE: tl.constexpr,
-    FIELD: tl.constexpr,
-    POINTS: tl.constexpr,
-    EXACT: tl.constexpr,
-):
-    """The derivatives of ``sum(cotangent * factor * sample)``; those by the field are added to ``gradient``.
-
-    ``cotangent`` is ``[rows, columns]``, 0 where a row or a column does not exist. The gradient of a row's field begins
-    at the element ``gradient_first``.
-
-    Returns, for each row, the derivative by ``factor``, and those by z, y and x at a factor of 1.
-    """
-    amount = tl.zeros_like(point[5])
-    slope_z, slope_y, slope_x = amount, amount, amount
-    for CORNER in tl.static_range(1 if NEAREST else 2**AXES):
-        index, inside = corner_place(point, size, CORNER, AXES, BORDER)
-        mask = tile_mask(inside & known, tile, WHOLE)
-        weight = corner_weight(point, CORNER, AXES, NEAREST)
-        if POINTS:
-            pointers = (field + index * stride)[:, None] + tile[0][None, :] * tile[1]
-            values = tl.load(pointers, mask=mask, other=0.0).to(tl.float32)
-            dot = tl.sum(values * cotangent, 1)
-            amount += weight * dot
-            if not NEAREST:
-                z, y, x = corner_slopes(point, CORNER, AXES)
-                slope_z += z * dot
-                slope_y += y * dot
-                slope_x += x * dot
-        if FIELD:
-            where = (gradient_first + index * gradient_stride)[:, None] + tile[0][None, :]
-            scatter(gradient, where, cotangent * (factor * weight)[:, None], mask, EXACT)
-    return amount, slope_z, slope_y, slope_x
 
 
 @triton.jit
@@ -354,11 +220,11 @@ def load_parts(rows, tile, mask, PARTS: tl.constexpr, WHOLE: tl.constexpr):
 
 @triton.jit
 def store_parts(rows, tile, parts, mask, PARTS: tl.constexpr, WHOLE: tl.constexpr):
-    """Write the parts of a tile to rows that begin at the pointers ``rows``, columns side by side."""
+    """Write the parts of a tile to rows that begin at the pointers ``rows``."""
     for PART in tl.static_range(PARTS):
         columns = tile[0] + PART * tile[0].shape[0]
         exists = mask[:, None] if WHOLE else mask[:, None] & (columns < tile[2])[None, :]
-        tl.store(rows[:, None] + columns[None, :], parts[PART], mask=exists)
+        tl.store(rows[:, None] + columns[None, :] * tile[1], parts[PART], mask=exists)
 
 
 @triton.jit
