@@ -5,7 +5,6 @@ import importlib
 import importlib.util
 import io
 import pickle
-import re
 import subprocess
 import sys
 from collections import Counter
@@ -24,8 +23,7 @@ from torch.utils._pytree import tree_map
 
 import deformkit as dk
 
-ROOT = Path(__file__).parents[1]
-ZOO, DOCUMENT = ROOT / "benchmarks" / "zoo.py", ROOT / "docs" / "coming_from" / "transformers.md"
+ZOO = Path(__file__).parents[1] / "benchmarks" / "zoo.py"
 MODELS = [
     "deformable_detr",
     "rt_detr",
@@ -137,16 +135,6 @@ def test_training_step(zoo: ModuleType) -> None:
     assert actual.keys() == reference.keys() and len(actual) > 100
     for key, value in actual.items():
         assert_close(value, truth[key], reference[key], key)
-
-
-def test_blocks_of_the_document_run() -> None:
-    pytest.importorskip("transformers")
-    names: dict[str, Any] = {}
-    blocks = re.findall(r"```python\n(.*?)```", DOCUMENT.read_text(), re.DOTALL)
-    assert len(blocks) == 2
-    for block in blocks:
-        exec(compile(block, DOCUMENT.name, "exec"), names)
-    dk.unpatch(names["patched"])
 
 
 # The layers of transformers that hold the three interfaces
