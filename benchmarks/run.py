@@ -13,11 +13,13 @@ from typing import Any
 import growth
 import measure
 import memory
+import models
 import overhead
 import table
 import torch
 from rivals import ABSENT, DEFINITION, EVERYONE, OURS, PACKAGES
 from rooms import ROOMS, operator, tiny
+from zoo import MODELS
 
 from deformkit import __version__, _kernels, doctor
 
@@ -65,6 +67,9 @@ def _rows(section: str, options: argparse.Namespace) -> Iterator[dict[str, Any]]
         return [case for case in cases if options.case in f"{operator(case)} {case.name}"]
 
     seconds = 0.0 if options.tiny else options.seconds
+    if section == "models":
+        yield from models.rows([name for name in MODELS if options.case in name], seconds, options.tiny)
+        return
     names = [table.OPERATORS[section]] if section in table.OPERATORS else list(ROOMS)
     small = [case for name in names for case in tiny(name)]
     cases = chosen(small if options.tiny else [case for name in names for case in ROOMS[name].BENCHMARKS])

@@ -161,6 +161,28 @@ def overhead(rows: Sequence[dict[str, Any]]) -> Iterator[str]:
         yield _table(["case", "pass", *rivals, "over the kernel", "target"], lines)
 
 
+def models(rows: Sequence[dict[str, Any]]) -> Iterator[str]:
+    yield (
+        "Whole models of transformers with random weights and one image, before and after `deformkit.patch(model)`; "
+        "`2.00x`: it then takes half of its time. The rest of a model is what it was. Apart: the relative distance of "
+        "the outputs, or of the gradient by all parameters."
+    )
+    for what in PASSES:
+        chosen, lines = [row for row in rows if row["pass"] == what], []
+        for row in chosen:
+            found = row["rivals"]
+            timed_both = all("median" in found[name] for name in ("transformers", OURS))
+            ratio = found["transformers"]["median"] / found[OURS]["median"] if timed_both else float("nan")
+            aim = targets.MODELS.get(row["case"], {}).get(what)
+            verdict = f"at least {aim:g}x: {_met(ratio >= aim)}" if aim else ""
+            times = [_time(found["transformers"]), _time(found[OURS])]
+            lines.append([row["case"], row["sizes"], str(row["parts"]), *times, f"{ratio:.2f}x"])
+            lines[-1] += [f"{found[OURS]['error']:.0e}", verdict]
+        if chosen:
+            yield f"### Models: {what}"
+            yield _table(["model", "image", "replaced", "before", "after", "faster", "apart", "target"], lines)
+
+
 def _groups(rows: Sequence[dict[str, Any]]) -> Iterator[tuple[str, list[dict[str, Any]]]]:
     """The rows of each operator and pass, with a title."""
     for operator, what in product(dict.fromkeys(_operator(row) for row in rows), PASSES):
@@ -191,6 +213,7 @@ SECTIONS = {
     "memory": ("Memory", memory),
     "growth": ("Growth", growth),
     "overhead": ("Small calls", overhead),
+    "models": ("Whole models", models),
 }
 
 

@@ -43,6 +43,15 @@ def test_all_operators(section: str) -> None:
         assert f"### {name}" in output
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["d_fine", "mask2former"])
+def test_models(name: str) -> None:
+    """One whose instances are patched, and one whose function is, for all models."""
+    pytest.importorskip("transformers")
+    output = run("models", "--case", name)
+    assert output.count(f"| {name} | 96 pixels | 6 |") == 2 and "nan" not in output
+
+
 def test_tables_are_those_of_the_results() -> None:
     program = "import table; assert table.page(table.load()) == table.PAGE.read_text()"
     done = subprocess.run([sys.executable, "-c", program], cwd=BENCHMARKS, capture_output=True, text=True)
