@@ -21,8 +21,10 @@ from itertools import product
 from pathlib import Path
 from typing import Any
 
-os.environ.pop("TRITON_INTERPRET", None)  # before Triton is imported: it decides what a kernel is
+if __name__ == "__main__":
+    os.environ.pop("TRITON_INTERPRET", None)  # before Triton is imported: it decides what a kernel is
 
+import gpu_page
 import torch
 import triton
 from torch import Tensor
@@ -58,6 +60,10 @@ ONCE = {
 
 MORE_REGISTERS = 16
 """How many more registers than saved are let pass."""
+
+
+FEWEST = 50
+"""What the compiler cannot compile it may replace by a trap: a kernel of fewer instructions is none."""
 
 
 @dataclass(frozen=True)
@@ -153,10 +159,11 @@ def look(built: Any) -> dict[str, Any]:
         return {"shared": built.metadata.shared, **_look_at_cubin(built.asm["cubin"])}
     text = built.asm["amdgcn"]
     counts = {key: int(found) for key, found in re.findall(r"\.(\w+_count|private_segment_fixed_size):\s+(\d+)", text)}
-    opcodes = Counter(re.findall(r"^\s+(v_mfma\w+|global_atomic\w+|buffer_atomic\w+)", text, re.MULTILINE))
+    opcodes = Counter(re.findall(r"^\s+([vs]_\w+|ds_\w+|global_\w+|buffer_\w+|flat_\w+)", text, re.MULTILINE))
     return {
         "shared": built.metadata.shared,
         "registers": counts["vgpr_count"],
+        "instructions": opcodes.total(),
         "spilled": counts["vgpr_spill_count"] + counts["sgpr_spill_count"],
         "atomics": {name: n for name, n in sorted(opcodes.items()) if "atomic" in name},
         "matrix": {name: n for name, n in sorted(opcodes.items()) if "mfma" in name},
@@ -176,9 +183,10 @@ def _look_at_cubin(code: bytes) -> dict[str, Any]:
     opcodes = Counter(re.findall(r"^\s*/\*[0-9a-f]+\*/\s+(?:@!?U?P\w+\s+)?([A-Z][\w.]*)", listing.stdout, re.MULTILINE))
     return {
         "registers": counts["REG"],
+        "instructions": opcodes.total(),
         # Bytes: a stack is where registers go that there are not.
         "spilled": counts["STACK"] + counts["LOCAL"],
-        "atomics": {name: n for name, n in sorted(opcodes.items()) if re.match("RED[G.]|ATOM", name)},
+        "atomics": {name: n for name, n in sorted(opcodes.items()) if re.match(r"REDG?\.|ATOMG?\.", name)},
         "matrix": {name: n for name, n in sorted(opcodes.items()) if re.match(r"\w*(HMMA|HGMMA|UTC\w*MMA)", name)},
     }
 
@@ -193,6 +201,8 @@ def problems(rows: Sequence[dict[str, Any]], saved: Sequence[dict[str, Any]]) ->
     """What is wrong with kernels whatever they were, then what is worse than it was."""
     before = {name(row): row for row in saved}
     for row in rows:
+        if row["instructions"] < FEWEST:
+            yield f"{name(row)}: {row['instructions']} instructions, which cannot be all"
         if row["spilled"]:
             yield f"{name(row)}: spills {row['spilled']}"
         wanted, there = _widest_wanted(row), widest(row["atomics"])
@@ -213,8 +223,12 @@ def widest(atomics: dict[str, int]) -> int:
 
 
 def _widest_wanted(row: dict[str, Any]) -> int:
-    """How many float32 numbers should be added at once; whole numbers have no vectors, nor has a gfx942."""
-    return 4 if row["target"] in ("sm_90", "sm_100") and not row["deterministic"] else 0
+    """How many float32 numbers should be added at once.
+
+    Whole numbers have no vectors, nor has a gfx942; nor is there more than one where each channel has its own points.
+    """
+    vectors = row["target"] in ("sm_90", "sm_100") and not row["deterministic"]
+    return 4 if vectors and "depthwise" not in row["case"] else 0
 
 
 def everything(processes: int, chosen: Sequence[Job]) -> list[dict[str, Any]]:
@@ -238,6 +252,7 @@ def main() -> None:
     if options.save:
         saved = json.dumps({"triton": triton.__version__, "rows": rows}, indent=1)
         RESULTS.write_text(saved + "\n")
+        gpu_page.PAGE.write_text(gpu_page.page(gpu_page.PAGE.read_text()))
     elif not options.check:
         print(json.dumps(rows, indent=1))
     saved = json.loads(RESULTS.read_text())["rows"] if RESULTS.exists() else []
