@@ -257,13 +257,16 @@ def _transforming() -> bool:
     return torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0
 
 
-@torch.compiler.assume_constant_result
 def _differentiating() -> bool:
     """Whether a transform other than vmap is active; asked while the compiler traces, which enters them as it goes."""
     levels = torch._C._functorch.get_interpreter_stack() or []
     return forward_ad._current_level >= 0 or any(
         level.key() != torch._C._functorch.TransformType.Vmap for level in levels
     )
+
+
+# What torch.compiler.assume_constant_result does, which would import the whole compiler for it, a second and more.
+_differentiating._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 def _at(function: Callable[..., Any], args: Sequence[Any], positions: Sequence[int]) -> Callable[..., Any]:
