@@ -47,9 +47,9 @@ def main() -> None:
     end = time.monotonic() + options.seconds
     if on_gpu:
         # The points of a case make no difference to its kernels.
-        _compile(list({w.case: w for w in reversed(workloads())}.values()))
+        _compile(list({w.case: w for w in reversed(workloads()) if options.only in f"{w.operator} {w.case}"}.values()))
     with contextlib.nullcontext() if on_gpu else _interpreter():
-        for part in ("red", "rows"):
+        for part in ("red", "rows") if not options.only else ("rows",):
             for row in _part(part, clock, device, options, end):
                 # After each row: whoever stops this has what there is.
                 document[part].append(row)
@@ -85,23 +85,29 @@ def _part(part: str, clock: Clock, device: str, options: argparse.Namespace, end
     if part == "red":
         yield from red.rates(clock, device, RED_ROWS if device == "cuda" else 128, options.each)
         return
+    seen: set[str] = set()
     for workload in workloads(small=device != "cuda"):
+        if options.only not in f"{workload.operator} {workload.case}":
+            continue
         for dtype in DTYPES[workload.operator]:
             if time.monotonic() > end:
                 print(f"out of time before {workload.operator} {workload.case}", file=sys.stderr)
                 return
             print(f"{workload.operator} {workload.case}, {workload.points}, {dtype}", file=sys.stderr, flush=True)
-            yield from _rows(workload, dtype, clock, device, options)
+            # The compiler takes its time: one call of each operator.
+            compiled = options.compiled and workload.operator not in seen
+            seen.add(workload.operator)
+            yield from _rows(workload, dtype, clock, device, options.each, compiled)
 
 
 def _rows(
-    workload: Workload, dtype: torch.dtype, clock: Clock, device: str, options: argparse.Namespace
+    workload: Workload, dtype: torch.dtype, clock: Clock, device: str, each: float, compiled: bool
 ) -> Iterator[dict[str, Any]]:
     arguments = workload.arguments(dtype, device)
     expected, weights = _truth(workload, arguments, device)
     found: dict[str, tuple[Call, dict[str, Any]]] = {}
     skipped: dict[str, str] = {}
-    for name, adapter in adapters(workload, options.compiled and dtype == DTYPES[workload.operator][0]).items():
+    for name, adapter in adapters(workload, compiled).items():
         try:
             call = adapter(workload.case, arguments)
             worst = error(call, expected, weights)
@@ -121,8 +127,8 @@ def _rows(
             run = call.forward() if what == PASSES[0] else call.both()
             rivals[name] = {
                 **note,
-                "device": clock.device(run, options.each),
-                "wall": clock.wall(run, options.each / 4),
+                "device": clock.device(run, each),
+                "wall": clock.wall(run, each / 4),
                 "memory": clock.memory(run),
             }
         row = {
@@ -135,7 +141,7 @@ def _rows(
             "rivals": rivals,
         }
         if what == PASSES[1] and OURS in found:
-            row["deterministic"] = _deterministic(found[OURS][0], clock, options.each)
+            row["deterministic"] = _deterministic(found[OURS][0], clock, each)
         yield row
 
 
@@ -210,6 +216,7 @@ def _options() -> argparse.Namespace:
     parser.add_argument("--out", type=Path, default=Path("build/gpu"), help="where gpu.json and gpu.md go")
     parser.add_argument("--seconds", type=float, default=300.0, help="after how long no further case is begun")
     parser.add_argument("--each", type=float, default=0.1, help="how long to time each call")
+    parser.add_argument("--only", default="", help="calls with this in 'operator case', and no rates of additions")
     parser.add_argument("--interpret", action="store_true", help="tiny sizes in Triton's interpreter")
     parser.add_argument("--save", action="store_true", help="write results/gpu.json and docs/gpu.md as well")
     parser.add_argument("--no-compiled", dest="compiled", action="store_false", help=f"without the {COMPILED}")

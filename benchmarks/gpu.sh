@@ -10,14 +10,21 @@ OUT=${OUT:-build/gpu}
 mkdir -p "$OUT"
 export PYTHONPATH="src:benchmarks:tests${PYTHONPATH:+:$PYTHONPATH}" PYTHONUNBUFFERED=1
 
-kernels=cuda options=()
+has() { "$PYTHON" -c "import $1" 2>/dev/null; }
+
+on_gpu=1 pytest=("$PYTHON" -m pytest -q -p no:cacheprovider) timing=("$PYTHON" benchmarks/gpu.py --out "$OUT")
 if [[ ${1:-} == --interpret ]] || ! "$PYTHON" -c 'import sys, torch; sys.exit(not torch.cuda.is_available())'; then
-  kernels=triton options=(--interpret)
+  on_gpu=
   export TRITON_INTERPRET=1
+  timing+=(--interpret --no-compiled)
+elif has xdist; then
+  # What takes long is compiling, on the CPU.
+  pytest+=(-n 8)
 fi
 
 status=0
-part() { # seconds, name, command: its output to a file too; a part that fails or runs out of time does not stop the rest
+# Seconds, a name, a command: its output goes to a file too. If it fails, or is out of time, the others still run.
+part() {
   local seconds=$1 name=$2
   shift 2
   echo "== $name" >&2
@@ -26,16 +33,16 @@ part() { # seconds, name, command: its output to a file too; a part that fails o
   [[ $found == 0 ]] || { echo "== $name: exit $found" | tee -a "$OUT/$name.log" >&2; status=1; }
 }
 
-part 60 doctor "$PYTHON" -c 'import sys; from deformkit.doctor import diagnose; d = diagnose(); print(d.text); sys.exit(not d.healthy)'
-if "$PYTHON" -c 'import pytest, hypothesis' 2>/dev/null; then
-  if [[ $kernels == cuda ]]; then
-    part 90 test_triton "$PYTHON" -m pytest -q -p no:cacheprovider tests/ops/test_triton.py tests/ops/test_cuda.py
-    part 120 tests "$PYTHON" -m pytest -q -p no:cacheprovider tests/ops --kernels cuda
-  else
-    part 120 test_triton "$PYTHON" -m pytest -q -p no:cacheprovider tests/ops/test_triton.py tests/ops/test_cuda.py -k "1d"
-  fi
+report='import sys; from deformkit.doctor import diagnose; d = diagnose(); print(d.text); sys.exit(not d.healthy)'
+if ! has pytest || ! has hypothesis; then
+  part 240 doctor "$PYTHON" -c "$report"
+elif [[ $on_gpu ]]; then
+  part 150 kernels "${pytest[@]}" tests/ops/test_triton.py tests/ops/test_cuda.py
 else
-  echo "no pytest or no hypothesis here: the doctor's self-test is all" >&2
+  part 150 kernels "${pytest[@]}" tests/ops/test_triton.py tests/ops/test_cuda.py -k "1d and not layout"
 fi
-part 300 gpu "$PYTHON" benchmarks/gpu.py --out "$OUT" --seconds 250 "${options[@]}"
+part 270 timing "${timing[@]}" --seconds 230
+if [[ $on_gpu ]] && has pytest && has hypothesis; then
+  part 150 operators "${pytest[@]}" tests/ops --kernels cuda
+fi
 exit "$status"
