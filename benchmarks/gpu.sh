@@ -39,7 +39,7 @@ if ! has pytest || ! has hypothesis; then
 elif [[ $on_gpu ]]; then
   part 150 kernels "${pytest[@]}" tests/ops/test_triton.py tests/ops/test_cuda.py
 else
-  part 150 kernels "${pytest[@]}" tests/ops/test_triton.py tests/ops/test_cuda.py -k "1d and not layout"
+  part 240 kernels "${pytest[@]}" tests/ops/test_triton.py tests/ops/test_cuda.py -k "1d and not layout"
 fi
 part 270 timing "${timing[@]}" --seconds 230
 if [[ $on_gpu ]] && has pytest && has hypothesis; then

@@ -63,23 +63,31 @@ def deformops_attn(case: Any, arguments: dict[str, Any]) -> Call:
     rows, columns = case.kernel_size
     value = arguments["value"].flatten(-2).detach().clone().requires_grad_()
     points = torch.cat([arguments["offset"].flip(-1), arguments["weight"].unsqueeze(-1)], -1)
-    turned = points.unflatten(-2, (rows, columns)).transpose(-3, -2).flatten(-5)
-    leaves = {"value": value, "offset": turned.contiguous().requires_grad_()}
+    turned = points.unflatten(-2, (rows, columns)).transpose(-3, -2).flatten(-4)
+    leaves = {"value": value, "points": turned.contiguous().requires_grad_()}
     heads, channels = case.heads, case.channels
     names = ("kernel_size", "stride", "padding", "dilation")
     steps = {name: tuple(arguments[name]) for name in names}
     options = {"groups": heads, "group_dims": channels, "spread": case.offset_scale}
 
     def run() -> Tensor:
-        return attn(leaves["value"], leaves["offset"], **steps, **options).unflatten(-1, (heads, channels))
+        return attn(leaves["value"], leaves["points"], **steps, **options).unflatten(-1, (heads, channels))
 
     def layout(name: str, gradient: Tensor) -> Tensor:
         if name == "value":
             return gradient.unflatten(-1, (heads, channels))
-        by_tap = gradient.unflatten(-1, (heads, columns, rows, 3)).transpose(-3, -2).flatten(-3, -2)
-        return by_tap[..., :2].flip(-1)
+        return gradient.unflatten(-1, (heads, columns, rows, 3)).transpose(-3, -2).flatten(-3, -2)
 
-    return Call(run, leaves, layout)
+    return _Packed(run, leaves, layout)
+
+
+class _Packed(Call):
+    """A call whose points are one tensor, of offsets, x first, and weights."""
+
+    def evaluate(self, cotangent: Tensor) -> dict[str, Tensor]:
+        found = super().evaluate(cotangent)
+        points = found.pop("points")
+        return {**found, "offset": points[..., :2].flip(-1), "weight": points[..., 2]}
 
 
 def deformops_msda(case: Any, arguments: dict[str, Any]) -> Call:
