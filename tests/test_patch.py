@@ -363,6 +363,18 @@ def test_who_replaced_a_shared_function_after_us_keeps_it(monkeypatch: pytest.Mo
     assert module.multi_scale_deformable_attention is theirs
 
 
+def test_shared_function_that_someone_put_back_is_replaced_again() -> None:
+    layer, arguments = attention("mask2former")
+    module = sys.modules[type(layer).__module__]
+    original = module.multi_scale_deformable_attention
+    dk.patch(layer)
+    module.multi_scale_deformable_attention = original
+    dk.patch(layer)
+    assert ours(lambda: layer(**arguments))
+    dk.unpatch(layer)
+    assert module.multi_scale_deformable_attention is original
+
+
 def test_twice(layer: tuple[nn.Module, dict[str, Any]]) -> None:
     host, arguments = layer
     first, second = dk.patch(host), dk.patch(host)

@@ -113,8 +113,9 @@ def patch(model: nn.Module, strict: bool = True) -> Patch:
     for cls, count in types.items():
         for namespace, name in _lookups(cls):
             place = f"{namespace.__name__}.{name}"
-            if place not in _shared:
-                original = getattr(namespace, name)
+            original = getattr(namespace, name)
+            # Whoever put the host's own back meanwhile gets ours again.
+            if place not in _shared or original is not _shared[place].ours:
                 _shared[place] = _Shared(namespace, name, original, _function(original))
                 setattr(namespace, name, _shared[place].ours)
             _shared[place].users.add(model)
