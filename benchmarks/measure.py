@@ -88,8 +88,8 @@ def half_rows(cases: Iterable[Any], seconds: float) -> Iterator[dict[str, Any]]:
             yield {**about(case), "pass": what, "rivals": timed(runs, notes, seconds)}
 
 
-def timed(runs: dict[str, Any], notes: dict[str, Any], seconds: float) -> dict[str, Any]:
-    timings = bench.alternate(runs, seconds)
+def timed(runs: dict[str, Any], notes: dict[str, Any], seconds: float, least: int | None = None) -> dict[str, Any]:
+    timings = bench.alternate(runs, seconds, least=least)
     result: dict[str, Any] = {name: dict(note) for name, note in notes.items()}
     for name, timing in timings.items():
         low, high = timing.spread

@@ -35,7 +35,7 @@ def rows(names: Sequence[str], seconds: float, tiny: bool = False) -> Iterator[d
                 del calls[OURS]
             about = {"operator": name, "case": name, "sizes": f"{arguments['pixel_values'].shape[-1]} pixels"}
             parts = sum(part.count for part in done.replaced)
-            yield {**about, "pass": what, "parts": parts, "rivals": timed(calls, notes, seconds)}
+            yield {**about, "pass": what, "parts": parts, "rivals": timed(calls, notes, seconds, least=5)}
         for module, attribute, pair in shared:
             setattr(module, attribute, pair[1])
         deformkit.unpatch(done)

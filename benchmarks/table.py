@@ -246,7 +246,8 @@ def _table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
 
 
 def load(directory: Path = RESULTS) -> list[dict[str, Any]]:
-    return [json.loads(path.read_text()) for path in sorted(directory.glob("*.json"))]
+    """The results that are sections of this page; other programs keep theirs beside them."""
+    return [json.loads(path.read_text()) for path in sorted(directory.glob("*.json")) if path.stem in SECTIONS]
 
 
 if __name__ == "__main__":

@@ -130,7 +130,7 @@ def verify(
     for name in names:
         largest[_kind(name)] = max(largest[_kind(name)], _largest(found_a[name]))
     quantities = tuple(
-        _compare(name, found_a[name], found_b[name], truth and truth.get(name), _LEAST * largest[_kind(name)])
+        _compare(name, found_a[name], found_b[name], truth.get(name) if truth else None, _LEAST * largest[_kind(name)])
         for name in names
     )
     notes = [*([reason] if reason else []), *_unmatched(found_a, found_b), *_expected(quantities, call, b)]
