@@ -148,5 +148,5 @@ def test_an_undefined_field_shows_where_it_is_read(call: Call, deterministic: bo
 
 
 def test_random_calls() -> None:
-    counts = fuzz.run(25, seed=10_000, compare_every=1, refuse=False)
+    counts = fuzz.run(25, seed=10_000, compare_every=1)
     assert counts["compared"] > 15

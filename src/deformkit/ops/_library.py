@@ -57,6 +57,7 @@ class Operator:
         self.overload = getattr(getattr(torch.ops, NAMESPACE), self.name).default
         self.arguments = [argument.name for argument in self.overload._schema.arguments]
         self.reference = reference
+        self.fake = fake
         self.tensors = [
             i for i, argument in enumerate(self.overload._schema.arguments) if "Tensor" in str(argument.type)
         ]

@@ -21,25 +21,33 @@ from .gpu_kernels import (
 # A program for each processor of a large GPU.
 _PROCESSORS = 132
 # Tiles of the kernels with products: rows, filters, columns, parts, warps, stages. By architecture, kernel and whether
-# the operands are half: of those tried, the ones that spill nothing, best first by the instructions they take.
+# the operands are half ("exact" is the data kernel that adds up whole units of 64 bits): of those tried, the ones that spill nothing, best first by the instructions they take.
 _TILES = {
+    ("sm_80", "exact", True): [(32, 32, 16, 1, 8, 1)],
+    ("sm_80", "exact", False): [(32, 32, 16, 1, 8, 1)],
+    ("sm_90", "exact", True): [(64, 32, 16, 1, 8, 1)],
+    ("sm_90", "exact", False): [(64, 32, 16, 1, 8, 1)],
+    ("sm_100", "exact", True): [(64, 32, 16, 1, 8, 1)],
+    ("sm_100", "exact", False): [(64, 32, 16, 1, 8, 1)],
+    ("hip", "exact", True): [(64, 32, 16, 1, 8, 1)],
+    ("hip", "exact", False): [(64, 32, 16, 1, 8, 1)],
     ("sm_80", "forward", True): [(128, 128, 16, 4, 8, 1), (64, 128, 16, 4, 4, 1), (64, 64, 16, 4, 4, 1)],
     ("sm_80", "forward", False): [(128, 64, 16, 4, 8, 1), (64, 64, 16, 4, 4, 1)],
     ("sm_80", "data", True): [(64, 32, 16, 1, 4, 1), (64, 64, 16, 1, 4, 1), (128, 64, 16, 1, 8, 1)],
     ("sm_80", "data", False): [(64, 32, 16, 1, 8, 1), (128, 64, 16, 1, 8, 1)],
-    ("sm_80", "weight", True): [(64, 128, 16, 4, 4, 1), (64, 64, 16, 4, 4, 1), (128, 64, 64, 1, 8, 1)],
+    ("sm_80", "weight", True): [(64, 128, 32, 2, 8, 1), (64, 64, 16, 4, 4, 1), (128, 64, 64, 1, 8, 1)],
     ("sm_80", "weight", False): [(64, 64, 32, 2, 8, 1), (64, 128, 32, 1, 8, 1), (64, 64, 32, 1, 4, 1)],
     ("sm_90", "forward", True): [(128, 128, 16, 4, 8, 1), (64, 128, 16, 4, 4, 1), (64, 64, 16, 4, 4, 1)],
     ("sm_90", "forward", False): [(128, 64, 32, 2, 8, 1), (64, 64, 32, 2, 4, 1), (64, 64, 16, 4, 4, 1)],
     ("sm_90", "data", True): [(128, 64, 32, 2, 8, 1), (64, 32, 32, 2, 4, 1), (64, 64, 32, 1, 4, 1)],
     ("sm_90", "data", False): [(128, 64, 32, 2, 8, 1), (64, 32, 32, 2, 4, 1), (64, 64, 16, 4, 4, 1)],
-    ("sm_90", "weight", True): [(64, 128, 16, 4, 4, 1), (64, 64, 16, 4, 4, 1), (128, 64, 64, 1, 8, 1)],
+    ("sm_90", "weight", True): [(64, 128, 32, 2, 8, 1), (64, 64, 16, 4, 4, 1), (128, 64, 64, 1, 8, 1)],
     ("sm_90", "weight", False): [(64, 128, 32, 2, 8, 1), (64, 64, 32, 2, 8, 1), (64, 64, 32, 1, 4, 1)],
     ("sm_100", "forward", True): [(128, 128, 32, 2, 8, 1), (128, 64, 32, 2, 8, 1), (64, 64, 32, 2, 4, 1)],
     ("sm_100", "forward", False): [(128, 64, 32, 2, 8, 1), (64, 64, 32, 2, 4, 1), (64, 64, 16, 4, 4, 1)],
     ("sm_100", "data", True): [(128, 64, 32, 2, 8, 1), (64, 64, 32, 1, 8, 1), (64, 32, 32, 2, 4, 1)],
     ("sm_100", "data", False): [(128, 64, 32, 2, 8, 1), (64, 32, 32, 2, 4, 1), (64, 64, 32, 1, 4, 1)],
-    ("sm_100", "weight", True): [(64, 128, 16, 4, 4, 1), (64, 64, 16, 4, 4, 1), (128, 64, 64, 1, 8, 1)],
+    ("sm_100", "weight", True): [(64, 128, 32, 2, 8, 1), (64, 64, 16, 4, 4, 1), (128, 64, 64, 1, 8, 1)],
     ("sm_100", "weight", False): [(64, 64, 32, 2, 8, 1), (64, 128, 32, 1, 8, 1), (64, 64, 32, 1, 4, 1)],
     ("hip", "forward", True): [(128, 128, 16, 4, 8, 1), (64, 128, 16, 4, 4, 1), (64, 64, 16, 4, 4, 1)],
     ("hip", "forward", False): [(128, 128, 16, 4, 8, 1), (64, 128, 16, 4, 4, 1), (64, 64, 16, 4, 4, 1)],
@@ -91,7 +99,14 @@ def forward(
             problem.product_configs("forward"),
         )
         constants |= problem.products | problem.pieces(problem.group_channels, problem.offset_channels)
-    args = [*problem.tensors[:2], filters.contiguous(), bias, problem.tensors[2], output, *problem.numbers]
+    args = [
+        *problem.tensors[:2],
+        filters.contiguous(),
+        bias if bias is None else bias.contiguous(),
+        problem.tensors[2],
+        output,
+        *problem.numbers,
+    ]
     launch(kernel, problem.forward_programs, args, constants, configs)
     return output
 
@@ -148,6 +163,7 @@ def _backward_data(
     else:
         filters = weight.flatten(2).permute(2, 0, 1)
         pieces = problem.pieces(problem.offset_channels, problem.group_channels)
+    kernel = "exact" if grad_input.exact else "data"
     launch(
         deform_conv_backward_data,
         lambda config: problem.tiles(config) * problem.offset_groups * problem.taps,
@@ -158,7 +174,7 @@ def _backward_data(
         | pieces
         | {"DEPTHWISE": problem.depthwise, "PLANAR": problem.planar}
         | {"FIELD": by_input, "POINTS": by_points, "EXACT": grad_input.exact},
-        problem.depthwise_configs(4) if problem.depthwise else problem.product_configs("data"),
+        problem.depthwise_configs(grad_input.vector) if problem.depthwise else problem.product_configs(kernel),
     )
     result = grad_input.result()
     return result.movedim(-1, 1).contiguous() if by_input and not problem.planar else result, grad_offset, grad_mask

@@ -297,7 +297,7 @@ def backward(
             lambda config: _tiles(grad_output, config),
             [flat, *tensors, grad_input.argument, grad_offset, flat.stride(), *strides, *numbers, flat.stride(2)],
             constants,
-            row_configs(prod(grad_output.shape[2:]), len(rois), input.shape[1], 4),
+            row_configs(prod(grad_output.shape[2:]), len(rois), input.shape[1], grad_input.vector),
         )
     by_input = grad_input.result()
     return by_input.movedim(-1, 1).contiguous() if grad_input.wanted else by_input, grad_offset

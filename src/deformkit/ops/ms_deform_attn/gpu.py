@@ -235,7 +235,7 @@ def backward(
             lambda config: batch * triton.cdiv(queries, config.blocks["ROWS"]) * heads,
             [*tensors, *results, *(t.stride() for t in tensors), *numbers, value.shape[1]],
             constants,
-            row_configs(queries, batch * heads, channels, 4),
+            row_configs(queries, batch * heads, channels, grad_value.vector),
         )
     grads = (grad_value.result(), grad_locations, grad_weights)
     return tuple(grad if asked else grad.new_empty(0) for grad, asked in zip(grads, output_mask, strict=True))

@@ -381,6 +381,11 @@ class FieldGradient:
         self._per_one = (62 - most().log2().ceil()).clamp(-100, 120).exp2().float() if self.exact else 1.0
 
     @property
+    def vector(self) -> int:
+        """How many columns a thread best adds at once: 128 bits of them."""
+        return 2 if self.exact else 4
+
+    @property
     def argument(self) -> tuple[Tensor, Any, Any]:
         """What a kernel gets: the float32 sums, the sums in units, and how many units make one."""
         return self._sums, self._units, self._per_one
