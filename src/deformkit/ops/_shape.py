@@ -113,6 +113,14 @@ def checked_output_size(
     dilation: Sequence[int],
 ) -> list[int]:
     """:func:`conv_output_size` for the field ``name``; a ValueError if that, or the field, is empty."""
+    for what, values, least in (
+        ("kernel_size", kernel_size, 1),
+        ("stride", stride, 1),
+        ("padding", padding, 0),
+        ("dilation", dilation, 1),
+    ):
+        if len(values) != len(size) or min(values) < least:
+            raise ValueError(f"{what} is {list(values)}; it needs {len(size)} values of at least {least}")
     if min(size) < 1:
         raise ValueError(f"{name} has spatial size {times(size)}; every axis must have at least one element")
     out_size = conv_output_size(size, kernel_size, stride, padding, dilation)

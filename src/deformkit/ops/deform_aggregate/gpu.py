@@ -267,7 +267,7 @@ def backward(grad_output: Tensor, value: Tensor, offset: Tensor, weight: Tensor,
             lambda config: batch * triton.cdiv(positions, config.blocks["ROWS"]) * heads,
             [grad_output, *tensors, *results, grad_output.stride(), *strides, *numbers],
             constants,
-            row_configs(positions, batch * heads, channels, grad_value.vector),
+            row_configs(positions, batch * heads, channels, grad_value.vector, most_parts=4 if grad_value.exact else 8),
         )
     grads = (grad_value.result(), grad_offset, grad_weight)
     return tuple(grad if asked else grad.new_empty(0) for grad, asked in zip(grads, output_mask, strict=True))

@@ -21,7 +21,8 @@ from .gpu_kernels import (
 # A program for each processor of a large GPU.
 _PROCESSORS = 132
 # Tiles of the kernels with products: rows, filters, columns, parts, warps, stages. By architecture, kernel and whether
-# the operands are half ("exact" is the data kernel that adds up whole units of 64 bits): of those tried, the ones that spill nothing, best first by the instructions they take.
+# the operands are half; "exact" is the data kernel where it adds whole units, which are 64 bits wide. Of those tried,
+# the ones that spill nothing, best first by the instructions they take.
 _TILES = {
     ("sm_80", "exact", True): [(32, 32, 16, 1, 8, 1)],
     ("sm_80", "exact", False): [(32, 32, 16, 1, 8, 1)],

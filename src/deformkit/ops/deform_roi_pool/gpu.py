@@ -270,7 +270,7 @@ def forward(input: Tensor, rois: Tensor, offset: Tensor | None, *steps: Any) -> 
     def programs(config: Config) -> int:
         return _tiles(output, config) * triton.cdiv(channels, config.blocks["COLUMNS"] * config.blocks["PARTS"])
 
-    configs = row_configs(prod(output_size), len(rois), channels, 16 // input.itemsize)
+    configs = row_configs(prod(output_size), len(rois), channels, 16 // input.itemsize, most_parts=2)
     launch(deform_roi_pool_forward, programs, [*tensors, output, *strides, *numbers], constants, configs)
     return output
 
@@ -297,7 +297,7 @@ def backward(
             lambda config: _tiles(grad_output, config),
             [flat, *tensors, grad_input.argument, grad_offset, flat.stride(), *strides, *numbers, flat.stride(2)],
             constants,
-            row_configs(prod(grad_output.shape[2:]), len(rois), input.shape[1], grad_input.vector),
+            row_configs(prod(grad_output.shape[2:]), len(rois), input.shape[1], grad_input.vector, most_parts=4),
         )
     by_input = grad_input.result()
     return by_input.movedim(-1, 1).contiguous() if grad_input.wanted else by_input, grad_offset

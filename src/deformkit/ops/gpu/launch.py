@@ -115,10 +115,9 @@ def _choose(
 
 # About as many threads as keep a large GPU busy; fewer leave the latency of memory in sight.
 _MANY_THREADS = 2**17
-_MOST_PARTS = 8
 
 
-def row_configs(rows: int, times: int, channels: int, vector: int) -> list[Config]:
+def row_configs(rows: int, times: int, channels: int, vector: int, most_parts: int = 8) -> list[Config]:
     """Candidates for a kernel whose rows are points, each with ``channels`` side by side in memory.
 
     What has to be known of a point is worked out by every thread of its row: the fewer there are, the better, as long
@@ -127,8 +126,9 @@ def row_configs(rows: int, times: int, channels: int, vector: int) -> list[Confi
     Args:
         rows: how many of them follow one another, in one image.
         times: how many such sequences of rows there are.
-        channels: of a row; more than 8 vectors of 32 threads are left to several programs or to a loop.
+        channels: of a row; more than ``most_parts`` vectors of 32 threads are left to several programs or to a loop.
         vector: how many channels a thread reads at once.
+        most_parts: how many vectors of a row a thread reads at most.
     """
     channels = max(channels, 1)
     if target().backend == "interpreter":
@@ -136,15 +136,15 @@ def row_configs(rows: int, times: int, channels: int, vector: int) -> list[Confi
         return [Config({"ROWS": max(1024 // columns, 16), "COLUMNS": columns, "PARTS": 1, "UNROLL": 1})]
     vector = min(vector, triton.next_power_of_2(channels))
     most = max(min(triton.next_power_of_2(channels) // vector, 32), 1)
-    least = min(max(triton.next_power_of_2(triton.cdiv(channels, vector * _MOST_PARTS)), min(2, most)), most)
+    least = min(max(triton.next_power_of_2(triton.cdiv(channels, vector * most_parts)), min(2, most)), most)
     wanted = triton.next_power_of_2(triton.cdiv(_MANY_THREADS, max(rows * times, 1)))
     threads = min(max(wanted, least), most)
     configs = []
     for share, warps, unroll in (
-        (threads, 4, 1 if threads >= wanted else 2),
+        ((threads, 8, 1) if threads >= wanted else (threads, 4, 2)),
         *((t, w, 1) for t in (least, most) for w in (2, 4, 8)),
     ):
-        parts = min(triton.cdiv(channels, vector * share), _MOST_PARTS)
+        parts = min(triton.cdiv(channels, vector * share), most_parts)
         tile = min(warps * 32 // share, max(triton.next_power_of_2(rows), 1))
         blocks = {"ROWS": tile, "COLUMNS": vector * share, "PARTS": parts, "UNROLL": unroll}
         config = Config(blocks, num_warps=max(min(warps, tile * share // 32), 1))
