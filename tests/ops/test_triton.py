@@ -150,3 +150,28 @@ def test_an_undefined_field_shows_where_it_is_read(call: Call, deterministic: bo
 def test_random_calls() -> None:
     counts = fuzz.run(25, seed=10_000, compare_every=1)
     assert counts["compared"] > 15
+
+
+def test_autotuning_takes_the_fastest_and_leaves_the_arguments_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    configs = [launch.Config({"ROWS": rows}) for rows in (16, 32, 64)]
+    output, sums = torch.zeros(3), torch.zeros(3)
+
+    def start(kernel: Any, count: int, args: Any, constants: Any, config: launch.Config) -> int:
+        args[0].add_(1)
+        args[1][0].add_(1)
+        return abs(config.blocks["ROWS"] - 32)
+
+    monkeypatch.setattr(launch, "start", start)
+    monkeypatch.setattr(launch.triton.testing, "do_bench", lambda run, return_mode: run())
+    monkeypatch.setattr(launch, "_tuned", {})
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
+
+    def chosen() -> launch.Config:
+        args = [output, (sums, None, 1.0)]
+        return launch._choose(start, lambda config: 1, args, {}, configs, torch.device("cuda", 0))
+
+    assert chosen() is configs[0]
+    with launch.autotune():
+        assert chosen() is configs[1]
+    assert chosen() is configs[1]
+    assert not output.any() and not sums.any()

@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 import torch
 import triton
 from torch import Tensor
+from torch.utils._pytree import tree_map_only
 
 
 class Target(NamedTuple):
@@ -100,8 +101,8 @@ def _choose(
     if kind not in _tuned:
         if not _autotuning or torch.cuda.is_current_stream_capturing():
             return candidates[0]
-        # On copies: a kernel that adds to its output must not do so twice.
-        copies = [value.clone() if isinstance(value, Tensor) else value for value in args]
+        # On copies: a kernel that adds to its output must not do so twice. Some tensors stand in tuples.
+        copies = tree_map_only(Tensor, torch.clone, list(args))
         times = {
             i: triton.testing.do_bench(
                 lambda config=config: start(kernel, programs(config), copies, constants, config), return_mode="median"
