@@ -44,11 +44,12 @@ def build(name: str, **options: Any) -> nn.Module:
 
 def inputs(name: str, size: int, batch: int = 1) -> dict[str, Tensor]:
     """Keyword arguments for a call with square images of ``size`` pixels."""
-    generator = torch.Generator().manual_seed(0)
+    # Some images have proposals so much alike that rounding chooses among them, in the unchanged model as well.
+    generator = torch.Generator().manual_seed(1)
     arguments = {"pixel_values": torch.randn(batch, 3, size, size, generator=generator)}
     if "grounding" in name:
         # [CLS], one word, a full stop, [SEP]
         arguments["input_ids"] = torch.tensor([[101, 4937, 1012, 102]]).repeat(batch, 1)
     if name == "oneformer":
-        arguments["task_inputs"] = torch.randint(0, 100, (batch, 77), generator=generator)
+        arguments["task_inputs"] = torch.randint(0, 100, (batch, 77), generator=generator.manual_seed(0))
     return arguments

@@ -11,6 +11,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from ..nn._linear import linear
+from ..nn.ms_deform_attn import point_locations
 from ..ops._shape import compute_dtype
 from ..ops.deform_conv.op import deform_conv2d
 from ..ops.deform_roi_pool.op import deform_roi_pool
@@ -29,9 +31,12 @@ class Part:
     module: str
     """A regular expression for the whole name of the module that defines it."""
     name: str
+    """Of a function the name; of a layer a regular expression for it."""
     ours: Callable[..., Any] | str
     """For a layer its ``forward``, for an autograd Function its ``apply``; ``"host:name"``: what compat has for it."""
     operator: str
+    core: str | None = None
+    """Of a layer: what it holds under this name is a part too, or the layer stays as it is."""
 
     def function(self) -> Callable[..., Any]:
         """What takes its place."""
@@ -44,9 +49,9 @@ class Part:
 
 def find(parts: Sequence[Part], defined: Any) -> Part | None:
     """The part that the class or function ``defined`` is, by the names of its module and its own."""
-    name, module = getattr(defined, "__name__", None), getattr(defined, "__module__", None)
+    name, module = str(getattr(defined, "__name__", "")), str(getattr(defined, "__module__", ""))
     for part in parts:
-        if part.name == name and isinstance(module, str) and re.fullmatch(part.module, module):
+        if re.fullmatch(part.name, name) and re.fullmatch(part.module, module):
             return part
     return None
 
@@ -66,6 +71,79 @@ def _attend(
     if locations.dim() == 5 and num_points is None:
         points = [locations.shape[3] // len(spatial_shapes)] * len(spatial_shapes)
     return ms_deform_attn(value, spatial_shapes, locations, weights, num_points=points, mode=mode)
+
+
+def _transformers_attention(
+    self: Any,
+    hidden_states: Tensor,
+    attention_mask: Tensor | None = None,
+    encoder_hidden_states: Any = None,
+    encoder_attention_mask: Tensor | None = None,
+    position_embeddings: Tensor | None = None,
+    reference_points: Any = None,
+    spatial_shapes: Any = None,
+    spatial_shapes_list: Any = None,
+    level_start_index: Tensor | None = None,
+    output_attentions: bool = False,
+    **kwargs: Any,
+) -> tuple[Tensor, Tensor]:
+    def attend(value: Tensor, locations: Tensor, weights: Tensor) -> Tensor:
+        shapes = (spatial_shapes, spatial_shapes_list, level_start_index)
+        return self.attn(value, *shapes, locations, weights, self.im2col_step)
+
+    padding = None if attention_mask is None else ~attention_mask
+    query = hidden_states if position_embeddings is None else hidden_states + position_embeddings
+    extents = spatial_shapes.flip(-1)
+    return _between_projections(self, attend, query, reference_points, encoder_hidden_states, extents, padding)
+
+
+def _transformers_pixel_decoder(
+    self: Any,
+    hidden_states: Tensor,
+    attention_mask: Tensor | None = None,
+    encoder_hidden_states: Any = None,
+    encoder_attention_mask: Tensor | None = None,
+    position_embeddings: Tensor | None = None,
+    reference_points: Any = None,
+    spatial_shapes_list: Any = None,
+    level_start_index: Tensor | None = None,
+    output_attentions: bool = False,
+    spatial_shapes: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    def attend(value: Tensor, locations: Tensor, weights: Tensor) -> Tensor:
+        return _attend(value, spatial_shapes_list, locations, weights)
+
+    query = self.with_pos_embed(hidden_states, position_embeddings)
+    extents = torch.tensor([shape[::-1] for shape in spatial_shapes_list], device=query.device)
+    # The mask of these models is True where the others' is False.
+    padding = attention_mask
+    return _between_projections(self, attend, query, reference_points, encoder_hidden_states, extents, padding)
+
+
+def _between_projections(
+    self: Any,
+    attend: Callable[[Tensor, Tensor, Tensor], Tensor],
+    query: Tensor,
+    reference_points: Tensor,
+    source: Tensor,
+    extents: Tensor,
+    padding: Tensor | None,
+) -> tuple[Tensor, Tensor]:
+    """The output and the weights of a layer that has the parameters of Deformable DETR's, around ``attend``."""
+    if reference_points.shape[-1] not in (2, 4):
+        raise ValueError(
+            f"reference_points has shape {list(reference_points.shape)}; its last axis must be 2, or 4 for boxes"
+        )
+    by_level = (self.n_levels, self.n_points)
+    offsets = linear(self.sampling_offsets, query).unflatten(-1, (self.n_heads, -1, 2))
+    locations = point_locations(offsets, reference_points, extents, [self.n_points] * self.n_levels)
+    weights = linear(self.attention_weights, query).unflatten(-1, (self.n_heads, -1)).softmax(-1)
+    weights = weights.unflatten(-1, by_level)
+    value = linear(self.value_proj, source)
+    if padding is not None:
+        value = value.masked_fill(padding[..., None], 0.0)
+    output = attend(value.unflatten(-1, (self.n_heads, -1)), locations.unflatten(3, by_level), weights)
+    return linear(self.output_proj, output), weights
 
 
 def _transformers_layer(
@@ -186,7 +264,16 @@ _DETR = r"(.*\.)?ms_deform_attn_func"
 _DETR_FUNCTION = "deformable_detr:ms_deform_attn_core_pytorch"
 _DETR_APPLY = "deformable_detr:MSDeformAttnFunction.apply"
 
+# Those whose layer takes the arguments and has the formula of Deformable DETR's, mask and all.
+_DETR_LIKE = (
+    r"transformers\.models\.(deformable_detr|rt_detr|rf_detr|lw_detr|grounding_dino|mm_grounding_dino|omdet_turbo"
+    r"|pp_doclayout_v[234])\..*"
+)
+_PIXEL_DECODERS = r"transformers\.models\.(mask2former|oneformer)\..*"
+
 LAYERS = (
+    Part(_DETR_LIKE, r"\w+MultiscaleDeformableAttention", _transformers_attention, "nn.MSDeformAttn", "attn"),
+    Part(_PIXEL_DECODERS, r"\w+MultiscaleDeformableAttention", _transformers_pixel_decoder, "nn.MSDeformAttn"),
     Part(_TRANSFORMERS, "MultiScaleDeformableAttention", _transformers_layer, "ms_deform_attn"),
     Part(_TORCHVISION, "DeformConv2d", _torchvision_layer, "deform_conv2d"),
     Part(_MMCV, "DeformConv2d", _mmcv_layer_v1, "deform_conv2d"),

@@ -29,7 +29,7 @@ class Replacement:
     host: str
     """The class or function, with the module that defines it."""
     operator: str
-    """The function of deformkit that answers instead."""
+    """The function or layer of deformkit that answers instead."""
     count: int
     """Instances of the class; for a function the modules of the model that hold it or look it up."""
     shared: str | None = None
@@ -170,17 +170,34 @@ def _check_module(model: Any) -> None:
 def _changes(module: nn.Module) -> Iterator[tuple[str, Any, Any]]:
     """What to change in this instance: a name, what it gives now, and what it shall give."""
     attributes, cls = vars(module), cast(Any, type(module))
-    if "forward" not in attributes and _layer(cls):
+    if _replaceable(module):
         yield "__class__", cls, _swapped(cls)
     for name, value in attributes.items():
         if _part(value):
             yield name, value, _function(value)
 
 
+def _replaceable(module: Any) -> bool:
+    """Whether this is a layer of a host with the forward, and with the core, that its class gave it."""
+    plain = isinstance(module, nn.Module) and "forward" not in vars(module)
+    part = _layer(type(module)) if plain else None
+    return part is not None and (part.core is None or _replaceable(getattr(module, part.core, None)))
+
+
 def _layer(cls: type) -> Part | None:
-    """The part that gives ``cls`` its forward: a subclass with a forward of its own is another layer."""
-    definer = next((base for base in cls.__mro__ if "forward" in vars(base)), None)
-    return find(LAYERS, definer)
+    """The part that gives ``cls`` its forward: a subclass with a forward of its own is another layer.
+
+    So is one of another release, if its forward takes arguments that ours does not know.
+    """
+    definer: Any = next((base for base in cls.__mro__ if "forward" in vars(base)), None)
+    part = find(LAYERS, definer)
+    return part if part and _arguments(definer.forward) <= _arguments(part.function()) else None
+
+
+def _arguments(function: Any) -> set[str]:
+    """The names of what ``function`` takes."""
+    parameters = inspect.signature(function).parameters.values()
+    return {parameter.name for parameter in parameters if parameter.kind is not parameter.VAR_KEYWORD}
 
 
 @cache

@@ -13,6 +13,7 @@ from torch.nn.modules.conv import _ConvNd
 from ..ops._shape import check_choice, check_count, check_tensor, checked_output_size, compute_dtype, ntuple, times
 from ..ops.deform_aggregate.op import check_offset_scale, deform_aggregate, tap_count
 from ..ops.deform_aggregate.reference import points
+from ._linear import linear
 
 _CONV: dict[int, type[nn.Module]] = {1: nn.Conv1d, 2: nn.Conv2d, 3: nn.Conv3d}
 _BATCH_NORM: dict[int, type[nn.Module]] = {1: nn.BatchNorm1d, 2: nn.BatchNorm2d, 3: nn.BatchNorm3d}
@@ -273,16 +274,16 @@ class DCNv3(_DCN):
     def forward(self, input: Tensor) -> Tensor:
         """The output ``[N, *out, C]`` for an input ``[N, *S, C]``."""
         self._check_input(input)
-        value, features = self.input_proj(input), self._features(input)
+        value, features = linear(self.input_proj, input), self._features(input)
         aggregated = self._aggregate(value, *self._heads(features))
-        return self.output_proj(self._blend(aggregated, value, features))
+        return linear(self.output_proj, self._blend(aggregated, value, features))
 
     def _features(self, input: Tensor) -> Tensor:
         return self._at_centres(self.dw_conv(input.movedim(-1, 1)))
 
     def _heads(self, features: Tensor) -> tuple[Tensor, Tensor]:
-        offset = self.offset(features).unflatten(-1, (self.group, self._taps, self.spatial_dims))
-        return offset, self.mask(features).unflatten(-1, (self.group, self._taps)).softmax(-1)
+        offset = linear(self.offset, features).unflatten(-1, (self.group, self._taps, self.spatial_dims))
+        return offset, linear(self.mask, features).unflatten(-1, (self.group, self._taps)).softmax(-1)
 
 
 class DCNv4(_DCN):
@@ -370,7 +371,7 @@ class DCNv4(_DCN):
         features = input
         if self.dw_kernel_size is not None:
             features = self.offset_mask_dw(input.movedim(-1, 1)).movedim(1, -1)
-        packed = self.offset_mask(self._at_centres(features))
+        packed = linear(self.offset_mask, self._at_centres(features))
         offsets = self._taps * self.spatial_dims
         used = packed[..., : self.group * (offsets + self._taps)].unflatten(-1, (self.group, -1))
         return used[..., :offsets].unflatten(-1, (self._taps, self.spatial_dims)), used[..., offsets:]
@@ -389,10 +390,10 @@ class DCNv4(_DCN):
         if size is not None and size != list(input.shape[1:-1]):
             raise ValueError(f"shape is {times(size)}; input has spatial size {times(input.shape[1:-1])}")
 
-        value = input if self.without_pointwise else self.value_proj(input)
+        value = input if self.without_pointwise else linear(self.value_proj, input)
         aggregated = self._aggregate(value, *self.predict(input))
         output = self._blend(aggregated, value, aggregated)
-        return output if self.without_pointwise else self.output_proj(output)
+        return output if self.without_pointwise else linear(self.output_proj, output)
 
 
 class _ChannelsLast(nn.Module):

@@ -9,6 +9,43 @@ from torch import Tensor, nn
 
 from ..ops._shape import check_count, check_tensor, compute_dtype
 from ..ops.ms_deform_attn.op import SpatialShapes, level_sizes, ms_deform_attn
+from ._linear import linear
+
+
+def point_locations(offsets: Tensor, references: Tensor, extents: Tensor, points: Sequence[int]) -> Tensor:
+    """Where a query reads: ``offsets / extent`` from its reference point, or in units of half its reference box.
+
+    Args:
+        offsets: ``[B, Q, H, P, N]``, of the points of all levels, one level after the other.
+        references: ``[B, Q, L, N]``, or ``[B, Q, L, 2N]`` for boxes: centre, then size; an axis L of 1 serves all.
+        extents: ``[L, N]``, the size of each level, x first.
+        points: how many belong to each level.
+
+    Returns:
+        ``[B, Q, H, P, N]`` in float32, or float64 where the offsets are.
+    """
+    axes = offsets.shape[-1]
+    offsets = offsets.to(compute_dtype(offsets.dtype))
+    references = references.to(offsets.dtype).expand(-1, -1, len(points), -1)
+    # Points and coordinates as one axis: with an innermost axis of N elements torch takes several times as long.
+    flat = offsets.flatten(-2)
+    centres = _of_points(references[..., :axes], points, 2).flatten(-2).unsqueeze(2)
+    if references.shape[-1] == axes:
+        locations = torch.addcdiv(centres, flat, _of_points(extents.to(offsets.dtype), points, 0).flatten())
+    else:
+        # Levels without a point are not there to be divided by.
+        counts = [count for count in points for _ in range(count)]
+        units = _of_points(references[..., axes:] / 2, points, 2)
+        # One number for all needs no copy to the device.
+        units = units / (points[0] if len(set(points)) == 1 else units.new_tensor(counts).unsqueeze(-1))
+        locations = torch.addcmul(centres, flat, units.flatten(-2).unsqueeze(2))
+    return locations.unflatten(-1, offsets.shape[-2:])
+
+
+def _of_points(levels: Tensor, points: Sequence[int], dim: int) -> Tensor:
+    """What each point has of its level: every entry along ``dim`` as often as its level has points."""
+    parts = zip(levels.split(1, dim), points, strict=True)
+    return torch.cat([level.expand(*level.shape[:dim], count, *level.shape[dim + 1 :]) for level, count in parts], dim)
 
 
 class MSDeformAttn(nn.Module):
@@ -123,8 +160,8 @@ class MSDeformAttn(nn.Module):
             raise ValueError(f"input_flatten has batch size {input_flatten.shape[0]}; query has {query.shape[0]}")
         sizes = self._sizes(input_spatial_shapes)
         locations = self._locations(query, reference_points, sizes)
-        weights = self.attention_weights(query).unflatten(-1, (self.n_heads, -1)).softmax(-1)
-        value = self.value_proj(input_flatten)
+        weights = linear(self.attention_weights, query).unflatten(-1, (self.n_heads, -1)).softmax(-1)
+        value = linear(self.value_proj, input_flatten)
         if input_padding_mask is not None:
             check_tensor("input_padding_mask", input_padding_mask)
             if input_padding_mask.dtype != torch.bool:
@@ -136,7 +173,8 @@ class MSDeformAttn(nn.Module):
                 )
             value = value.masked_fill(input_padding_mask.unsqueeze(-1), 0.0)
         value = value.unflatten(-1, (self.n_heads, -1))
-        return self.output_proj(ms_deform_attn(value, sizes, locations, weights, num_points=self._level_points))
+        output = ms_deform_attn(value, sizes, locations, weights, num_points=self._level_points)
+        return linear(self.output_proj, output)
 
     def sampling_locations(
         self, query: Tensor, reference_points: Tensor, input_spatial_shapes: SpatialShapes
@@ -183,22 +221,9 @@ class MSDeformAttn(nn.Module):
                 f"reference_points has shape {list(reference_points.shape)}; it must be "
                 f"{[batch, queries, self.n_levels, axes]}, or with {2 * axes} coordinates for boxes"
             )
-        offsets = self.sampling_offsets(query).unflatten(-1, (heads, -1, axes))
-        offsets = offsets.to(compute_dtype(offsets.dtype))
-        references = reference_points.to(offsets.dtype).expand(-1, -1, self.n_levels, -1)
-        references = self._of_points(references, 2).unsqueeze(2)
-        if references.shape[-1] == axes:
-            extent = torch.tensor([size[::-1] for size in sizes], device=offsets.device)
-            return references + offsets / self._of_points(extent, 0)
-        counts = torch.tensor(self._level_points, device=offsets.device).unsqueeze(-1)
-        return references[..., :axes] + offsets / self._of_points(counts, 0) * references[..., axes:] * 0.5
-
-    def _of_points(self, levels: Tensor, dim: int) -> Tensor:
-        """What each point has of its level: every entry along ``dim`` as often as its level has points."""
-        parts = zip(levels.split(1, dim), self._level_points, strict=True)
-        return torch.cat(
-            [level.expand(*level.shape[:dim], points, *level.shape[dim + 1 :]) for level, points in parts], dim
-        )
+        offsets = linear(self.sampling_offsets, query).unflatten(-1, (heads, -1, axes))
+        extents = torch.tensor([size[::-1] for size in sizes], device=offsets.device)
+        return point_locations(offsets, reference_points, extents, self._level_points)
 
     def _sizes(self, input_spatial_shapes: SpatialShapes) -> list[list[int]]:
         beside = f"this layer has spatial_dims={self.spatial_dims}"

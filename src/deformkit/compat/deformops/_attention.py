@@ -5,8 +5,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ...nn.ms_deform_attn import _directions
-from ...ops._shape import check_count, check_tensor, compute_dtype
+from ...nn._linear import linear
+from ...nn.ms_deform_attn import _directions, point_locations
+from ...ops._shape import check_count, check_tensor
 from ...ops.ms_deform_attn.op import SpatialShapes, level_sizes
 from .._attention import attend
 
@@ -70,8 +71,8 @@ class MultiScale(nn.Module):
         if len(sizes) != self.num_levels:
             raise ValueError(f"{shapes_name} has {len(sizes)} levels; this layer has num_levels={self.num_levels}")
         locations = self._locations(q, p, sizes)
-        weights = self._weigh(self.proj_weights(q).unflatten(-1, (self.num_heads, -1)))
-        value = self.proj_value(v)
+        weights = self._weigh(linear(self.proj_weights, q).unflatten(-1, (self.num_heads, -1)))
+        value = linear(self.proj_value, v)
         if padding_mask is not None:
             check_tensor("padding_mask", padding_mask)
             if padding_mask.dtype != torch.bool or padding_mask.shape != v.shape[:2]:
@@ -82,7 +83,7 @@ class MultiScale(nn.Module):
             value = value.masked_fill(padding_mask.unsqueeze(-1), 0.0)
         by_head = value.unflatten(-1, (self.num_heads, -1))
         by_level = weights.unflatten(-1, (self.num_levels, self.num_points))
-        return self.proj_output(attend(by_head, sizes, level_start_index, locations, by_level))
+        return linear(self.proj_output, attend(by_head, sizes, level_start_index, locations, by_level))
 
     def _locations(self, q: Tensor, p: Tensor, sizes: list[list[int]]) -> Tensor:
         """``[B, Q, H, L, P, 2]``, in float32 at least."""
@@ -92,9 +93,8 @@ class MultiScale(nn.Module):
             raise ValueError(
                 f"p has shape {list(p.shape)}; it must be {[*q.shape[:2], levels, 2]}, or with 4 coordinates for boxes"
             )
-        offsets = self.proj_offset(q).unflatten(-1, (self.num_heads, levels, self.num_points, 2))
-        offsets = offsets.to(compute_dtype(offsets.dtype))
-        references = p.to(offsets.dtype)[:, :, None, :, None]
-        if p.shape[3] == 2:
-            return references + offsets / torch.tensor([size[::-1] for size in sizes], device=q.device)[:, None]
-        return references[..., :2] + offsets / self.num_points * references[..., 2:] * 0.5
+        offsets = linear(self.proj_offset, q).unflatten(-1, (self.num_heads, -1, 2))
+        extents = torch.tensor([size[::-1] for size in sizes], device=q.device)
+        points = [self.num_points] * levels
+        locations = point_locations(offsets, p, extents, points)
+        return locations.unflatten(3, (levels, self.num_points))

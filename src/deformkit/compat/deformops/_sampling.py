@@ -6,6 +6,7 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
+from ...nn._linear import linear
 from ...nn.dcn import _DCN
 from ...ops._shape import check_choice, check_count, check_tensor, ntuple, prod, times
 
@@ -137,7 +138,7 @@ class Sampling(_DCN):
 
 def project(module: nn.Module | None, value: Tensor) -> Tensor:
     """``value [N, H, W, C]`` through ``module``, which is given tokens ``[N, H*W, C]``."""
-    return value if module is None else module(value.flatten(1, 2)).unflatten(1, value.shape[1:3])
+    return value if module is None else linear(module, value.flatten(1, 2)).unflatten(1, value.shape[1:3])
 
 
 def reset_projections(*modules: nn.Module | None) -> None:

@@ -5,6 +5,7 @@ from typing import Any, Literal
 
 from torch import Tensor, nn
 
+from ...nn._linear import linear
 from ...ops._shape import check_choice, check_tensor
 from ...ops.ms_deform_attn.op import SpatialShapes
 from ._attention import MultiScale
@@ -114,7 +115,7 @@ class DeformConv2d(Sampling):
 
     def _head(self, field: Tensor) -> Tensor:
         features = self.offset_depthwise(field.movedim(-1, 1)).movedim(1, -1)
-        return self.offset_pointwise(self._at_centres(features))
+        return linear(self.offset_pointwise, self._at_centres(features))
 
     def _split(self, head: Tensor) -> tuple[Tensor, Tensor]:
         offsets = 2 * self._taps

@@ -6,6 +6,7 @@ from typing import Any, Literal
 
 from torch import Tensor, nn
 
+from ....nn._linear import linear
 from ....ops._shape import check_choice
 from ....ops.ms_deform_attn.op import SpatialShapes
 from ...torchvision import DeformConv2d as _DeformConv2d
@@ -128,13 +129,13 @@ class DeformAttn2d(Sampling):
 
         Both in the order of :func:`deformkit.deform_aggregate`: taps row after row, coordinates (h, w).
         """
-        return self._points(self.proj_offset_mask(self._channels_last("q", q, None, "")))
+        return self._points(linear(self.proj_offset_mask, self._channels_last("q", q, None, "")))
 
     def forward(self, q: Tensor, v: Tensor, shape: Sequence[int] | None = None) -> Tensor:
         """What ``q`` reads of ``v``, in the layout of ``q``."""
         field = self._channels_last("v", v, shape, "shape is")
         query = self._channels_last("q", q, self._out_size(field), "with this v the output has")
-        return self._sample(project(self.proj_value, field), self.proj_offset_mask(query), q.dim() == 3)
+        return self._sample(project(self.proj_value, field), linear(self.proj_offset_mask, query), q.dim() == 3)
 
     def _split(self, head: Tensor) -> tuple[Tensor, Tensor]:
         by_tap = head.unflatten(-1, (-1, 3))
