@@ -114,7 +114,7 @@ def _transformers_pixel_decoder(
         return _attend(value, spatial_shapes_list, locations, weights)
 
     query = self.with_pos_embed(hidden_states, position_embeddings)
-    extents = torch.tensor([shape[::-1] for shape in spatial_shapes_list], device=query.device)
+    extents = torch.tensor([[width, height] for height, width in spatial_shapes_list], device=query.device)
     # The mask of these models is True where the others' is False.
     padding = attention_mask
     return _between_projections(self, attend, query, reference_points, encoder_hidden_states, extents, padding)
