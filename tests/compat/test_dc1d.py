@@ -1,13 +1,13 @@
 """The layers and functions of compat.dc1d beside those of dc1d itself."""
 
 import copy
-import pickle
 import random
 from typing import Any
 
 import pytest
 import torch
 from close import assert_close, assert_equal
+from hosts import assert_copied_compiled_and_halved
 from rooms import evaluate
 from torch import Tensor, nn
 
@@ -337,15 +337,4 @@ def test_layers_compile_copy_and_run_in_mixed_precision(packed: bool) -> None:
     layer = ours.PackedDeformConv1d(4, 6, 3, modulated=True) if packed else ours.DeformConv1d(4, 6, 3)
     arguments = [torch.randn(2, 4, LENGTH)]
     arguments += [] if packed else [torch.randn(2, 2, 17, 3), torch.rand(2, 2, 17, 3)]
-    expected = layer(*arguments)
-    for other in (copy.deepcopy(layer), pickle.loads(pickle.dumps(layer))):
-        assert_equal(other(*arguments), expected)
-    compiled = torch.compile(layer, fullgraph=True, backend="aot_eager")
-    assert_close(compiled(*arguments), expected.detach().double(), expected)
-    compiled(*arguments).sum().backward()
-    assert layer.weight.grad is not None
-    with torch.autocast("cpu", torch.bfloat16):
-        assert layer(*arguments).dtype == torch.bfloat16
-    half = layer.bfloat16()(*(a.bfloat16() for a in arguments))
-    assert half.dtype == torch.bfloat16
-    assert half.isfinite().all()
+    assert_copied_compiled_and_halved(layer, arguments)

@@ -2,9 +2,6 @@
 
 import copy
 import os
-import pickle
-import subprocess
-import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -12,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 from close import assert_close, assert_equal
+from hosts import assert_copied_compiled_and_halved, run_elsewhere
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -396,20 +394,7 @@ def test_layers_compile_copy_and_run_in_lower_precision(name: str) -> None:
     layer = jittered(make()).float()
     values = pyramid() if count == 4 else [image() for _ in range(count)]
     arguments = [value.float() if isinstance(value, Tensor) else value for value in values]
-    expected = layer(*arguments)
-    for other in (copy.deepcopy(layer), pickle.loads(pickle.dumps(layer))):
-        assert_equal(other(*arguments), expected)
-    compiled = torch.compile(layer, fullgraph=True, backend="aot_eager")
-    assert_close(compiled(*arguments), expected.detach().double(), expected)
-    compiled(*arguments).sum().backward()
-    assert all(parameter.grad is not None for parameter in layer.parameters())
-    with torch.autocast("cpu", torch.bfloat16):
-        assert layer(*arguments).isfinite().all()
-    for dtype in (torch.bfloat16, torch.float16):
-        halves = [value.to(dtype) if isinstance(value, Tensor) else value for value in arguments]
-        result = layer.to(dtype)(*halves)
-        assert result.dtype == dtype
-        assert result.isfinite().all()
+    assert_copied_compiled_and_halved(layer, arguments)
 
 
 DEFORMOPS = """
@@ -468,15 +453,7 @@ def test_values_and_gradients_are_those_of_deformops(tmp_path: Path) -> None:
         shape = expected[-1]["output"].shape
         cotangent = torch.randn(shape, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
         calls.append((name, options, dict(layer.state_dict()), inputs, cotangent))
-    torch.save(calls, tmp_path / "calls.pt")
-    (tmp_path / "run.py").write_text(DEFORMOPS)
-    subprocess.run(
-        [os.environ["DEFORMKIT_DEFORMOPS_PYTHON"], tmp_path / "run.py", tmp_path / "calls.pt", tmp_path / "results.pt"],
-        check=True,
-        env={k: v for k, v in os.environ.items() if not k.startswith("PYTHON")},
-        stderr=sys.stderr,
-    )
-    results = torch.load(tmp_path / "results.pt")
+    results = run_elsewhere("DEFORMKIT_DEFORMOPS_PYTHON", DEFORMOPS, calls, tmp_path)
     assert len(results) == len(expected)
     for call, actual, theirs in zip(calls, expected, results, strict=True):
         assert set(actual) == set(theirs)

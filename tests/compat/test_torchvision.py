@@ -2,15 +2,13 @@
 
 import inspect
 import os
-import subprocess
-import sys
-from pathlib import Path
 from typing import Any
 
 import drawn
 import pytest
 import torch
 from close import assert_close, assert_equal
+from hosts import run_elsewhere
 from rooms import evaluate
 from torch import Tensor
 
@@ -71,16 +69,8 @@ def theirs(tmp_path_factory: pytest.TempPathFactory) -> tuple[list[dict[str, Ten
     """What torchvision makes of the calls, and a layer of its own."""
     if "DEFORMKIT_RIVALS_PYTHON" not in os.environ:
         pytest.skip("DEFORMKIT_RIVALS_PYTHON does not name a Python with torchvision")
-    folder: Path = tmp_path_factory.mktemp("torchvision")
-    torch.save([arguments(seed) for seed in SEEDS], folder / "calls.pt")
-    (folder / "run.py").write_text(THEIRS)
-    subprocess.run(
-        [os.environ["DEFORMKIT_RIVALS_PYTHON"], folder / "run.py", folder / "calls.pt", folder / "results.pt"],
-        check=True,
-        env={k: v for k, v in os.environ.items() if not k.startswith("PYTHON")},
-        stderr=sys.stderr,
-    )
-    return torch.load(folder / "results.pt")
+    calls = [arguments(seed) for seed in SEEDS]
+    return run_elsewhere("DEFORMKIT_RIVALS_PYTHON", THEIRS, calls, tmp_path_factory.mktemp("torchvision"))
 
 
 @pytest.mark.parametrize("seed", SEEDS)

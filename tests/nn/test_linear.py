@@ -5,13 +5,13 @@ from typing import Any
 
 import pytest
 import torch
+from close import assert_close
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.nn.utils import parametrizations, prune
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from deformkit.nn._linear import linear
-from tests.close import assert_close
 
 pytestmark = pytest.mark.skipif(not torch.backends.mkldnn.is_available(), reason="this torch has no oneDNN")
 
