@@ -19,7 +19,7 @@ import torch
 from close import assert_close, assert_equal
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_map
+from torch.utils._pytree import keystr, tree_flatten_with_path, tree_map
 
 import deformkit as dk
 
@@ -91,7 +91,8 @@ def doubled(value: Any) -> Any:
 
 
 def tensors(output: Any) -> dict[str, Tensor]:
-    return {name: v for name, v in output.items() if isinstance(v, Tensor) and v.is_floating_point()}
+    leaves = {name + keystr(path): v for name, value in output.items() for path, v in tree_flatten_with_path(value)[0]}
+    return {name: v for name, v in leaves.items() if isinstance(v, Tensor) and v.is_floating_point()}
 
 
 # Whole models
@@ -101,19 +102,26 @@ def tensors(output: Any) -> dict[str, Tensor]:
 def test_model_of_transformers(zoo: ModuleType, name: str) -> None:
     options = {} if "former" in name else {"num_queries": 20}
     model, inputs = zoo.build(name, **options), zoo.inputs(name, 96)
+    exact = copy.deepcopy(model).double()
     with torch.no_grad():
         reference = tensors(model(**inputs))
-        truth = tensors(copy.deepcopy(model).double()(**doubled(inputs)))
+        truth = tensors(exact(**doubled(inputs)))
         done = dk.patch(model)
         actual = tensors(model(**inputs))
+        dk.patch(exact)
+        for key, value in tensors(exact(**doubled(inputs))).items():
+            torch.testing.assert_close(value, truth[key], rtol=1e-12, atol=1e-12)
+        dk.unpatch(exact)
     calls = ours(lambda: model(**inputs))
     assert calls["ms_deform_attn"] == max(part.count for part in done.replaced) > 0
     dk.unpatch(done)
     assert not ours(lambda: model(**inputs))
     assert actual.keys() == reference.keys()
     for key, value in actual.items():
-        # Grounding DINO writes its logits into a tensor of float32.
-        assert_close(value, truth[key].double(), reference[key], key)
+        # Behind it these attend where a mask that they predict passes a threshold, and rounding may decide whether.
+        if "former" not in name or key.startswith("pixel_decoder"):
+            # Grounding DINO writes its logits into a tensor of float32.
+            assert_close(value, truth[key].double(), reference[key], key)
 
 
 def test_training_step(zoo: ModuleType) -> None:

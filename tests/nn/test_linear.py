@@ -11,9 +11,15 @@ from torch.nn import functional as F
 from torch.nn.utils import parametrizations, prune
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from deformkit.nn import _linear
 from deformkit.nn._linear import linear
 
 pytestmark = pytest.mark.skipif(not torch.backends.mkldnn.is_available(), reason="this torch has no oneDNN")
+
+
+@pytest.fixture(autouse=True)
+def _products_of_small_layers_count(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(_linear, "_MANY_PRODUCTS", 200 * 8 * 8)
 
 
 class Convolutions(TorchDispatchMode):
@@ -124,7 +130,7 @@ def test_hooks_run() -> None:
 
 
 @pytest.mark.filterwarnings("ignore:TF32")
-def test_few_rows_autocast_and_compiled_code_take_the_layer() -> None:
+def test_small_products_autocast_and_compiled_code_take_the_layer() -> None:
     layer, input = nn.Linear(8, 8), torch.randn(300, 8)
     assert convolved(layer, input) and not convolved(layer, input[:199])
     with torch.autocast("cpu", torch.bfloat16):

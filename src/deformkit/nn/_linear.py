@@ -7,8 +7,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.nn.modules.module import _has_any_global_hook
 
-# Of an input with fewer rows the product takes less time than what surrounds it.
-_FEW_ROWS = 200
+# Where there are fewer multiplications than this, the product takes less time than what surrounds it.
+_MANY_PRODUCTS = 2**23
 
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 
@@ -38,6 +38,6 @@ def _convolves(layer: Any, input: Tensor) -> bool:
         input.device.type == layer.weight.device.type == "cpu"
         and input.dtype == layer.weight.dtype == torch.float32
         and input.shape[-1:] == layer.weight.shape[1:]
-        and input.numel() >= _FEW_ROWS * layer.in_features
+        and input.numel() * layer.out_features >= _MANY_PRODUCTS
         and not torch.is_autocast_enabled("cpu")
     )
