@@ -443,6 +443,8 @@ def test_whole_layer(model_type: str, mask: bool, coordinates: int) -> None:
     assert done.replaced[0].operator == "nn.MSDeformAttn" and {part.shared for part in done.replaced} == {None}
     for actual, value in zip(host(**arguments), expected, strict=True):
         torch.testing.assert_close(actual, value, rtol=1e-12, atol=1e-12)
+    if model_type == "oneformer":
+        assert_equal(host(**{**arguments, "spatial_shapes_list": None})[0], host(**arguments)[0])
     arguments["reference_points"] = arguments["reference_points"][..., :1]
     with pytest.raises(ValueError, match="reference_points has shape"):
         host(**arguments)

@@ -108,13 +108,16 @@ def _transformers_pixel_decoder(
     spatial_shapes_list: Any = None,
     level_start_index: Tensor | None = None,
     output_attentions: bool = False,
-    spatial_shapes: Tensor | None = None,
+    spatial_shapes: Any = None,
 ) -> tuple[Tensor, Tensor]:
+    # Releases before there was a list give the tensor alone.
+    sizes = spatial_shapes.tolist() if spatial_shapes_list is None else spatial_shapes_list
+
     def attend(value: Tensor, locations: Tensor, weights: Tensor) -> Tensor:
-        return _attend(value, spatial_shapes_list, locations, weights)
+        return _attend(value, sizes, locations, weights)
 
     query = self.with_pos_embed(hidden_states, position_embeddings)
-    extents = torch.tensor([[width, height] for height, width in spatial_shapes_list], device=query.device)
+    extents = torch.tensor([[width, height] for height, width in sizes], device=query.device)
     # The mask of these models is True where the others' is False.
     padding = attention_mask
     return _between_projections(self, attend, query, reference_points, encoder_hidden_states, extents, padding)
