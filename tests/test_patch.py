@@ -496,6 +496,33 @@ def test_layer_of_another_release_stays() -> None:
     assert [part.operator for part in dk.patch(host).replaced] == ["ms_deform_attn"]
 
 
+# Other hosts themselves, where somebody has them
+
+
+def test_model_of_ultralytics() -> None:
+    tasks = pytest.importorskip("ultralytics.nn.tasks")
+    model, pixels = tasks.RTDETRDetectionModel("rtdetr-l.yaml", verbose=False), torch.randn(1, 3, 128, 128)
+    assert_same_in_float64(model, pixels, lambda output: [output[0]])
+
+
+@pytest.mark.filterwarnings("ignore:RFDETRNanoConfig was instantiated")
+def test_model_of_rfdetr() -> None:
+    rfdetr = pytest.importorskip("rfdetr")
+    model, pixels = rfdetr.RFDETRNano(pretrain_weights=None).model.model, torch.randn(1, 3, 384, 384)
+    assert_same_in_float64(model, pixels, lambda output: [output["pred_logits"], output["pred_boxes"]])
+
+
+def assert_same_in_float64(model: nn.Module, pixels: Tensor, outputs: Callable[[Any], list[Tensor]]) -> None:
+    model, pixels = model.double().eval(), pixels.double()
+    with torch.no_grad():
+        expected = outputs(model(pixels))
+        done = dk.patch(model)
+        actual = outputs(model(pixels))
+    assert ours(lambda: model(pixels))["ms_deform_attn"] == max(part.count for part in done.replaced)
+    dk.unpatch(model)
+    torch.testing.assert_close(actual, expected, rtol=1e-12, atol=1e-12)
+
+
 # Stand-ins of other hosts: their names and formulas, our code
 
 

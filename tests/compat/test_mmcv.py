@@ -1,6 +1,7 @@
-"""Names of mmcv against its formulas, which are written out here and in ``published``: it does not install beside this
-torch. The second truth for attention is transformers."""
+"""Names of mmcv against its formulas, which are written out here and in ``published``, and where somebody has mmcv with
+its operators against those. The second truth for attention is transformers."""
 
+import copy
 from math import ceil
 from typing import Any
 
@@ -51,6 +52,38 @@ def test_convolution(seed: int, modulated: bool) -> None:
     ]
     for name, *pair in zip(["output", *(names[i] for i in positions)], *results, strict=True):
         assert_close(*pair, name=name)
+
+
+@pytest.mark.parametrize(
+    "name", ["DeformConv2d", "ModulatedDeformConv2d", "DeformConv2dPack", "ModulatedDeformConv2dPack"]
+)
+@pytest.mark.parametrize("seed", range(12))
+def test_layers_of_mmcv_itself(seed: int, name: str) -> None:
+    """Value and every gradient, of its layer, ours, and its own patched."""
+    mmcv = pytest.importorskip("mmcv.ops")
+    case = drawn.conv(seed, modulated=name.startswith("Modulated"), bias=False)
+    named = case.arguments(torch.float64, seed=seed)
+    steps = {step: tuple(named[step]) for step in ("stride", "padding", "dilation")}
+    groups = {"groups": case.groups, "deform_groups": case.offset_groups}
+    weight = named["weight"]
+    shape = (weight.shape[1] * case.groups, weight.shape[0], tuple(weight.shape[2:]))
+    theirs, ours = (getattr(host, name)(*shape, **steps, **groups, bias=False) for host in (mmcv, compat))
+    ours.load_state_dict(randomise(theirs).state_dict())
+    patched = copy.deepcopy(theirs)
+    dk.patch(patched)
+    given = ("input",) if "Pack" in name else ("input", "offset", "mask")
+    tensors = [named[key] for key in given if named[key] is not None]
+
+    def evaluate_layer(layer: nn.Module) -> list[Tensor]:
+        leaves = [*(tensor.clone().requires_grad_() for tensor in tensors), *layer.parameters()]
+        output = layer(*leaves[: len(tensors)])
+        cotangent = torch.linspace(-1, 1, output.numel(), dtype=torch.float64).view_as(output)
+        return [output, *torch.autograd.grad(output, leaves, cotangent)]
+
+    expected, *found = (evaluate_layer(layer) for layer in (theirs, ours.double(), patched))
+    for results in found:
+        for actual, value in zip(results, expected, strict=True):
+            torch.testing.assert_close(actual, value, rtol=1e-12, atol=1e-12)
 
 
 @pytest.mark.parametrize("size", [(1, 1), (2, 5), (4, 1)])
