@@ -14,7 +14,10 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from deformkit.nn import _linear
 from deformkit.nn._linear import linear
 
-pytestmark = pytest.mark.skipif(not torch.backends.mkldnn.is_available(), reason="this torch has no oneDNN")
+pytestmark = pytest.mark.skipif(
+    not (torch.backends.mkl.is_available() and torch.backends.mkldnn.is_available()),
+    reason="torch without MKL or oneDNN",
+)
 
 
 @pytest.fixture(autouse=True)
@@ -90,6 +93,23 @@ def pruned() -> nn.Module:
     return prune.l1_unstructured(nn.Linear(8, 8), "weight", 0.5)
 
 
+class Opaque(torch.Tensor):
+    """A weight that a linear map can use and nothing else."""
+
+    @classmethod
+    def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is F.conv2d:
+            raise NotImplementedError
+        return super().__torch_function__(func, types, args, kwargs or {})
+
+
+def of_opaque_weight() -> nn.Module:
+    layer = nn.Linear(8, 8)
+    layer.weight = nn.Parameter(layer.weight.detach().as_subclass(Opaque))
+    assert type(layer.weight) is Opaque
+    return layer
+
+
 class Doubling(nn.Linear):
     def forward(self, input: Tensor) -> Tensor:
         return 2 * super().forward(input)
@@ -102,6 +122,7 @@ OTHERS = {
     "backward pre-hook": lambda: with_hook("register_full_backward_pre_hook"),
     "forward of its own": given_forward,
     "pruned": pruned,
+    "weight of another class": of_opaque_weight,
     "parametrized": lambda: parametrizations.weight_norm(nn.Linear(8, 8)),
     "subclass": lambda: Doubling(8, 8),
     "another layer": lambda: nn.Sequential(nn.Linear(8, 8), nn.ReLU()),

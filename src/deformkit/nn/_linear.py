@@ -16,9 +16,9 @@ _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_
 def linear(layer: nn.Module, input: Tensor) -> Tensor:
     """``layer(input)``, for a layer that is a ``Linear`` unless someone put something else in its place.
 
-    torch multiplies float32 matrices on a CPU by MKL, and convolves by oneDNN, which is about twice as quick on some
-    processors and as quick on others. So a plain ``Linear`` is computed as what it is as well: a convolution with a
-    kernel of one element, of a single row of pixels with channels last.
+    Where torch has MKL, it multiplies float32 matrices by that, and convolves by oneDNN, which can be much the quicker.
+    So a plain ``Linear`` is computed as what it is as well: a convolution with a kernel of one element, of a single row
+    of pixels with channels last.
     """
     if not _convolves(layer, input):
         return layer(input)
@@ -29,10 +29,14 @@ def linear(layer: nn.Module, input: Tensor) -> Tensor:
 
 
 def _convolves(layer: Any, input: Tensor) -> bool:
-    if torch.compiler.is_compiling() or not (torch.backends.mkldnn.is_available() and torch.backends.mkldnn.enabled):
+    both = torch.backends.mkl.is_available() and torch.backends.mkldnn.is_available() and torch.backends.mkldnn.enabled
+    if torch.compiler.is_compiling() or not both:
         return False
     plain = type(layer) is nn.Linear and "forward" not in vars(layer) and not _has_any_global_hook()
-    if not plain or any(getattr(layer, name) for name in _HOOKS) or type(input) is not Tensor:
+    # A weight of another class, such as a quantised one, knows how to be multiplied, and may know nothing else.
+    if not plain or any(getattr(layer, name) for name in _HOOKS):
+        return False
+    if type(input) is not Tensor or type(layer.weight) not in (Tensor, nn.Parameter):
         return False
     return bool(
         input.device.type == layer.weight.device.type == "cpu"
