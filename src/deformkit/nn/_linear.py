@@ -29,19 +29,20 @@ def linear(layer: nn.Module, input: Tensor) -> Tensor:
 
 
 def _convolves(layer: Any, input: Tensor) -> bool:
-    both = torch.backends.mkl.is_available() and torch.backends.mkldnn.is_available() and torch.backends.mkldnn.enabled
-    if torch.compiler.is_compiling() or not both:
+    if torch.compiler.is_compiling() or type(layer) is not nn.Linear or type(input) is not Tensor:
         return False
-    plain = type(layer) is nn.Linear and "forward" not in vars(layer) and not _has_any_global_hook()
+    if input.numel() * layer.out_features < _MANY_PRODUCTS:
+        return False
+    backends = torch.backends
+    if not (backends.mkl.is_available() and backends.mkldnn.is_available() and backends.mkldnn.enabled):
+        return False
+    if "forward" in vars(layer) or _has_any_global_hook() or any(getattr(layer, name) for name in _HOOKS):
+        return False
     # A weight of another class, such as a quantised one, knows how to be multiplied, and may know nothing else.
-    if not plain or any(getattr(layer, name) for name in _HOOKS):
-        return False
-    if type(input) is not Tensor or type(layer.weight) not in (Tensor, nn.Parameter):
-        return False
-    return bool(
-        input.device.type == layer.weight.device.type == "cpu"
+    return (
+        type(layer.weight) in (Tensor, nn.Parameter)
+        and input.device.type == layer.weight.device.type == "cpu"
         and input.dtype == layer.weight.dtype == torch.float32
         and input.shape[-1:] == layer.weight.shape[1:]
-        and input.numel() * layer.out_features >= _MANY_PRODUCTS
         and not torch.is_autocast_enabled("cpu")
     )
