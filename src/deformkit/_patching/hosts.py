@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from ..nn._linear import linear
-from ..nn.ms_deform_attn import point_locations
+from ..nn.ms_deform_attn import between_projections, point_locations
 from ..ops._shape import compute_dtype
 from ..ops.deform_conv.op import deform_conv2d
 from ..ops.deform_roi_pool.op import deform_roi_pool
@@ -87,14 +87,16 @@ def _transformers_attention(
     output_attentions: bool = False,
     **kwargs: Any,
 ) -> tuple[Tensor, Tensor]:
-    def attend(value: Tensor, locations: Tensor, weights: Tensor) -> Tensor:
+    query = hidden_states if position_embeddings is None else hidden_states + position_embeddings
+    locations = _locations(self, query, reference_points, spatial_shapes.flip(-1))
+
+    def attend(value: Tensor, weights: Tensor) -> Tensor:
         shapes = (spatial_shapes, spatial_shapes_list, level_start_index)
-        return self.attn(value, *shapes, locations, weights, self.im2col_step)
+        return self.attn(value, *shapes, locations, weights.unflatten(-1, locations.shape[3:5]), self.im2col_step)
 
     padding = None if attention_mask is None else ~attention_mask
-    query = hidden_states if position_embeddings is None else hidden_states + position_embeddings
-    extents = spatial_shapes.flip(-1)
-    return _between_projections(self, attend, query, reference_points, encoder_hidden_states, extents, padding)
+    output, weights = between_projections(self, attend, query, encoder_hidden_states, padding)
+    return output, weights.unflatten(-1, locations.shape[3:5])
 
 
 def _transformers_pixel_decoder(
@@ -112,41 +114,27 @@ def _transformers_pixel_decoder(
 ) -> tuple[Tensor, Tensor]:
     # Releases before there was a list give the tensor alone.
     sizes = spatial_shapes.tolist() if spatial_shapes_list is None else spatial_shapes_list
-
-    def attend(value: Tensor, locations: Tensor, weights: Tensor) -> Tensor:
-        return _attend(value, sizes, locations, weights)
-
     query = self.with_pos_embed(hidden_states, position_embeddings)
     extents = torch.tensor([[width, height] for height, width in sizes], device=query.device)
+    locations = _locations(self, query, reference_points, extents)
+
+    def attend(value: Tensor, weights: Tensor) -> Tensor:
+        return _attend(value, sizes, locations, weights)
+
     # The mask of these models is True where the others' is False.
-    padding = attention_mask
-    return _between_projections(self, attend, query, reference_points, encoder_hidden_states, extents, padding)
+    output, weights = between_projections(self, attend, query, encoder_hidden_states, attention_mask)
+    return output, weights.unflatten(-1, locations.shape[3:5])
 
 
-def _between_projections(
-    self: Any,
-    attend: Callable[[Tensor, Tensor, Tensor], Tensor],
-    query: Tensor,
-    reference_points: Tensor,
-    source: Tensor,
-    extents: Tensor,
-    padding: Tensor | None,
-) -> tuple[Tensor, Tensor]:
-    """The output and the weights of a layer that has the parameters of Deformable DETR's, around ``attend``."""
+def _locations(self: Any, query: Tensor, reference_points: Tensor, extents: Tensor) -> Tensor:
+    """``[B, Q, H, L, P, 2]``; ``extents [L, 2]`` are (width, height)."""
     if reference_points.shape[-1] not in (2, 4):
         raise ValueError(
             f"reference_points has shape {list(reference_points.shape)}; its last axis must be 2, or 4 for boxes"
         )
-    by_level = (self.n_levels, self.n_points)
     offsets = linear(self.sampling_offsets, query).unflatten(-1, (self.n_heads, -1, 2))
     locations = point_locations(offsets, reference_points, extents, [self.n_points] * self.n_levels)
-    weights = linear(self.attention_weights, query).unflatten(-1, (self.n_heads, -1)).softmax(-1)
-    weights = weights.unflatten(-1, by_level)
-    value = linear(self.value_proj, source)
-    if padding is not None:
-        value = value.masked_fill(padding[..., None], 0.0)
-    output = attend(value.unflatten(-1, (self.n_heads, -1)), locations.unflatten(3, by_level), weights)
-    return linear(self.output_proj, output), weights
+    return locations.unflatten(3, (self.n_levels, self.n_points))
 
 
 def _transformers_layer(

@@ -1,6 +1,6 @@
 """The layer of multi-scale deformable attention, which predicts its locations and weights from the queries."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from math import pi, sqrt
 from typing import Any
 
@@ -40,6 +40,21 @@ def point_locations(offsets: Tensor, references: Tensor, extents: Tensor, points
         units = units / (points[0] if len(set(points)) == 1 else units.new_tensor(counts).unsqueeze(-1))
         locations = torch.addcmul(centres, flat, units.flatten(-2).unsqueeze(2))
     return locations.unflatten(-1, offsets.shape[-2:])
+
+
+def between_projections(
+    layer: Any, attend: Callable[[Tensor, Tensor], Tensor], query: Tensor, source: Tensor, padding: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    """The output of a layer with the parameters of Deformable DETR's, and its weights ``[B, Q, H, P]``.
+
+    ``attend`` is given the projected ``source``, ``[B, S, H, D]``, 0 where ``padding [B, S]`` is True, and the weights.
+    """
+    weights = linear(layer.attention_weights, query).unflatten(-1, (layer.n_heads, -1)).softmax(-1)
+    value = linear(layer.value_proj, source)
+    if padding is not None:
+        value = value.masked_fill(padding.unsqueeze(-1), 0.0)
+    output = attend(value.unflatten(-1, (layer.n_heads, -1)), weights)
+    return linear(layer.output_proj, output), weights
 
 
 def _of_points(levels: Tensor, points: Sequence[int], dim: int) -> Tensor:
@@ -160,21 +175,20 @@ class MSDeformAttn(nn.Module):
             raise ValueError(f"input_flatten has batch size {input_flatten.shape[0]}; query has {query.shape[0]}")
         sizes = self._sizes(input_spatial_shapes)
         locations = self._locations(query, reference_points, sizes)
-        weights = linear(self.attention_weights, query).unflatten(-1, (self.n_heads, -1)).softmax(-1)
-        value = linear(self.value_proj, input_flatten)
         if input_padding_mask is not None:
             check_tensor("input_padding_mask", input_padding_mask)
             if input_padding_mask.dtype != torch.bool:
                 raise TypeError(f"input_padding_mask has dtype {input_padding_mask.dtype}; it must be torch.bool")
-            if input_padding_mask.shape != value.shape[:2]:
+            if input_padding_mask.shape != input_flatten.shape[:2]:
                 raise ValueError(
                     f"input_padding_mask has shape {list(input_padding_mask.shape)}; "
-                    f"it must be {list(value.shape[:2])}, as input_flatten without its last axis"
+                    f"it must be {list(input_flatten.shape[:2])}, as input_flatten without its last axis"
                 )
-            value = value.masked_fill(input_padding_mask.unsqueeze(-1), 0.0)
-        value = value.unflatten(-1, (self.n_heads, -1))
-        output = ms_deform_attn(value, sizes, locations, weights, num_points=self._level_points)
-        return linear(self.output_proj, output)
+
+        def attend(value: Tensor, weights: Tensor) -> Tensor:
+            return ms_deform_attn(value, sizes, locations, weights, num_points=self._level_points)
+
+        return between_projections(self, attend, query, input_flatten, input_padding_mask)[0]
 
     def sampling_locations(
         self, query: Tensor, reference_points: Tensor, input_spatial_shapes: SpatialShapes
