@@ -3,6 +3,8 @@
 
 #include <array>
 #include <atomic>
+#include <cstdio>
+#include <exception>
 #include <memory>
 #include <new>
 #include <thread>
@@ -18,21 +20,48 @@ inline int64_t ceil_div(int64_t a, int64_t b) {
   return (a + b - 1) / b;
 }
 
+// How far each item of work is, for those that must follow another: an item adds to what the one before it has stored.
+class Turns {
+ public:
+  explicit Turns(int64_t items) : done_(items) {}
+
+  // Returns when item - 1 has finished this step, or when the work has failed. Items are handed out in order, and only
+  // to threads that have their scratch, so that whoever is waited for has begun.
+  void wait(int64_t item, int64_t step) const {
+    while (done_[item - 1].load(std::memory_order_acquire) <= step && !failed_.load(std::memory_order_relaxed))
+      std::this_thread::yield();
+  }
+  void finish(int64_t item, int64_t step) { done_[item].store(step + 1, std::memory_order_release); }
+  void fail() { failed_.store(true, std::memory_order_relaxed); }
+
+ private:
+  std::vector<std::atomic<int64_t>> done_;
+  std::atomic<bool> failed_{false};
+};
+
 // Runs f(scratch, 0) ... f(scratch, items - 1) on torch's threads, with one scratch = make() for each thread. What an
 // item computes must not depend on who computes it: work is cut by shape, and so results have the same bits on any
-// number of threads.
+// number of threads. The first exception ends the work, releases those who wait for their turn, and is thrown again.
 template <typename M, typename F>
-void each(int64_t items, const M& make, const F& f) {
+void each(int64_t items, const M& make, const F& f, Turns* turns = nullptr) {
   std::atomic<int64_t> next{0};
+  std::atomic<bool> failed{false};
+  std::exception_ptr failure;
   // One range for each thread, even for a single item: libraries called from f then see a parallel region and do not
   // start threads of their own, which could sum in another order.
   const int64_t threads = torch::stable::get_num_threads();
   torch::stable::parallel_for(0, threads, 1, [&](int64_t, int64_t) {
-    int64_t item = next++;
-    if (item >= items) return;
-    auto scratch = make();
-    for (; item < items; item = next++) f(scratch, item);
+    // torch's own parallel_for would lose the text of an exception.
+    try {
+      if (next.load() >= items) return;
+      auto scratch = make();
+      for (int64_t item; !failed && (item = next++) < items;) f(scratch, item);
+    } catch (...) {
+      if (!failed.exchange(true)) failure = std::current_exception();
+      if (turns) turns->fail();
+    }
   });
+  if (failure) std::rethrow_exception(failure);
 }
 
 template <typename F>
@@ -40,19 +69,16 @@ void each(int64_t items, const F& f) {
   each(items, [] { return 0; }, [&](int, int64_t item) { f(item); });
 }
 
-// How far each item of work is, for those that must follow another: an item adds to what the one before it has stored.
-class Turns {
+// Memory that could not be had; Python raises it as a MemoryError.
+class OutOfMemory : public std::bad_alloc {
  public:
-  explicit Turns(int64_t items) : done_(items) {}
-
-  // Returns when item - 1 has finished this step. It has been begun: items are handed out in order.
-  void wait(int64_t item, int64_t step) const {
-    while (done_[item - 1].load(std::memory_order_acquire) <= step) std::this_thread::yield();
+  explicit OutOfMemory(size_t bytes) {
+    std::snprintf(text_, sizeof text_, "deformkit could not allocate %zu bytes of scratch memory", bytes);
   }
-  void finish(int64_t item, int64_t step) { done_[item].store(step + 1, std::memory_order_release); }
+  const char* what() const noexcept override { return text_; }
 
  private:
-  std::vector<std::atomic<int64_t>> done_;
+  char text_[80];
 };
 
 // Uninitialised memory on a cache-line boundary.
@@ -60,8 +86,11 @@ template <typename T>
 class Buffer {
  public:
   Buffer() = default;
-  explicit Buffer(int64_t count)
-      : data_(static_cast<T*>(::operator new(static_cast<size_t>(count) * sizeof(T) + 64, std::align_val_t{64}))) {}
+  explicit Buffer(int64_t count) {
+    const size_t bytes = static_cast<size_t>(count) * sizeof(T) + 64;
+    data_.reset(static_cast<T*>(::operator new(bytes, std::align_val_t{64}, std::nothrow)));
+    if (!data_) throw OutOfMemory(bytes);
+  }
   T* get() const { return data_.get(); }
   T& operator[](int64_t i) const { return data_.get()[i]; }
 
@@ -119,7 +148,7 @@ Tensor product(const Matrix<A>& x, const Matrix<A>& y) {
   }
   using torch::stable::detail::from;
   std::array<StableIValue, 2> stack{from(x.view()), from(y.view())};
-  STABLE_TORCH_ERROR_CODE_CHECK(torch_call_dispatcher("aten::mm", "", stack.data(), TORCH_ABI_VERSION));
+  TORCH_ERROR_CODE_CHECK(torch_call_dispatcher("aten::mm", "", stack.data(), TORCH_ABI_VERSION));
   return torch::stable::detail::to<Tensor>(stack[0]);
 }
 

@@ -145,9 +145,9 @@ void forward(const Call<N>& call, const std::vector<Unit<N>>& units, const std::
         A* const columns = scratch.columns.get();
         for_cells(call, unit, slice, rows.get() + place[u - first], begin, points, scratch.points,
                   [&](int64_t tap, const Piece& piece, const A*, const A* field) {
-                    gather<false, true>(scratch.points.cells, points, 1, Rows<const A>{field}, piece.channels,
-                                        columns + column_of(problem, slice, piece, tap, points),
-                                        problem.taps * slice.parts[piece.part].channels);
+                    gather<true>(scratch.points.cells, points, 1, LaidOut<const A>{field}, piece.channels,
+                                 columns + column_of(problem, slice, piece, tap, points),
+                                 problem.taps * slice.parts[piece.part].channels);
                   });
         const A* w = weight.get();
         for (const Part& part : slice.parts) {
@@ -291,98 +291,99 @@ void backward(const Call<N>& call, const Map& grad_output, const std::vector<Uni
   };
 
   Turns turns(sums * slice_count);
-  each(sums * slice_count, make, [&](BackwardScratch<A, N, Index>& scratch, int64_t item) {
-    const int64_t own = item % slice_count, share_of_batch = item / slice_count;
-    const Slice& slice = slices[own];
-    const int64_t width = slice.channels();
-    // An offset group that begins in an earlier slice: its gradients by offset and mask are added up slice by slice.
-    const bool follows = gradients.by_point() && slice.begin % per_offset != 0;
-    int64_t step = 0;
-    try {
-      for (int64_t u = problem.batch * share_of_batch / sums * cuts;
-           u < problem.batch * (share_of_batch + 1) / sums * cuts; ++u) {
-        const Unit<N>& unit = units[u];
-        if (!direct) {
-          if (gradients.weight || gradients.by_point())
-            pack(call.input, unit.batch, slice.begin, width, unit.window, 0, unit.window.positions(),
-                 scratch.rows.get());
-          if (gradients.input) std::fill_n(scratch.grad_rows.get(), (unit.window.positions() + 1) * width, A(0));
-        }
-        for (int64_t begin = unit.begin; begin < unit.end; begin += block) {
-          const int64_t points = std::min(block, unit.end - begin);
-          std::vector<Tensor> grad_columns;
-          std::vector<const A*> by_part;
-          A* grads = scratch.grad_output.get();
-          const A* w = by_columns ? weights[own].get() : nullptr;
-          for (const Part& part : slice.parts) {
-            read_grad_output(call, grad_output, part, unit.batch, begin, points, grads, scratch.turned);
-            if (by_columns) {
-              grad_columns.push_back(grad_columns_of(call, part, w, grads, points, scratch.turned));
-              by_part.push_back(static_cast<const A*>(grad_columns.back().data_ptr()));
-              w += rows * problem.taps * part.channels;
-            }
-            grads += rows * points * (problem.is_narrow() ? part.channels : 1);
+  each(
+      sums * slice_count, make,
+      [&](BackwardScratch<A, N, Index>& scratch, int64_t item) {
+        const int64_t own = item % slice_count, share_of_batch = item / slice_count;
+        const Slice& slice = slices[own];
+        const int64_t width = slice.channels();
+        // An offset group that begins in an earlier slice: its gradients by offset and mask are added up slice by
+        // slice.
+        const bool follows = gradients.by_point() && slice.begin % per_offset != 0;
+        int64_t step = 0;
+        for (int64_t u = problem.batch * share_of_batch / sums * cuts;
+             u < problem.batch * (share_of_batch + 1) / sums * cuts; ++u) {
+          const Unit<N>& unit = units[u];
+          if (!direct) {
+            if (gradients.weight || gradients.by_point())
+              pack(call.input, unit.batch, slice.begin, width, unit.window, 0, unit.window.positions(),
+                   scratch.rows.get());
+            if (gradients.input) std::fill_n(scratch.grad_rows.get(), (unit.window.positions() + 1) * width, A(0));
           }
-
-          if (follows) turns.wait(item, step);
-          for_cells(call, unit, slice, scratch.rows.get(), begin, points, scratch.points,
-                    [&](int64_t tap, const Piece& piece, const A* factor, const A* field_rows) {
-                      const Part& part = slice.parts[piece.part];
-                      const int64_t in_part = tap * part.channels + piece.begin - part.begin;
-                      A* const by_point = (piece.first ? scratch.by_point : scratch.more_by_point).get();
-                      A* const corners = scratch.points.corners.get() + (direct ? block << N : 0);
-                      Walk<A, N> walked{};
-                      walked.rows.first = field_rows;
-                      walked.channels = piece.channels;
-                      walked.pitch = problem.taps * part.channels;
-                      if (by_columns) walked.grad_columns = by_part[piece.part] + in_part;
-                      if (gradients.weight)
-                        walked.columns = scratch.columns.get() + column_of(problem, slice, piece, tap, points);
-                      if (gradients.input)
-                        walked.grad_rows.first = direct ? corners : scratch.grad_rows.get() + piece.begin - slice.begin;
-                      if (gradients.offset)
-                        for (int axis = 0; axis < N; ++axis) walked.grad_shift[axis] = by_point + axis * block;
-                      if (gradients.mask) walked.grad_factor = by_point + N * block;
-                      if (direct && gradients.input) std::fill_n(corners, points << N, A(0));
-                      walk(scratch.points.cells, points, factor, walked);
-
-                      if (direct && gradients.input) {
-                        A* plane =
-                            gradients.input->template data<A>() + (unit.batch * problem.channels + piece.begin) * field;
-                        for (int64_t i = 0; i < points << N; ++i)
-                          if (scratch.points.where[i] >= 0) plane[scratch.points.where[i]] += corners[i];
-                      }
-                      if (!gradients.by_point()) return;
-                      A* const total = scratch.by_point.get();
-                      if (!piece.first)
-                        for (int64_t i = 0; i < (N + 1) * block; ++i) total[i] += by_point[i];
-                      if (!piece.last) return;
-                      const int64_t group = piece.offset_group;
-                      write_by_point(problem, unit.batch, group, tap, begin, points, total, block,
-                                     group * per_offset < slice.begin, gradients);
-                    });
-          turns.finish(item, step++);
-
-          if (gradients.weight) {
-            const A* grad = scratch.grad_output.get();
-            A* sum = weight_sums[share_of_batch * slice_count + own].get();
+          for (int64_t begin = unit.begin; begin < unit.end; begin += block) {
+            const int64_t points = std::min(block, unit.end - begin);
+            std::vector<Tensor> grad_columns;
+            std::vector<const A*> by_part;
+            A* grads = scratch.grad_output.get();
+            const A* w = by_columns ? weights[own].get() : nullptr;
             for (const Part& part : slice.parts) {
-              add_grad_weight(problem, part, grad,
-                              scratch.columns.get() + points * problem.taps * (part.begin - slice.begin), points, sum);
-              grad += rows * points * (problem.is_narrow() ? part.channels : 1);
-              sum += rows * problem.taps * part.channels;
+              read_grad_output(call, grad_output, part, unit.batch, begin, points, grads, scratch.turned);
+              if (by_columns) {
+                grad_columns.push_back(grad_columns_of(call, part, w, grads, points, scratch.turned));
+                by_part.push_back(static_cast<const A*>(grad_columns.back().data_ptr()));
+                w += rows * problem.taps * part.channels;
+              }
+              grads += rows * points * (problem.is_narrow() ? part.channels : 1);
+            }
+
+            if (follows) turns.wait(item, step);
+            for_cells(call, unit, slice, scratch.rows.get(), begin, points, scratch.points,
+                      [&](int64_t tap, const Piece& piece, const A* factor, const A* field_rows) {
+                        const Part& part = slice.parts[piece.part];
+                        const int64_t in_part = tap * part.channels + piece.begin - part.begin;
+                        A* const by_point = (piece.first ? scratch.by_point : scratch.more_by_point).get();
+                        A* const corners = scratch.points.corners.get() + (direct ? block << N : 0);
+                        Walk<A, N, LaidOut> walked{};
+                        walked.field.first = field_rows;
+                        walked.channels = piece.channels;
+                        walked.pitch = problem.taps * part.channels;
+                        if (by_columns) walked.grad_columns = by_part[piece.part] + in_part;
+                        if (gradients.weight)
+                          walked.columns = scratch.columns.get() + column_of(problem, slice, piece, tap, points);
+                        if (gradients.input)
+                          walked.grad_field.first =
+                              direct ? corners : scratch.grad_rows.get() + piece.begin - slice.begin;
+                        if (gradients.offset)
+                          for (int axis = 0; axis < N; ++axis) walked.grad_shift[axis] = by_point + axis * block;
+                        if (gradients.mask) walked.grad_factor = by_point + N * block;
+                        if (direct && gradients.input) std::fill_n(corners, points << N, A(0));
+                        walk(scratch.points.cells, points, factor, walked);
+
+                        if (direct && gradients.input) {
+                          A* plane = gradients.input->template data<A>() +
+                                     (unit.batch * problem.channels + piece.begin) * field;
+                          for (int64_t i = 0; i < points << N; ++i)
+                            if (scratch.points.where[i] >= 0) plane[scratch.points.where[i]] += corners[i];
+                        }
+                        if (!gradients.by_point()) return;
+                        A* const total = scratch.by_point.get();
+                        if (!piece.first)
+                          for (int64_t i = 0; i < (N + 1) * block; ++i) total[i] += by_point[i];
+                        if (!piece.last) return;
+                        const int64_t group = piece.offset_group;
+                        write_by_point(problem, unit.batch, group, tap, begin, points, total, block,
+                                       group * per_offset < slice.begin, gradients);
+                      });
+            turns.finish(item, step++);
+
+            if (gradients.weight) {
+              const A* grad = scratch.grad_output.get();
+              A* sum = weight_sums[share_of_batch * slice_count + own].get();
+              for (const Part& part : slice.parts) {
+                add_grad_weight(problem, part, grad,
+                                scratch.columns.get() + points * problem.taps * (part.begin - slice.begin), points,
+                                sum);
+                grad += rows * points * (problem.is_narrow() ? part.channels : 1);
+                sum += rows * problem.taps * part.channels;
+              }
             }
           }
+          if (gradients.input && !direct)
+            unpack(scratch.grad_rows.get(), width, unit.window, *gradients.input,
+                   (unit.batch * problem.channels + slice.begin) * field, !whole);
         }
-        if (gradients.input && !direct)
-          unpack(scratch.grad_rows.get(), width, unit.window, *gradients.input,
-                 (unit.batch * problem.channels + slice.begin) * field, !whole);
-      }
-    } catch (...) {
-      turns.finish(item, std::numeric_limits<int64_t>::max() - 1);  // nobody waits for what will not come
-      throw;
-    }
-  });
+      },
+      &turns);
 
   if (gradients.weight) {
     each(slice_count, [&](int64_t own) {

@@ -177,19 +177,15 @@ struct RoiPoints {
 };
 
 // The pooled values of one RoI, [bins, channels].
-template <bool kInPlace, typename A, int N, typename Index, typename T>
-void pool(const Problem<A, N>& problem, const Roi<A, N>& roi, RoiPoints<A, N, Index>& points, const Rows<const T>& rows,
+template <typename A, int N, typename Index, typename Field>
+void pool(const Problem<A, N>& problem, const Roi<A, N>& roi, RoiPoints<A, N, Index>& points, const Field& field,
           int64_t channels, int64_t width, Index outside, A* part, A* sums) {
   const bool whole = roi.total > 0 && roi.total <= run_points;
   if (!whole) std::fill_n(sums, problem.bins * channels, A(0));
   points.start(problem, roi);
   points.for_runs(problem, roi, width, outside, [&](int64_t bin, int64_t some, int64_t each) {
     A* const to = sums + bin * channels;
-    if constexpr (kInPlace) {
-      gather_as<true, false, 0>(points.cells, some, each, rows, 1, whole ? to : part, 1);
-    } else {
-      gather<false, false>(points.cells, some, each, rows, channels, whole ? to : part, channels);
-    }
+    gather<false>(points.cells, some, each, field, channels, whole ? to : part, channels);
     if (!whole)
       for (int64_t c = 0; c < channels; ++c) to[c] += part[c];
   });
@@ -202,9 +198,10 @@ struct PoolScratch {
 };
 
 // The RoIs [first, last) of images that are laid out together, or one channel after the other where they are.
-template <bool kLaidOut, typename T, typename A, int N, typename Index>
+template <template <typename> typename kHeld, typename T, typename A, int N, typename Index>
 void forward(const Problem<A, N>& problem, const Map& input, int64_t first_image, int64_t last_image,
              const Sink& output) {
+  constexpr bool kLaidOut = !kHeld<A>::in_place;
   const int64_t channels = problem.channels, positions = problem.positions(), bins = problem.bins;
   const int64_t plane = (positions + 1) * channels, first = problem.first_of[first_image];
   Buffer<A> rows;
@@ -232,12 +229,12 @@ void forward(const Problem<A, N>& problem, const Map& input, int64_t first_image
     A *const part = scratch.part.get(), *const sums = scratch.sums.get(), *const turned = scratch.turned.get();
     for (int64_t c = 0; c < channels; c += width) {
       if constexpr (kLaidOut) {
-        const Rows<const A> field{rows.get() + (image_of[item] - first_image) * plane};
-        pool<false>(problem, roi, scratch.points, field, channels, channels, static_cast<Index>(positions * channels),
-                    part, sums);
+        const LaidOut<const A> field{rows.get() + (image_of[item] - first_image) * plane};
+        pool(problem, roi, scratch.points, field, channels, channels, static_cast<Index>(positions * channels), part,
+             sums);
       } else {
-        const Rows<const T> field{input.at<T>(image_of[item], c), &zero};
-        pool<true>(problem, roi, scratch.points, field, 1, input.position_stride, Index(-1), part, sums);
+        const InPlace<const T> field{input.at<T>(image_of[item], c), &zero};
+        pool(problem, roi, scratch.points, field, 1, input.position_stride, Index(-1), part, sums);
       }
       transpose(sums, bins, width, width, turned, bins);
       output.write((roi.index * channels + c) * bins, turned, width * bins);
@@ -250,11 +247,12 @@ struct RoiGradients {
   std::optional<Sink> input, offset;
 };
 
-// Every item owns some channels of an image. With kLaidOut it lays them and their gradient out for itself; else it
+// Every item owns some channels of an image. Held LaidOut, it lays them and their gradient out for itself; InPlace, it
 // takes one channel where it is, and `gradients.input` starts at zero and has the dtype of sums.
-template <bool kLaidOut, typename T, typename A, int N, typename Index>
+template <template <typename> typename kHeld, typename T, typename A, int N, typename Index>
 void backward(const Problem<A, N>& problem, const Map& input, const Tensor& grad_output, int64_t width,
               const RoiGradients& gradients) {
+  constexpr bool kLaidOut = !kHeld<A>::in_place;
   const int64_t channels = problem.channels, positions = problem.positions(), bins = problem.bins;
   const int64_t slices = ceil_div(channels, width), pitch = kLaidOut ? width : input.position_stride;
   const Window<N> window{problem.size, 0, problem.size[0]};
@@ -272,59 +270,58 @@ void backward(const Problem<A, N>& problem, const Map& input, const Tensor& grad
     return scratch;
   };
   Turns turns(problem.batch * slices);
-  each(problem.batch * slices, make, [&](Scratch& scratch, int64_t item) {
-    const int64_t image = item / slices, c = item % slices * width, own = std::min(width, channels - c);
-    const int64_t first = problem.first_of[image], last = problem.first_of[image + 1];
-    const int64_t place = (image * channels + c) * positions;
-    const auto outside = static_cast<Index>(kLaidOut ? positions * own : -1);
-    Walk<A, N, T> walked{};
-    walked.channels = walked.pitch = own;
-    if constexpr (kLaidOut) {
-      if (gradients.offset && first < last) pack(input, image, c, own, window, 0, positions, scratch.rows.get());
-      walked.rows.first = scratch.rows.get();
-      if (gradients.input) {
-        std::fill_n(scratch.grad_rows.get(), (positions + 1) * own, A(0));
-        walked.grad_rows.first = scratch.grad_rows.get();
-      }
-    } else {
-      walked.rows = {input.at<T>(image, c), scratch.rows.get()};
-      if (gradients.input) walked.grad_rows = {gradients.input->template data<A>() + place, scratch.grad_rows.get()};
-    }
-    for (int axis = 0; axis < N; ++axis)
-      if (gradients.offset) walked.grad_shift[axis] = scratch.slopes.get() + axis * run_points;
-    try {
-      for (int64_t r = first; r < last; ++r) {
-        const Roi<A, N>& roi = problem.rois[r];
-        A* const by_bin = scratch.by_bin.get();
-        read_rows(grad_output, (roi.index * channels + c) * bins, 0, 1, own * bins, scratch.turned.get());
-        transpose(scratch.turned.get(), own, bins, bins, scratch.grads.get(), own);
-        std::fill_n(by_bin, N * bins, A(0));
-        scratch.points.start(problem, roi);
-        scratch.points.for_runs(
-            problem, roi, kLaidOut ? own : pitch, outside, [&](int64_t bin, int64_t some, int64_t each) {
-              walked.per = each;
-              walked.grad_columns = scratch.grads.get() + bin * own;
-              walk<!kLaidOut>(scratch.points.cells, some * each, scratch.points.factors.get(), walked);
-              if (!gradients.offset) return;
-              for (int axis = 0; axis < N; ++axis)
-                for (int64_t i = 0; i < some * each; ++i)
-                  by_bin[axis * bins + bin + i / each] += walked.grad_shift[axis][i];
-            });
-        if (!gradients.offset) continue;
+  each(
+      problem.batch * slices, make,
+      [&](Scratch& scratch, int64_t item) {
+        const int64_t image = item / slices, c = item % slices * width, own = std::min(width, channels - c);
+        const int64_t first = problem.first_of[image], last = problem.first_of[image + 1];
+        const int64_t place = (image * channels + c) * positions;
+        const auto outside = static_cast<Index>(kLaidOut ? positions * own : -1);
+        Walk<A, N, kHeld, T> walked{};
+        walked.channels = walked.pitch = own;
+        if constexpr (kLaidOut) {
+          if (gradients.offset && first < last) pack(input, image, c, own, window, 0, positions, scratch.rows.get());
+          walked.field.first = scratch.rows.get();
+          if (gradients.input) {
+            std::fill_n(scratch.grad_rows.get(), (positions + 1) * own, A(0));
+            walked.grad_field.first = scratch.grad_rows.get();
+          }
+        } else {
+          walked.field = {input.at<T>(image, c), scratch.rows.get()};
+          if (gradients.input)
+            walked.grad_field = {gradients.input->template data<A>() + place, scratch.grad_rows.get()};
+        }
         for (int axis = 0; axis < N; ++axis)
-          for (int64_t bin = 0; bin < bins; ++bin) by_bin[axis * bins + bin] *= problem.gamma * roi.length[axis];
-        // The slices of an image add up, one after the other.
-        if (c > 0) turns.wait(item, r - first);
-        for (int axis = 0; axis < N; ++axis)
-          gradients.offset->write((roi.index * N + N - 1 - axis) * bins, by_bin + axis * bins, bins, c > 0);
-        turns.finish(item, r - first);
-      }
-    } catch (...) {
-      turns.finish(item, std::numeric_limits<int64_t>::max() - 1);  // nobody waits for what will not come
-      throw;
-    }
-    if (kLaidOut && gradients.input) unpack(scratch.grad_rows.get(), own, window, *gradients.input, place, false);
-  });
+          if (gradients.offset) walked.grad_shift[axis] = scratch.slopes.get() + axis * run_points;
+        for (int64_t r = first; r < last; ++r) {
+          const Roi<A, N>& roi = problem.rois[r];
+          A* const by_bin = scratch.by_bin.get();
+          read_rows(grad_output, (roi.index * channels + c) * bins, 0, 1, own * bins, scratch.turned.get());
+          transpose(scratch.turned.get(), own, bins, bins, scratch.grads.get(), own);
+          std::fill_n(by_bin, N * bins, A(0));
+          scratch.points.start(problem, roi);
+          scratch.points.for_runs(problem, roi, kLaidOut ? own : pitch, outside,
+                                  [&](int64_t bin, int64_t some, int64_t each) {
+                                    walked.per = each;
+                                    walked.grad_columns = scratch.grads.get() + bin * own;
+                                    walk(scratch.points.cells, some * each, scratch.points.factors.get(), walked);
+                                    if (!gradients.offset) return;
+                                    for (int axis = 0; axis < N; ++axis)
+                                      for (int64_t i = 0; i < some * each; ++i)
+                                        by_bin[axis * bins + bin + i / each] += walked.grad_shift[axis][i];
+                                  });
+          if (!gradients.offset) continue;
+          for (int axis = 0; axis < N; ++axis)
+            for (int64_t bin = 0; bin < bins; ++bin) by_bin[axis * bins + bin] *= problem.gamma * roi.length[axis];
+          // The slices of an image add up, one after the other.
+          if (c > 0) turns.wait(item, r - first);
+          for (int axis = 0; axis < N; ++axis)
+            gradients.offset->write((roi.index * N + N - 1 - axis) * bins, by_bin + axis * bins, bins, c > 0);
+          turns.finish(item, r - first);
+        }
+        if (kLaidOut && gradients.input) unpack(scratch.grad_rows.get(), own, window, *gradients.input, place, false);
+      },
+      &turns);
 }
 
 Tensor deform_roi_pool(const Tensor& input, const Tensor& rois, const std::optional<Tensor>& offset,
@@ -351,14 +348,14 @@ Tensor deform_roi_pool(const Tensor& input, const Tensor& rois, const std::optio
         const bool wide = problem.is_wide(positions * map.position_stride);
         dispatch_dtype(map.dtype(), [&]<typename T>() {
           if constexpr (std::is_same_v<Sum<T>, A>)
-            wide ? forward<false, T, A, N, int64_t>(problem, map, first, last, Sink(output))
-                 : forward<false, T, A, N, int32_t>(problem, map, first, last, Sink(output));
+            wide ? forward<InPlace, T, A, N, int64_t>(problem, map, first, last, Sink(output))
+                 : forward<InPlace, T, A, N, int32_t>(problem, map, first, last, Sink(output));
         });
         continue;
       }
       while (last < problem.batch && last - first < together && problem.first_of[last + 1] > problem.first_of[last])
         ++last;
-      forward<true, A, A, N, int32_t>(problem, map, first, last, Sink(output));
+      forward<LaidOut, A, A, N, int32_t>(problem, map, first, last, Sink(output));
     }
   });
   return output;
@@ -400,14 +397,14 @@ std::tuple<Tensor, Tensor> deform_roi_pool_backward(const Tensor& grad_output, c
     if (by_offset) gradients.offset.emplace(grad_offset);
     const Tensor grad = torch::stable::contiguous(grad_output);
     if (laid_out) {
-      backward<true, A, A, N, int32_t>(problem, Map(input), grad, width, gradients);
+      backward<LaidOut, A, A, N, int32_t>(problem, Map(input), grad, width, gradients);
     } else {
       const Map map(by_input ? torch::stable::contiguous(input) : input);
       const bool wide = problem.is_wide(positions * map.position_stride);
       dispatch_dtype(map.dtype(), [&]<typename T>() {
         if constexpr (std::is_same_v<Sum<T>, A>)
-          wide ? backward<false, T, A, N, int64_t>(problem, map, grad, width, gradients)
-               : backward<false, T, A, N, int32_t>(problem, map, grad, width, gradients);
+          wide ? backward<InPlace, T, A, N, int64_t>(problem, map, grad, width, gradients)
+               : backward<InPlace, T, A, N, int32_t>(problem, map, grad, width, gradients);
       });
     }
     grad_input = rounded(grad_input, input.scalar_type());

@@ -1,4 +1,5 @@
-// A field laid out for sampling: the channels of one position side by side, so that a corner is one contiguous row.
+// A field as the kernels hold it: the channels of one position side by side, so that a corner is one contiguous row;
+// and the two walks over the corners of located points, one to sample and one for the gradients.
 #pragma once
 
 #include "cpu/lanes.h"
@@ -91,17 +92,28 @@ void dispatch_channels(int64_t channels, const F& f) {
   }
 }
 
-// Where the rows of a field are. Rows laid out by pack() hold one of zeros among them; a field read in place has it
-// apart, at `outside`, for the corners whose index is negative.
+// How a field is held. Laid out by pack(), it has a row of zeros among its rows for what lies outside. Read where it
+// is, in the tensor, the row for what lies outside is apart: corners there have a negative index.
 template <typename T>
-struct Rows {
-  T* first;
-  T* outside = nullptr;
+struct LaidOut {
+  static constexpr bool in_place = false;
+  using Element = T;
+  T* first = nullptr;
 
-  template <bool kInPlace, typename Index>
-  T* at(Index index) const {
-    return kInPlace && index < 0 ? outside : first + index;
-  }
+  T* row(int64_t index) const { return first + index; }
+  LaidOut from(int64_t element) const { return {first + element}; }
+  explicit operator bool() const { return first; }
+};
+
+template <typename T>
+struct InPlace {
+  static constexpr bool in_place = true;
+  using Element = T;
+  T *first = nullptr, *outside = nullptr;
+
+  T* row(int64_t index) const { return index < 0 ? outside : first + index; }
+  InPlace from(int64_t element) const { return {first + element, outside + element}; }
+  explicit operator bool() const { return first; }
 };
 
 template <typename A, typename Index>
@@ -109,9 +121,10 @@ constexpr bool is_usual = std::is_same_v<A, float> && std::is_same_v<Index, int3
 
 // columns[j * pitch ...] = the sum of the samples at the points [j * per, (j + 1) * per), of `channels` channels. With
 // kOne, per is 1.
-template <bool kInPlace, bool kOne, int kChannels, typename A, int N, typename Index, typename T>
-void gather_as(const Cells<A, N, Index>& cells, int64_t sums, int64_t per, const Rows<const T> rows, int64_t channels,
+template <bool kOne, int kChannels, typename A, int N, typename Index, typename Field>
+void gather_as(const Cells<A, N, Index>& cells, int64_t sums, int64_t per, const Field field, int64_t channels,
                A* columns, int64_t pitch) {
+  using T = typename Field::Element;
   constexpr int corners = 1 << N, full = register_bytes / static_cast<int>(sizeof(A));
   constexpr int lanes = kChannels > 0 ? lanes_for<A>(kChannels) : full;
   constexpr int most = kChannels > 0 && kChannels / lanes < 4 ? kChannels / lanes : 4;
@@ -129,7 +142,7 @@ void gather_as(const Cells<A, N, Index>& cells, int64_t sums, int64_t per, const
     for (int64_t i = j * per; i < (kOne ? j + 1 : (j + 1) * per); ++i) {
 #pragma GCC unroll 8
       for (int corner = 0; corner < corners; ++corner) {
-        const T* const row = rows.template at<kInPlace>(indices[corner][i]) + c;
+        const T* const row = field.row(indices[corner][i]) + c;
         const A weight = weights[corner][i];
 #pragma GCC unroll 4
         for (int r = 0; r < registers; ++r) sum[r] += weight * load_lanes<V>(row + r * width);
@@ -139,10 +152,10 @@ void gather_as(const Cells<A, N, Index>& cells, int64_t sums, int64_t per, const
   };
   for (int64_t j = 0; j < sums; ++j) {
     // Points read in place are few and far apart: ask for the next sum's rows while this one is added up.
-    if constexpr (kInPlace && kChannels > 0) {
+    if constexpr (Field::in_place && kChannels > 0) {
       for (int64_t i = (j + 1) * per; j + 1 < sums && i < (j + 2) * per; ++i)
         for (int corner = 0; corner < corners; ++corner) {
-          const T* const row = rows.template at<kInPlace>(indices[corner][i]);
+          const T* const row = field.row(indices[corner][i]);
           for (int64_t c = 0; c < kChannels; c += 64 / sizeof(T)) __builtin_prefetch(row + c);
         }
     }
@@ -155,28 +168,28 @@ void gather_as(const Cells<A, N, Index>& cells, int64_t sums, int64_t per, const
         A sum = 0;
         for (int64_t i = j * per; i < (kOne ? j + 1 : (j + 1) * per); ++i)
           for (int corner = 0; corner < corners; ++corner)
-            sum += weights[corner][i] * load<A>(rows.template at<kInPlace>(indices[corner][i])[c]);
+            sum += weights[corner][i] * load<A>(field.row(indices[corner][i])[c]);
         columns[j * pitch + c] = sum;
       }
     }
   }
 }
 
-template <bool kInPlace, bool kOne, typename A, int N, typename Index, typename T>
-void gather(const Cells<A, N, Index>& cells, int64_t sums, int64_t per, const Rows<const T>& rows, int64_t channels,
+template <bool kOne, typename A, int N, typename Index, typename Field>
+void gather(const Cells<A, N, Index>& cells, int64_t sums, int64_t per, const Field& field, int64_t channels,
             A* columns, int64_t pitch) {
   dispatch_channels<is_usual<A, Index>>(channels, [&](auto constant) {
-    gather_as<kInPlace, kOne, constant.value>(cells, sums, per, rows, channels, columns, pitch);
+    gather_as<kOne, constant.value>(cells, sums, per, field, channels, columns, pitch);
   });
 }
 
-// What walk() is asked for; a null pointer asks for nothing.
-template <typename A, int N, typename T = A>
+// What walk() is asked for; a null pointer asks for nothing. kHeld is LaidOut or InPlace, of elements T.
+template <typename A, int N, template <typename> typename kHeld, typename T = A>
 struct Walk {
-  Rows<const T> rows;     // the field
+  kHeld<const T> field;
+  kHeld<A> grad_field;    // += gradient by the field
   const A* grad_columns;  // gradient of the loss by the sums of `per` samples, `pitch` apart
   A* columns;             // the samples, where per is 1
-  Rows<A> grad_rows;      // += gradient by the field
   A* grad_shift[N];       // gradient by the shift
   A* grad_factor;         // gradient by the factor
   int64_t pitch, channels, per = 1;
@@ -186,9 +199,9 @@ struct Walk {
 
 // The one backward walk over the corners: samples again, and the gradient by field, point and factor. kChannels is the
 // number of channels, or 0 for any.
-template <bool kInPlace, bool kColumns, bool kPoint, bool kField, int kChannels, typename A, int N, typename Index,
-          typename T>
-void walk_as(const Cells<A, N, Index>& cells, int64_t points, const Walk<A, N, T>& w) {
+template <bool kColumns, bool kPoint, bool kField, int kChannels, typename A, int N, typename Index,
+          template <typename> typename kHeld, typename T>
+void walk_as(const Cells<A, N, Index>& cells, int64_t points, const Walk<A, N, kHeld, T>& w) {
   constexpr int corners = 1 << N, most = corners < 4 ? corners : 4, lanes = lanes_for<A>(kChannels);
   typedef typename Lanes<A, lanes>::type V;
   const int64_t channels = kChannels > 0 ? kChannels : w.channels, whole = channels / lanes * lanes;
@@ -211,13 +224,13 @@ void walk_as(const Cells<A, N, Index>& cells, int64_t points, const Walk<A, N, T
         if constexpr (kColumns) sample = from == 0 ? V{} : read_lanes<V>(column + c);
         for (int corner = 0; corner < most; ++corner) {
           if constexpr (kColumns || kPoint) {
-            const V row = load_lanes<V>(w.rows.template at<kInPlace>(at[corner]) + c);
+            const V row = load_lanes<V>(w.field.row(at[corner]) + c);
             if constexpr (kPoint) sums[corner] += g * row;
             if constexpr (kColumns) sample += weight[corner] * row;
           }
           // Corners may share a row (border, outside): one after the other.
           if constexpr (kField) {
-            A* const target = w.grad_rows.template at<kInPlace>(at[corner]) + c;
+            A* const target = w.grad_field.row(at[corner]) + c;
             write_lanes(target, read_lanes<V>(target) + weight[corner] * g);
           }
         }
@@ -236,9 +249,9 @@ void walk_as(const Cells<A, N, Index>& cells, int64_t points, const Walk<A, N, T
       for (int64_t c = whole; c < channels; ++c) {
         A sample = kColumns && from > 0 ? column[c] : A(0);
         for (int corner = 0; corner < most; ++corner) {
-          if constexpr (kPoint) dot[corner] += grad[c] * load<A>(w.rows.template at<kInPlace>(at[corner])[c]);
-          if constexpr (kColumns) sample += weight[corner] * load<A>(w.rows.template at<kInPlace>(at[corner])[c]);
-          if constexpr (kField) w.grad_rows.template at<kInPlace>(at[corner])[c] += weight[corner] * grad[c];
+          if constexpr (kPoint) dot[corner] += grad[c] * load<A>(w.field.row(at[corner])[c]);
+          if constexpr (kColumns) sample += weight[corner] * load<A>(w.field.row(at[corner])[c]);
+          if constexpr (kField) w.grad_field.row(at[corner])[c] += weight[corner] * grad[c];
         }
         if constexpr (kColumns) column[c] = sample;
       }
@@ -248,11 +261,12 @@ void walk_as(const Cells<A, N, Index>& cells, int64_t points, const Walk<A, N, T
 }
 
 // `factor` is the one that the cells were located with.
-template <bool kInPlace = false, typename A, int N, typename Index, typename T>
-void walk(const Cells<A, N, Index>& cells, int64_t points, const A* factor, const Walk<A, N, T>& w) {
-  const int asked = (w.columns ? 4 : 0) + (w.by_point() ? 2 : 0) + (w.grad_rows.first ? 1 : 0);
+template <typename A, int N, typename Index, template <typename> typename kHeld, typename T>
+void walk(const Cells<A, N, Index>& cells, int64_t points, const A* factor, const Walk<A, N, kHeld, T>& w) {
+  constexpr bool usual = is_usual<A, Index> && !kHeld<A>::in_place;
+  const int asked = (w.columns ? 4 : 0) + (w.by_point() ? 2 : 0) + (w.grad_field ? 1 : 0);
   const auto as = [&]<bool kColumns, bool kPoint, bool kField, int kChannels>() {
-    walk_as<kInPlace, kColumns, kPoint, kField, kChannels>(cells, points, w);
+    walk_as<kColumns, kPoint, kField, kChannels>(cells, points, w);
   };
   switch (asked) {
     case 0:
@@ -263,8 +277,8 @@ void walk(const Cells<A, N, Index>& cells, int64_t points, const A* factor, cons
       as.template operator()<false, true, false, 0>();
       break;
     case 3:
-      dispatch_channels<is_usual<A, Index> && !kInPlace>(
-          w.channels, [&](auto constant) { as.template operator()<false, true, true, constant.value>(); });
+      dispatch_channels<usual>(w.channels,
+                               [&](auto constant) { as.template operator()<false, true, true, constant.value>(); });
       break;
     case 4:
       return as.template operator()<true, false, false, 0>();
@@ -274,8 +288,8 @@ void walk(const Cells<A, N, Index>& cells, int64_t points, const A* factor, cons
       as.template operator()<true, true, false, 0>();
       break;
     default:
-      dispatch_channels<is_usual<A, Index> && !kInPlace>(
-          w.channels, [&](auto constant) { as.template operator()<true, true, true, constant.value>(); });
+      dispatch_channels<usual>(w.channels,
+                               [&](auto constant) { as.template operator()<true, true, true, constant.value>(); });
   }
   cells.slopes(points, factor, w.grad_shift, w.grad_factor);
 }

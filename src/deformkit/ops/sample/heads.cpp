@@ -67,7 +67,8 @@ struct Plan {
   std::array<Lines<Index>, N> lines() const {
     std::array<Lines<Index>, N> result;
     for (int axis = 0; axis < N; ++axis)
-      result[axis] = {size.get() + axis * capacity(), stride.get() + axis * capacity(), start.get()};
+      result[axis] = {size.get() + axis * capacity(), stride.get() + axis * capacity(),
+                      axis == N - 1 ? start.get() : nullptr};
     return result;
   }
 };
@@ -144,11 +145,11 @@ void attend(const Heads<N>& call, const Sink& output) {
         const int64_t queries = std::min(block, call.queries - first);
         scratch.points.locate(call, plan, b, head, first, queries, outside);
         if (laid_out) {
-          const Rows<const A> field{scratch.rows.get()};
-          gather<false, false>(scratch.points.cells, queries, call.points, field, channels, sums, channels);
+          const LaidOut<const A> field{scratch.rows.get()};
+          gather<false>(scratch.points.cells, queries, call.points, field, channels, sums, channels);
         } else if constexpr (std::is_same_v<Sum<T>, A>) {
-          const Rows<const T> field{value.template at<T>(b), zeros.data()};
-          gather<true, false>(scratch.points.cells, queries, call.points, field, channels, sums, channels);
+          const InPlace<const T> field{value.template at<T>(b), zeros.data()};
+          gather<false>(scratch.points.cells, queries, call.points, field, channels, sums, channels);
         }
         output.write_rows(call.place(b, first, head, channels), call.heads * channels, sums, queries, channels);
       }
@@ -161,11 +162,12 @@ struct HeadGradients {
   std::optional<Sink> value, coordinates, weights;
 };
 
-// With kLaidOut every thread lays out the field, of any type, and its gradient for itself. Else both are used where
-// they are, which takes a gradient of the dtype of sums that starts at zero, with the field's strides.
-template <bool kLaidOut, typename T, typename A, int N, typename Index>
+// Held LaidOut, every thread lays out the field, of any type, and its gradient for itself. Held InPlace, both are used
+// where they are, which takes a gradient of the dtype of sums that starts at zero, with the field's strides.
+template <template <typename> typename kHeld, typename T, typename A, int N, typename Index>
 void attend_backward(const Heads<N>& call, const Tensor& grad_output, const std::vector<Span>& spans,
                      const HeadGradients& gradients) {
+  constexpr bool kLaidOut = !kHeld<A>::in_place;
   const int64_t block = block_of(call), channels = call.channels, pitch = call.heads * channels;
   const int64_t span_count = spans.size(), width = kLaidOut ? channels : call.value.position_stride;
   const bool by_point = gradients.coordinates || gradients.weights;
@@ -196,7 +198,7 @@ void attend_backward(const Heads<N>& call, const Tensor& grad_output, const std:
     const int64_t head = item / span_count % call.heads, b = item / span_count / call.heads;
     const int64_t grad_place = ((b * call.positions + span.start) * call.heads + head) * channels;
     const Map field = call.value.of_head(head, span.start);
-    Walk<A, N, T> walked{};
+    Walk<A, N, kHeld, T> walked{};
     walked.per = span.points, walked.channels = channels, walked.pitch = channels;
     walked.grad_columns = scratch.grads.get();
     if (gradients.coordinates)
@@ -205,22 +207,22 @@ void attend_backward(const Heads<N>& call, const Tensor& grad_output, const std:
     if constexpr (kLaidOut) {
       const Window<1> window{{span.positions}, 0, span.positions};
       if (by_point) pack(field, b, 0, channels, window, 0, span.positions, scratch.rows.get());
-      walked.rows.first = scratch.rows.get();
+      walked.field.first = scratch.rows.get();
       if (gradients.value) {
         std::fill_n(scratch.grad_rows.get(), (span.positions + 1) * channels, A(0));
-        walked.grad_rows.first = scratch.grad_rows.get();
+        walked.grad_field.first = scratch.grad_rows.get();
       }
     } else {
-      walked.rows = {field.template at<T>(b), scratch.rows.get()};
+      walked.field = {field.template at<T>(b), scratch.rows.get()};
       if (gradients.value)
-        walked.grad_rows = {gradients.value->template data<A>() + grad_place, scratch.grad_rows.get()};
+        walked.grad_field = {gradients.value->template data<A>() + grad_place, scratch.grad_rows.get()};
     }
     const auto outside = static_cast<Index>(kLaidOut ? span.positions * channels : -1);
     for (int64_t first = 0; first < call.queries; first += block) {
       const int64_t queries = std::min(block, call.queries - first), points = queries * span.points;
       scratch.points.locate(call, plan, b, head, first, queries, outside);
       read_rows(grad_output, call.place(b, first, head, channels), pitch, queries, channels, scratch.grads.get());
-      walk<!kLaidOut>(scratch.points.cells, points, scratch.points.factors.get(), walked);
+      walk(scratch.points.cells, points, scratch.points.factors.get(), walked);
       const int64_t place = call.place(b, first, head, call.points) + span.first, stored = call.heads * call.points;
       if (gradients.coordinates) {
         if (call.nearest) scratch.points.cells.no_slopes(points, walked.grad_shift);
@@ -286,15 +288,15 @@ std::tuple<Tensor, Tensor, Tensor> attend_backward(Heads<N> call, const Tensor& 
   if (output_mask[1]) gradients.coordinates.emplace(grad_coordinates);
   if (output_mask[2]) gradients.weights.emplace(grad_weights);
   const bool wide = is_wide(call, laid_out ? call.channels : call.value.position_stride);
-  const auto run = [&]<bool kLaidOut, typename T>() {
+  const auto run = [&]<template <typename> typename kHeld, typename T>() {
     using A = Sum<T>;
-    wide ? attend_backward<kLaidOut, T, A, N, int64_t>(call, grad, spans, gradients)
-         : attend_backward<kLaidOut, T, A, N, int32_t>(call, grad, spans, gradients);
+    wide ? attend_backward<kHeld, T, A, N, int64_t>(call, grad, spans, gradients)
+         : attend_backward<kHeld, T, A, N, int32_t>(call, grad, spans, gradients);
   };
   if (laid_out) {
-    sum == ScalarType::Double ? run.template operator()<true, double>() : run.template operator()<true, float>();
+    sum == ScalarType::Double ? run.template operator()<LaidOut, double>() : run.template operator()<LaidOut, float>();
   } else {
-    dispatch_dtype(value.scalar_type(), [&]<typename T>() { run.template operator()<false, T>(); });
+    dispatch_dtype(value.scalar_type(), [&]<typename T>() { run.template operator()<InPlace, T>(); });
   }
   return {rounded(grad_value, value.scalar_type()), grad_coordinates, grad_weights};
 }

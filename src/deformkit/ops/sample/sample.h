@@ -71,8 +71,8 @@ struct Line {
 
 template <typename Index>
 struct Lines {
-  const Index *size, *stride;  // of each point; the last axis of all adds `start`
-  const Index* start;
+  const Index *size, *stride;  // of each point
+  const Index* start;          // where its field starts; given for the last axis alone
 };
 
 // The cells around a run of points. A corner that does not count has the index `outside`, a row of zeros: it is never
@@ -172,75 +172,93 @@ class Cells {
     return value;
   }
 
+  // Of a register of points, along one axis: the parts of the lower and the upper corner, their elements, and all bits
+  // set where they count.
+  struct Side {
+    Reals part[2];
+    Indices element[2], counts[2];
+  };
+
+  static Indices indices(auto mask) { return __builtin_convertvector(mask, Indices); }
+  static Masks masks(auto mask) { return __builtin_convertvector(mask, Masks); }
+
+  template <Boundary kBoundary, bool kNearest, typename L>
+  static Side side_of(const Reals& shift, const Indices* origin, const L& line, int64_t i, int64_t points) {
+    // Far outside of any field, and within what an index can hold.
+    constexpr A far = sizeof(Index) == 4 ? A(1 << 30) : A(int64_t(1) << 40);
+    const auto number = shift == shift;
+    Reals distance = number ? shift : Reals{};
+    distance = distance > -far ? distance : Reals{} - far;
+    distance = distance < far ? distance : Reals{} + far;
+    const Reals rounded = kNearest ? distance + A(0.5) : distance;
+    Indices whole = __builtin_convertvector(rounded, Indices);
+    whole += indices(__builtin_convertvector(whole, Reals) > rounded);
+    Reals rest = kNearest ? Reals{} : distance - __builtin_convertvector(whole, Reals);
+
+    Indices low = whole, size, stride, least{}, past, start{};
+    if (origin) low += *origin;
+    if constexpr (std::is_same_v<L, Line<Index>>) {
+      low += line.tap;
+      size = Indices{} + line.size, stride = Indices{} + line.stride;
+      least = Indices{} + line.least, past = Indices{} + line.past;
+    } else {
+      past = size = read_some<Indices>(line.size, i, points);
+      stride = read_some<Indices>(line.stride, i, points);
+      if (line.start) start = read_some<Indices>(line.start, i, points);
+    }
+    Indices high = low + 1, counts = indices(number);
+    const Indices most = size - 1;
+    if constexpr (kBoundary == Boundary::near)
+      counts = counts & (low >= -1) & ((low < size) | ((low == size) & indices(rest == 0)));
+    if constexpr (kBoundary != Boundary::zeros) {
+      // Beyond an end both corners are that end: the value stays, and its slope is 0.
+      rest = masks((low < 0) | (low >= most)) ? Reals{} : rest;
+      low = low < 0 ? Indices{} : low > most ? most : low;
+      high = high < 0 ? Indices{} : high > most ? most : high;
+    }
+
+    Side side;
+    side.part[1] = number ? rest : shift;
+    side.part[0] = 1 - side.part[1];
+    for (int upper = 0; upper < 2; ++upper) {
+      const Indices cell = upper ? high : low;
+      side.counts[upper] = kNearest && upper ? Indices{} : counts & (cell >= least) & (cell < past);
+      // What does not count may be too far away to be multiplied.
+      side.element[upper] = ((cell - least) & side.counts[upper]) * stride + start;
+    }
+    return side;
+  }
+
   template <Boundary kBoundary, bool kNearest, typename L>
   __attribute__((noinline)) void locate_as(int64_t points, const Index* const (&origin)[N],
                                            const std::array<L, N>& lines, const A* const (&shift)[N], const A* factor,
                                            Index outside) {
-    constexpr bool uniform = std::is_same_v<L, Line<Index>>;
-    constexpr Index nowhere = std::numeric_limits<Index>::min() / 4;
-    constexpr A far = sizeof(Index) == 4 ? A(1 << 30) : A(int64_t(1) << 40);
-    const auto indices = [](auto mask) { return __builtin_convertvector(mask, Indices); };
     for (int64_t i = 0; i < points; i += lanes) {
-      Reals side[N][2];
-      Indices at[N][2];
+      Side side[N];
 #pragma GCC unroll 3
       for (int axis = 0; axis < N; ++axis) {
-        const Reals s = read_some<Reals>(shift[axis], i, points);
-        const auto number = s == s;
-        Reals distance = number ? s : Reals{};
-        distance = distance > -far ? distance : Reals{} - far;
-        distance = distance < far ? distance : Reals{} + far;
-        const Reals rounded = kNearest ? distance + A(0.5) : distance;
-        Indices whole = __builtin_convertvector(rounded, Indices);
-        whole += indices(__builtin_convertvector(whole, Reals) > rounded);
-        Reals rest = kNearest ? Reals{} : distance - __builtin_convertvector(whole, Reals);
-        Indices low = whole, counts = indices(number), size, stride, least{}, past, start{};
-        if (origin[axis]) low += read_some<Indices>(origin[axis], i, points);
-        if constexpr (uniform) {
-          const L& line = lines[axis];
-          low += line.tap;
-          size = Indices{} + line.size, stride = Indices{} + line.stride;
-          least = Indices{} + line.least, past = Indices{} + line.past;
-        } else {
-          past = size = read_some<Indices>(lines[axis].size, i, points);
-          stride = read_some<Indices>(lines[axis].stride, i, points);
-          if (axis == N - 1) start = read_some<Indices>(lines[axis].start, i, points);
-        }
-        Indices high = low + 1;
-        const Indices most = size - 1;
-        if constexpr (kBoundary == Boundary::near)
-          counts = counts & (low >= -1) & ((low < size) | ((low == size) & indices(rest == 0)));
-        if constexpr (kBoundary != Boundary::zeros) {
-          rest = __builtin_convertvector((low < 0) | (low >= most), Masks) ? Reals{} : rest;
-          low = low < 0 ? Indices{} : low > most ? most : low;
-          high = high < 0 ? Indices{} : high > most ? most : high;
-        }
-        const Reals part = number ? rest : s;
-        write_lanes(fraction(axis) + i, part);
-        side[axis][0] = 1 - part;
-        side[axis][1] = part;
-        for (int upper = 0; upper < 2; ++upper) {
-          const Indices cell = upper ? high : low, inside = counts & (cell >= least) & (cell < past);
-          // What is not inside may be too far away to be multiplied.
-          at[axis][upper] = inside ? ((cell - least) & inside) * stride + start : Indices{} + nowhere;
-        }
-        if constexpr (kNearest) at[axis][1] = Indices{} + nowhere;
+        Indices at;
+        if (origin[axis]) at = read_some<Indices>(origin[axis], i, points);
+        side[axis] = side_of<kBoundary, kNearest>(read_some<Reals>(shift[axis], i, points),
+                                                  origin[axis] ? &at : nullptr, lines[axis], i, points);
+        write_lanes(fraction(axis) + i, side[axis].part[1]);
       }
       const Reals factors = factor ? read_some<Reals>(factor, i, points) : Reals{} + 1;
+      // An infinite factor stays away from what is outside; a NaN, of the factor or of a coordinate, does not hide.
+      const Reals without = factors == factors ? Reals{} : factors;
 #pragma GCC unroll 8
       for (int corner = 0; corner < corners; ++corner) {
-        Reals product = side[0][is_upper(corner, 0)];
-        Indices sum = at[0][is_upper(corner, 0)];
+        Reals product = side[0].part[is_upper(corner, 0)];
+        Indices element = side[0].element[is_upper(corner, 0)], counts = side[0].counts[is_upper(corner, 0)];
 #pragma GCC unroll 3
         for (int axis = 1; axis < N; ++axis) {
-          product *= side[axis][is_upper(corner, axis)];
-          sum += at[axis][is_upper(corner, axis)];
+          product *= side[axis].part[is_upper(corner, axis)];
+          element += side[axis].element[is_upper(corner, axis)];
+          counts &= side[axis].counts[is_upper(corner, axis)];
         }
-        const Indices missing = sum < 0;
-        // An infinite factor stays away from what is outside; a NaN coordinate does not hide.
-        product *= __builtin_convertvector(missing, Masks) ? Reals{} : factors;
+        product *= masks(counts) ? factors : without;
         write_lanes(weight(corner) + i, product);
-        write_lanes(index(corner) + i, missing ? Indices{} + outside : sum);
+        write_lanes(index(corner) + i, counts ? element : Indices{} + outside);
       }
     }
   }
