@@ -140,7 +140,7 @@ def build(
         built.append((kernel.__name__, found, config))
 
     operator, room = operators[name], importlib.import_module(f"deformkit.ops.{name}.gpu")
-    args = [named[key].to("meta") if isinstance(named[key], Tensor) else named[key] for key in operator.arguments]
+    args = [value.to("meta") if isinstance(value, Tensor) else value for value in operator.ordered(named)]
     before, launch.start = launch.start, start
     torch.use_deterministic_algorithms(deterministic)
     try:

@@ -29,8 +29,7 @@ def rows(cases: Iterable[Any], names: Collection[str], seconds: float) -> Iterat
                     calls[name] = adapter(case, case.arguments())
             except Unfit:
                 continue
-        arguments = case.arguments()
-        args = [arguments[name] for name in forward.arguments]
+        args = forward.ordered(case.arguments())
         asked = [args[i] is not None for i in forward.differentiable]
         grad = torch.ones_like(forward(*args))
         alone = [partial(forward.overload, *args), partial(backward.overload, grad, *args, asked)]

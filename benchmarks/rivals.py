@@ -59,13 +59,13 @@ def ours(case: Any, arguments: dict[str, Any]) -> Call:
 
 def reference(case: Any, arguments: dict[str, Any]) -> Call:
     arguments, leaves = differentiable(case, arguments)
-    values, function = list(arguments.values()), operators[operator(case)].reference
+    values, function = operators[operator(case)].ordered(arguments), operators[operator(case)].reference
     return Call(lambda: function(*values), leaves)
 
 
 def compiled_reference(case: Any, arguments: dict[str, Any]) -> Call:
     arguments, leaves = differentiable(case, arguments)
-    values = list(arguments.values())
+    values = operators[operator(case)].ordered(arguments)
     torch.compiler.reset()
     function = torch.compile(operators[operator(case)].reference, dynamic=False)
     return Call(lambda: function(*values), leaves)

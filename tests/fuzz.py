@@ -54,6 +54,13 @@ def wild_offset(draw: random.Random, offset: Tensor) -> Tensor:
     return sprinkle(draw, offset, (*WILD, torch.nan) if draw.random() < 0.2 else WILD)
 
 
+def ordered(name: str, named: dict[str, Any]) -> list[Any]:
+    """The arguments of the operator ``name``; deformkit is imported late, when the library under test is chosen."""
+    from deformkit.ops._library import operators
+
+    return operators[name].ordered(named)
+
+
 def deform_conv(draw: random.Random) -> Call:
     """A call of deformable convolution that has an output."""
     from deformkit.ops.deform_conv.cases import Case
@@ -88,7 +95,7 @@ def deform_conv(draw: random.Random) -> Call:
     dtype = draw.choice(DTYPES)
     named = case.arguments(dtype, seed=draw.getrandbits(30))
     named["offset"] = wild_offset(draw, named["offset"])
-    return Call("deform_conv", list(named.values()), bool(named["offset"].isnan().any()))
+    return Call("deform_conv", ordered("deform_conv", named), bool(named["offset"].isnan().any()))
 
 
 def deform_aggregate(draw: random.Random) -> Call:
@@ -123,7 +130,7 @@ def deform_aggregate(draw: random.Random) -> Call:
     dtype = draw.choice(DTYPES)
     named = case.arguments(dtype, seed=draw.getrandbits(30))
     named["offset"] = wild_offset(draw, named["offset"])
-    return Call("deform_aggregate", list(named.values()), bool(named["offset"].isnan().any()))
+    return Call("deform_aggregate", ordered("deform_aggregate", named), bool(named["offset"].isnan().any()))
 
 
 def ms_deform_attn(draw: random.Random) -> Call:
@@ -157,7 +164,7 @@ def ms_deform_attn(draw: random.Random) -> Call:
     undefined = draw.random() < 0.2
     locations = sprinkle(draw, named["sampling_locations"], (*WILD, torch.nan) if undefined else WILD)
     named["sampling_locations"] = locations
-    return Call("ms_deform_attn", list(named.values()), bool(locations.isnan().any()))
+    return Call("ms_deform_attn", ordered("ms_deform_attn", named), bool(locations.isnan().any()))
 
 
 def deform_roi_pool(draw: random.Random) -> Call:
@@ -201,7 +208,7 @@ def deform_roi_pool(draw: random.Random) -> Call:
         far = (torch.inf, torch.nan, 3e9, 1e30, 2.0**31, 2.0**63)[: None if case.sampling_ratio or axes == 1 else 2]
         sign = draw.choice((1, -1))
         named["rois"][:, 1:] = sprinkle(draw, named["rois"][:, 1:], tuple(sign * value for value in far))
-    return Call("deform_roi_pool", list(named.values()), undefined)
+    return Call("deform_roi_pool", ordered("deform_roi_pool", named), undefined)
 
 
 # One generator for each operator.

@@ -35,8 +35,7 @@ class Call:
 
     def arguments(self, dtype: torch.dtype = torch.float32, seed: int = 0) -> list[Any]:
         """The arguments in the order of the schema."""
-        named = self.case.arguments(dtype=dtype, seed=seed)
-        return [named[name] for name in self.operator.arguments]
+        return self.operator.ordered(self.case.arguments(dtype=dtype, seed=seed))
 
     def backward_arguments(self, args: Sequence[Any]) -> list[Any]:
         """Arguments of the backward operator, with all gradients that exist asked for."""

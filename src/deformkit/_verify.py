@@ -246,7 +246,7 @@ def _attention_places(
     sampling_locations: Tensor,
     attention_weights: Tensor,
     num_points: Any,
-    mode: str,
+    mode: int,
 ) -> Iterator[Tensor]:
     axes = sampling_locations.shape[-1]
     for level, locations in enumerate(sampling_locations.split(list(num_points), 3)):

@@ -134,7 +134,7 @@ def _quick(operator: Operator, case: Any, seconds: float) -> Iterator[tuple[str,
     named = case.arguments()
     differentiable = [operator.arguments[i] for i in operator.differentiable]
     leaves = {key: named[key].requires_grad_() for key in differentiable if named[key] is not None}
-    args = [named[key] for key in operator.arguments]
+    args = operator.ordered(named)
     calls: dict[str, Callable[[], Tensor]] = {
         "deformkit": lambda: operator(*args),
         "reference": lambda: operator.reference(*args),

@@ -116,8 +116,7 @@ def _one_each(cases: Sequence[Any]) -> list[Any]:
 def _check(operator: Operator, case: Any, dtype: torch.dtype, device: str) -> Check:
     about = (operator.name, case.axes, device, dtype, case.name)
     try:
-        named = case.arguments(dtype=dtype)
-        args = [named[name] for name in operator.arguments]
+        args = operator.ordered(case.arguments(dtype=dtype))
         truth = _evaluate(operator, operator.reference, _moved(args, dtype=torch.float64))
         reference = _evaluate(operator, operator.reference, args)
         actual = _evaluate(operator, operator, _moved(args, device=device))

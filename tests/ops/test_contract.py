@@ -50,6 +50,12 @@ def test_cpu_kernel_is_loaded(name: str) -> None:
     assert loaded, "without its kernel an operator is compared with itself: make build"
 
 
+@pytest.mark.parametrize("name", operators)
+def test_no_argument_is_a_string(name: str) -> None:
+    """Each string that torch's stable ABI hands to a kernel allocates memory that nobody frees."""
+    assert "str" not in {str(argument.type) for argument in operators[name].overload._schema.arguments}
+
+
 @every_call
 def test_opcheck_forward(call: Call) -> None:
     args = call.arguments()

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from ..ops import ms_deform_attn
-from ..ops._shape import check_floating, check_tensor, compute_dtype, prod
+from ..ops._shape import check_floating, check_tensor, code_of, compute_dtype, prod
 from ..ops.ms_deform_attn.op import SpatialShapes, level_sizes
 from ._gradient import checked_gradient
 
@@ -55,7 +55,7 @@ def attend_backward(
         locations.flatten(3, 4),
         weights.flatten(3, 4),
         [locations.shape[4]] * len(sizes),
-        "linear",
+        code_of("mode", "linear"),
         [True, True, True],
     )
     return [grad.reshape(tensor.shape).to(tensor.dtype) for grad, tensor in zip(grads, given, strict=True)]

@@ -12,7 +12,7 @@ From a forward reference written in tensor operations and a function for the out
 A kernel is then only ``STABLE_TORCH_LIBRARY_IMPL(deformkit, CPU, m)`` in C++ or ``torch.library.register_kernel``.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import Any
 
@@ -20,6 +20,8 @@ import torch
 from torch import Tensor
 from torch._C import DispatchKey, DispatchKeySet
 from torch.autograd import forward_ad
+
+from ._shape import CHOICES, code_of, name_of
 
 NAMESPACE = "deformkit"
 library = torch.library.Library(NAMESPACE, "DEF")
@@ -85,6 +87,10 @@ class Operator:
             return self._function.apply(*args)
         return self.overload(*args)
 
+    def ordered(self, named: Mapping[str, Any]) -> list[Any]:
+        """The operator's arguments from those of the public function: in order, and codes instead of names."""
+        return [code_of(name, named[name]) if name in CHOICES else named[name] for name in self.arguments]
+
     def _contiguous_reference(self, *args: Any) -> Any:
         return _each(self.reference(*args), Tensor.contiguous)
 
@@ -137,8 +143,9 @@ def define(
     """Register ``deformkit::<name>`` and ``deformkit::<name>_backward``; return the forward operator.
 
     Args:
-        schema: ``"name(Tensor input, ..., str boundary) -> Tensor"``, without namespace and without defaults.
-        reference: the operator in differentiable tensor operations, arguments as in the schema.
+        schema: ``"name(Tensor input, ..., int boundary) -> Tensor"``, without namespace and without defaults.
+        reference: the operator in differentiable tensor operations, arguments as in the schema, but the name of a
+            choice instead of its code.
         fake: an empty output of the right shape, from the same arguments.
         differentiable: the tensors that have a gradient. The backward returns one tensor for each, in this order;
             one that its ``output_mask`` does not ask for comes back as an empty tensor.
@@ -147,6 +154,8 @@ def define(
     """
     name, rest = schema.split("(", 1)
     arguments, _ = rest.rsplit(") ->", 1)
+    choices = [(i, key) for i, key in enumerate(a.split()[-1] for a in arguments.split(", ")) if key in CHOICES]
+    reference = _of_codes(reference, choices)
 
     def fake_backward(grad_output: Tensor, *args: Any) -> tuple[Tensor, ...]:
         *inputs, output_mask = args
@@ -268,6 +277,18 @@ def _differentiating() -> bool:
 
 # What torch.compiler.assume_constant_result does, which would import the whole compiler for it, a second and more.
 _differentiating._dynamo_marked_constant = True  # type: ignore[attr-defined]
+
+
+def _of_codes(function: Callable[..., Tensor], choices: Sequence[tuple[int, str]]) -> Callable[..., Tensor]:
+    """``function``, which takes the names of ``choices``, of their codes."""
+
+    def of_codes(*args: Any) -> Tensor:
+        values = list(args)
+        for i, argument in choices:
+            values[i] = name_of(argument, values[i])
+        return function(*values)
+
+    return of_codes
 
 
 def _at(function: Callable[..., Any], args: Sequence[Any], positions: Sequence[int]) -> Callable[..., Any]:

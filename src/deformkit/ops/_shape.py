@@ -9,6 +9,9 @@ from torch import Tensor
 
 Boundary = Literal["zeros", "border"]
 
+# The operators take the index of a name: each string that passes torch's stable ABI allocates memory that nobody frees.
+CHOICES = {"boundary": ("zeros", "border"), "mode": ("linear", "nearest")}
+
 FLOATING = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 
@@ -98,10 +101,20 @@ def check_offset_dtype(offset: Tensor, beside: str, dtype: torch.dtype) -> None:
         raise TypeError(f"offset has dtype {offset.dtype}; with {beside} of {dtype} it must be {expected}")
 
 
-def check_boundary(boundary: Any) -> None:
-    """Raise a ValueError unless ``boundary`` is one of :data:`Boundary`."""
-    if boundary not in ("zeros", "border"):
-        raise ValueError(f'boundary is {boundary!r}; it must be "zeros" or "border"')
+def code_of(argument: str, name: Any) -> int:
+    """The index of ``name`` among the :data:`CHOICES` of ``argument``; a ValueError if it is none of them."""
+    if name not in CHOICES[argument]:
+        expected = " or ".join(f'"{choice}"' for choice in CHOICES[argument])
+        raise ValueError(f"{argument} is {name!r}; it must be {expected}")
+    return CHOICES[argument].index(name)
+
+
+def name_of(argument: str, code: int) -> str:
+    """The inverse of :func:`code_of`."""
+    if not 0 <= code < len(CHOICES[argument]):
+        expected = " or ".join(f'{i} ("{choice}")' for i, choice in enumerate(CHOICES[argument]))
+        raise ValueError(f"{argument} is {code}; it must be {expected}")
+    return CHOICES[argument][code]
 
 
 def checked_output_size(
@@ -139,18 +152,20 @@ def compute_dtype(dtype: torch.dtype) -> torch.dtype:
 
 
 __all__ = [
+    "CHOICES",
     "FLOATING",
     "Boundary",
     "check_alike",
-    "check_boundary",
     "check_choice",
     "check_count",
     "check_floating",
     "check_offset_dtype",
     "check_tensor",
     "checked_output_size",
+    "code_of",
     "compute_dtype",
     "conv_output_size",
+    "name_of",
     "ntuple",
     "prod",
     "times",

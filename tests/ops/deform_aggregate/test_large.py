@@ -8,6 +8,7 @@ from rooms import Call, check, check_bits
 
 import deformkit as dk
 from deformkit.ops._library import operators
+from deformkit.ops._shape import code_of
 from deformkit.ops.deform_aggregate.cases import Case
 
 OPERATOR = operators["deform_aggregate"]
@@ -97,7 +98,7 @@ def test_workspace_does_not_grow_with_the_image() -> None:
     value = torch.randn(1, 750, 750, 2, 8)
     weight = torch.zeros(1, 750, 750, 2, 9)
     offset = torch.zeros(1, 750, 750, 2, 9, 2)
-    steps = ([3, 3], [1, 1], [1, 1], [1, 1], 1.0, False, "zeros")
+    steps = ([3, 3], [1, 1], [1, 1], [1, 1], 1.0, False, code_of("boundary", "zeros"))
     peak = Peak()
     output = OPERATOR(value, offset, weight, *steps)
     grads = operators["deform_aggregate_backward"](output, value, offset, weight, *steps, [True, True, True])

@@ -240,8 +240,8 @@ def test_zeros_around_the_value_are_its_boundary(case: Case, seed: int, data: st
 @given(geometries(), seeds, st.sampled_from([torch.float64, torch.float32, torch.float16, torch.bfloat16]))
 def test_kernel_is_the_reference(case: Case, seed: int, dtype: torch.dtype) -> None:
     operator = operators["deform_aggregate"]
-    args = list(case.arguments(dtype, seed=seed).values())
-    doubles = [v.double() if isinstance(v, Tensor) else v for v in case.arguments(dtype, seed=seed).values()]
+    args = operator.ordered(case.arguments(dtype, seed=seed))
+    doubles = [v.double() if isinstance(v, Tensor) else v for v in args]
     actual, reference = (evaluate(f, args, operator.differentiable, dtype) for f in (operator, operator.reference))
     truth = evaluate(operator.reference, doubles, operator.differentiable, dtype)
     for name, *results in zip(("output", *NAMES), actual, truth, reference, strict=True):

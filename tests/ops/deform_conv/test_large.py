@@ -14,6 +14,7 @@ from rooms import Call, check, check_bits
 import deformkit as dk
 from deformkit import _kernels
 from deformkit.ops._library import operators
+from deformkit.ops._shape import code_of
 from deformkit.ops.deform_conv.cases import Case
 
 OPERATOR = operators["deform_conv"]
@@ -133,9 +134,9 @@ def test_workspace_does_not_grow_with_the_image() -> None:
     offset = torch.zeros(1, 18, 750, 750)
     weight = torch.randn(16, 16, 3, 3)
     peak = Peak()
-    output = OPERATOR(input, offset, weight, None, [1, 1], [1, 1], [1, 1], None, "zeros")
+    output = OPERATOR(input, offset, weight, None, [1, 1], [1, 1], [1, 1], None, code_of("boundary", "zeros"))
     backward = operators["deform_conv_backward"]
-    args = (input, offset, weight, None, [1, 1], [1, 1], [1, 1], None, "zeros")
+    args = (input, offset, weight, None, [1, 1], [1, 1], [1, 1], None, code_of("boundary", "zeros"))
     grads = backward(output, *args, [True, True, True, False, False])
     kept = sum(t.numel() * t.element_size() for t in (output, *grads)) // 2**20
     assert peak.so_far() - kept < 150

@@ -229,9 +229,8 @@ def test_kernel_is_the_reference(case: Case, seed: int, dtype: torch.dtype) -> N
     from deformkit.ops._library import operators
 
     operator = operators["deform_conv"]
-    args = list(case.arguments(dtype, seed=seed).values())
-    doubles = list(case.arguments(dtype, seed=seed).values())
-    doubles = [v.double() if isinstance(v, Tensor) else v for v in doubles]
+    args = operator.ordered(case.arguments(dtype, seed=seed))
+    doubles = [v.double() if isinstance(v, Tensor) else v for v in args]
     positions = [i for i in operator.differentiable if args[i] is not None]
     actual = evaluate(operator, args, positions, dtype)
     truth = evaluate(operator.reference, doubles, positions, dtype)

@@ -11,6 +11,7 @@ from rooms import evaluate, needs_kernel
 from torch import Tensor
 
 import deformkit as dk
+from deformkit.ops._shape import code_of
 from deformkit.ops.ms_deform_attn.cases import Case
 
 TENSORS = ("value", "sampling_locations", "attention_weights")
@@ -84,7 +85,7 @@ def test_splitting_the_batch_keeps_the_bits(case: Case, seed: int, dtype: torch.
         output = dk.ms_deform_attn(given[0], case.sizes, *given[1:], num_points=case.points, mode=case.mode)
         backward = torch.ops.deformkit.ms_deform_attn_backward
         sizes = [n for size in case.sizes for n in size]
-        rest = (given[0], sizes, *given[1:], list(case.points), case.mode)
+        rest = (given[0], sizes, *given[1:], list(case.points), code_of("mode", case.mode))
         return [output, *backward(cotangent[part], *rest, [True] * 3)]
 
     whole = both(slice(None))
@@ -101,7 +102,7 @@ def test_adjoint_in_value_and_in_attention_weights(case: Case, seed: int) -> Non
     other = case.arguments(torch.float64, seed=seed + 1)
     cotangent = torch.randn(case.batch, case.queries, case.heads * case.channels, dtype=torch.float64)
     args = [other["value"], named["spatial_shapes"], *(named[name] for name in TENSORS[1:])]
-    rest = [named["num_points"], named["mode"]]
+    rest = [named["num_points"], code_of("mode", named["mode"])]
     adjoints = torch.ops.deformkit.ms_deform_attn_backward(
         cotangent, named["value"], *args[1:], *rest, [True, False, True]
     )

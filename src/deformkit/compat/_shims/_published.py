@@ -8,7 +8,7 @@ from torch import Tensor
 
 from ...nn._convert import _transposed_taps
 from ...ops import deform_aggregate
-from ...ops._shape import check_floating
+from ...ops._shape import check_floating, code_of
 from .._gradient import checked_gradient
 
 Unpack = Callable[..., tuple[Tensor, Tensor, Tensor]]
@@ -82,7 +82,7 @@ def backward(window: Window, unpack: Unpack, tensors: Sequence[Tensor], grad_out
         *window[:4],
         window.offset_scale,
         window.remove_center,
-        "zeros",
+        code_of("boundary", "zeros"),
         [True, True, True],
     )
     return list(torch.autograd.grad(ours, leaves, grads))

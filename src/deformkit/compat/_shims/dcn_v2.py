@@ -11,6 +11,7 @@ from torch import Tensor
 from torch.nn import Conv2d
 
 from ... import __version__ as _version
+from ...ops._shape import code_of
 from .._gradient import checked_gradient
 from ..mmcv.conv import ModulatedDeformConv2d, modulated_deform_conv2d, offset_head, split_head, zero_head
 
@@ -65,7 +66,8 @@ def dcn_v2_backward(
     given = (input, offset, weight, bias, mask)
     grad_output = checked_gradient(forward, given, grad_output)
     *tensors, factors = (tensor.to(offset.dtype) for tensor in given)
-    grads = torch.ops.deformkit.deform_conv_backward(grad_output, *tensors, *steps, factors, "zeros", [True] * 5)
+    zeros = code_of("boundary", "zeros")
+    grads = torch.ops.deformkit.deform_conv_backward(grad_output, *tensors, *steps, factors, zeros, [True] * 5)
     by_input, by_offset, by_weight, by_bias, by_mask = (
         grad.to(tensor.dtype) for grad, tensor in zip(grads, given, strict=True)
     )

@@ -8,7 +8,7 @@ template <int N>
 Heads<N> make_heads(const Tensor& value, const Tensor& offset, const Tensor& weight,
                     const std::vector<int64_t>& kernel_size, const std::vector<int64_t>& stride,
                     const std::vector<int64_t>& padding, const std::vector<int64_t>& dilation, double offset_scale,
-                    bool remove_center, const std::string& boundary) {
+                    bool remove_center, int64_t boundary) {
   STD_TORCH_CHECK(value.dim() == N + 3 && offset.dim() == N + 4 && weight.dim() == N + 3,
                   "value, offset and weight must have ", N + 3, ", ", N + 4, " and ", N + 3, " axes");
   STD_TORCH_CHECK(kernel_size.size() == N && stride.size() == N && padding.size() == N && dilation.size() == N,
@@ -56,7 +56,7 @@ Heads<N> make_heads(const Tensor& value, const Tensor& offset, const Tensor& wei
 Tensor deform_aggregate(const Tensor& value, const Tensor& offset, const Tensor& weight,
                         const std::vector<int64_t>& kernel_size, const std::vector<int64_t>& stride,
                         const std::vector<int64_t>& padding, const std::vector<int64_t>& dilation, double offset_scale,
-                        bool remove_center, const std::string& boundary) {
+                        bool remove_center, int64_t boundary) {
   Tensor output;
   dispatch_axes(value.dim() - 3, [&]<int N>() {
     const Heads<N> call = make_heads<N>(value, offset, weight, kernel_size, stride, padding, dilation, offset_scale,
@@ -69,7 +69,7 @@ Tensor deform_aggregate(const Tensor& value, const Tensor& offset, const Tensor&
 std::tuple<Tensor, Tensor, Tensor> deform_aggregate_backward(
     const Tensor& grad_output, const Tensor& value, const Tensor& offset, const Tensor& weight,
     const std::vector<int64_t>& kernel_size, const std::vector<int64_t>& stride, const std::vector<int64_t>& padding,
-    const std::vector<int64_t>& dilation, double offset_scale, bool remove_center, const std::string& boundary,
+    const std::vector<int64_t>& dilation, double offset_scale, bool remove_center, int64_t boundary,
     const std::vector<bool>& output_mask) {
   std::tuple<Tensor, Tensor, Tensor> results;
   dispatch_axes(value.dim() - 3, [&]<int N>() {

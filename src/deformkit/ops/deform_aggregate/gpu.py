@@ -7,7 +7,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .._shape import prod
+from .._shape import name_of, prod
 from ..gpu.launch import Config, launch, row_configs
 from ..sample.gpu import (
     FieldGradient,
@@ -283,7 +283,7 @@ def _problem(
     dilation: Sequence[int],
     offset_scale: float,
     remove_center: bool,
-    boundary: str,
+    boundary: int,
 ) -> tuple[list[Tensor], list[tuple[int, ...]], list[Any], dict[str, Any]]:
     """What both kernels are given: tensors with the spatial axes as one, their strides, numbers, constants."""
     *out_size, _, taps, axes = offset.shape[1:]
@@ -299,6 +299,6 @@ def _problem(
         "DILATION": lifted(dilation, 1),
         "REMOVE_CENTER": remove_center,
         "AXES": axes,
-        "BORDER": boundary == "border",
+        "BORDER": name_of("boundary", boundary) == "border",
     }
     return tensors, [t.stride() for t in tensors], numbers, constants

@@ -9,11 +9,12 @@ from .._library import define
 from .._shape import (
     Boundary,
     check_alike,
-    check_boundary,
     check_floating,
     check_offset_dtype,
     check_tensor,
     checked_output_size,
+    code_of,
+    name_of,
     ntuple,
     prod,
     times,
@@ -85,8 +86,9 @@ def deform_aggregate(
     strides = ntuple(stride, axes, "stride", 1)
     paddings = ntuple(padding, axes, "padding", 0)
     dilations = ntuple(dilation, axes, "dilation", 1)
-    _check(value, offset, weight, kernel, strides, paddings, dilations, offset_scale, remove_center, boundary)
-    return _operator(value, offset, weight, kernel, strides, paddings, dilations, offset_scale, remove_center, boundary)
+    code = code_of("boundary", boundary)
+    _check(value, offset, weight, kernel, strides, paddings, dilations, offset_scale, remove_center, code)
+    return _operator(value, offset, weight, kernel, strides, paddings, dilations, offset_scale, remove_center, code)
 
 
 def _axes(value: Tensor, offset: Tensor) -> int:
@@ -110,7 +112,7 @@ def _check(
     dilation: list[int],
     offset_scale: float,
     remove_center: bool,
-    boundary: str,
+    boundary: int,
 ) -> list[int]:
     """Check every argument; return the output's spatial size."""
     axes = _axes(value, offset)
@@ -122,7 +124,7 @@ def _check(
                 f"{name} has shape {list(tensor.shape)}; with {axes} coordinates in offset it must have {dim} axes"
             )
     check_offset_dtype(offset, "a value", value.dtype)
-    check_boundary(boundary)
+    name_of("boundary", boundary)
     check_offset_scale(offset_scale)
 
     batch, *size, heads, channels = value.shape
@@ -176,7 +178,7 @@ def _output(
     dilation: list[int],
     offset_scale: float,
     remove_center: bool,
-    boundary: str,
+    boundary: int,
 ) -> Tensor:
     """An empty output: its shape without its values."""
     steps = (kernel_size, stride, padding, dilation)
@@ -186,7 +188,7 @@ def _output(
 
 _operator = define(
     "deform_aggregate(Tensor value, Tensor offset, Tensor weight, int[] kernel_size, int[] stride, int[] padding, "
-    "int[] dilation, float offset_scale, bool remove_center, str boundary) -> Tensor",
+    "int[] dilation, float offset_scale, bool remove_center, int boundary) -> Tensor",
     reference=reference.deform_aggregate,
     fake=_output,
     differentiable=("value", "offset", "weight"),

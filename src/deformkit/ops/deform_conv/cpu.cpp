@@ -30,8 +30,7 @@ void sum_bias(const Map& grad_output, int64_t batch, int64_t out_channels, const
 
 Tensor deform_conv(const Tensor& input, const Tensor& offset, const Tensor& weight, const std::optional<Tensor>& bias,
                    const std::vector<int64_t>& stride, const std::vector<int64_t>& padding,
-                   const std::vector<int64_t>& dilation, const std::optional<Tensor>& mask,
-                   const std::string& boundary) {
+                   const std::vector<int64_t>& dilation, const std::optional<Tensor>& mask, int64_t boundary) {
   Tensor output;
   const auto run = [&]<typename A, int N>() {
     const Call<N> call({input, offset, weight, bias, stride, padding, dilation, mask, boundary}, input, offset, weight,
@@ -72,7 +71,7 @@ Tensor deform_conv(const Tensor& input, const Tensor& offset, const Tensor& weig
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> deform_conv_backward(
     const Tensor& grad_output, const Tensor& input, const Tensor& offset, const Tensor& weight,
     const std::optional<Tensor>& bias, const std::vector<int64_t>& stride, const std::vector<int64_t>& padding,
-    const std::vector<int64_t>& dilation, const std::optional<Tensor>& mask, const std::string& boundary,
+    const std::vector<int64_t>& dilation, const std::optional<Tensor>& mask, int64_t boundary,
     const std::vector<bool>& output_mask) {
   STD_TORCH_CHECK(output_mask.size() == 5, "output_mask must have 5 values");
   std::array<Tensor, 5> results;

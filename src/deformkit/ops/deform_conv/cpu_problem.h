@@ -26,7 +26,7 @@ struct Problem {
 
   Problem(const Tensor& input, const Tensor& offset, const Tensor& weight, const std::optional<Tensor>& bias,
           const std::vector<int64_t>& stride_, const std::vector<int64_t>& padding_,
-          const std::vector<int64_t>& dilation, const std::optional<Tensor>& mask, const std::string& boundary_) {
+          const std::vector<int64_t>& dilation, const std::optional<Tensor>& mask, int64_t boundary_) {
     const auto sizes = sizes_of(input), kernel = sizes_of(weight), map = sizes_of(offset);
     STD_TORCH_CHECK(input.dim() == N + 2 && weight.dim() == N + 2 && offset.dim() == N + 2,
                     "input, offset and weight must have ", N + 2, " axes");

@@ -8,7 +8,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .._shape import prod
+from .._shape import name_of, prod
 from ..gpu.launch import Config, launch, row_configs, target
 from ..sample.gpu import FieldGradient, largest, lifted
 from .gpu_kernels import (
@@ -84,7 +84,7 @@ def forward(
     padding: Sequence[int],
     dilation: Sequence[int],
     mask: Tensor | None,
-    boundary: str,
+    boundary: int,
 ) -> Tensor:
     """Launch the kernel; arguments as in the schema."""
     problem = _Problem(input, offset, weight, stride, padding, dilation, mask, boundary)
@@ -122,7 +122,7 @@ def backward(
     padding: Sequence[int],
     dilation: Sequence[int],
     mask: Tensor | None,
-    boundary: str,
+    boundary: int,
     output_mask: Sequence[bool],
 ) -> tuple[Tensor, ...]:
     """Launch the kernels; arguments as in the schema."""
@@ -220,7 +220,7 @@ class _Problem:
         padding: Sequence[int],
         dilation: Sequence[int],
         mask: Tensor | None,
-        boundary: str,
+        boundary: int,
     ) -> None:
         size, out_size, kernel_size = input.shape[2:], offset.shape[2:], weight.shape[2:]
         axes = len(size)
@@ -251,7 +251,7 @@ class _Problem:
             "PADDING": lifted(padding, 0),
             "DILATION": lifted(dilation, 1),
             "AXES": axes,
-            "BORDER": boundary == "border",
+            "BORDER": name_of("boundary", boundary) == "border",
             "MODULATED": mask is not None,
         }
         self.products = {"PRECISION": _precision(), "OPERAND": _operand(input.dtype)}

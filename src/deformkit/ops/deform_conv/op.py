@@ -8,10 +8,11 @@ from .._library import define
 from .._shape import (
     Boundary,
     check_alike,
-    check_boundary,
     check_floating,
     check_offset_dtype,
     checked_output_size,
+    code_of,
+    name_of,
     ntuple,
     prod,
     times,
@@ -143,8 +144,9 @@ def _deform_conv(
     strides = ntuple(stride, axes, "stride", 1)
     paddings = ntuple(padding, axes, "padding", 0)
     dilations = ntuple(dilation, axes, "dilation", 1)
-    _check(axes, input, offset, weight, bias, strides, paddings, dilations, mask, boundary)
-    return _operator(input, offset, weight, bias, strides, paddings, dilations, mask, boundary)
+    code = code_of("boundary", boundary)
+    _check(axes, input, offset, weight, bias, strides, paddings, dilations, mask, code)
+    return _operator(input, offset, weight, bias, strides, paddings, dilations, mask, code)
 
 
 def _check(
@@ -157,7 +159,7 @@ def _check(
     padding: list[int],
     dilation: list[int],
     mask: Tensor | None,
-    boundary: str,
+    boundary: int,
 ) -> list[int]:
     """Check every argument; return the output's spatial size."""
     check_floating("input", input)
@@ -173,7 +175,7 @@ def _check(
                 f"{name} has shape {list(value.shape)}; a {axes}-D deformable convolution needs {dim} axes"
             )
     check_offset_dtype(offset, "an input", input.dtype)
-    check_boundary(boundary)
+    name_of("boundary", boundary)
 
     batch, channels, *size = input.shape
     out_channels, group_channels, *kernel_size = weight.shape
@@ -229,7 +231,7 @@ def _output(
     padding: list[int],
     dilation: list[int],
     mask: Tensor | None,
-    boundary: str,
+    boundary: int,
 ) -> Tensor:
     """An empty output: its shape without its values."""
     out_size = _check(input.dim() - 2, input, offset, weight, bias, stride, padding, dilation, mask, boundary)
@@ -238,7 +240,7 @@ def _output(
 
 _operator = define(
     "deform_conv(Tensor input, Tensor offset, Tensor weight, Tensor? bias, int[] stride, int[] padding, "
-    "int[] dilation, Tensor? mask, str boundary) -> Tensor",
+    "int[] dilation, Tensor? mask, int boundary) -> Tensor",
     reference=reference.deform_conv,
     fake=_output,
     differentiable=("input", "offset", "weight", "bias", "mask"),

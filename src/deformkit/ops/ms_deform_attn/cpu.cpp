@@ -6,10 +6,10 @@ namespace {
 
 template <int N>
 Heads<N> make_heads(const Tensor& value, const std::vector<int64_t>& spatial_shapes, const Tensor& sampling_locations,
-                    const Tensor& attention_weights, const std::vector<int64_t>& num_points, const std::string& mode) {
+                    const Tensor& attention_weights, const std::vector<int64_t>& num_points, int64_t mode) {
   STD_TORCH_CHECK(value.dim() == 4 && sampling_locations.dim() == 5 && attention_weights.dim() == 4,
                   "value, sampling_locations and attention_weights must have 4, 5 and 4 axes");
-  STD_TORCH_CHECK(mode == "linear" || mode == "nearest", "mode must be \"linear\" or \"nearest\"");
+  STD_TORCH_CHECK(mode == 0 || mode == 1, "mode must be 0 (linear) or 1 (nearest)");
   STD_TORCH_CHECK(spatial_shapes.size() == num_points.size() * N, "spatial_shapes and num_points do not fit");
   const auto locations = sampling_locations.scalar_type();
   STD_TORCH_CHECK(locations == ScalarType::Float || locations == ScalarType::Double,
@@ -17,7 +17,7 @@ Heads<N> make_heads(const Tensor& value, const std::vector<int64_t>& spatial_sha
   Heads<N> call(value, sampling_locations, attention_weights);
   call.out_size.fill(1), call.stride.fill(0), call.padding.fill(0);
   call.out_size[0] = call.queries;
-  call.nearest = mode == "nearest";
+  call.nearest = mode == 1;
   call.boundary = call.nearest ? Boundary::border : Boundary::zeros;
   call.x_first = true;
   call.output_shape = {call.batch, call.queries, call.heads * call.channels};
@@ -46,8 +46,7 @@ Heads<N> make_heads(const Tensor& value, const std::vector<int64_t>& spatial_sha
 }
 
 Tensor ms_deform_attn(const Tensor& value, const std::vector<int64_t>& spatial_shapes, const Tensor& sampling_locations,
-                      const Tensor& attention_weights, const std::vector<int64_t>& num_points,
-                      const std::string& mode) {
+                      const Tensor& attention_weights, const std::vector<int64_t>& num_points, int64_t mode) {
   Tensor output;
   dispatch_axes(sampling_locations.dim() == 5 ? sampling_locations.size(4) : 0, [&]<int N>() {
     const Heads<N> call = make_heads<N>(value, spatial_shapes, sampling_locations, attention_weights, num_points, mode);
@@ -56,10 +55,12 @@ Tensor ms_deform_attn(const Tensor& value, const std::vector<int64_t>& spatial_s
   return output;
 }
 
-std::tuple<Tensor, Tensor, Tensor> ms_deform_attn_backward(
-    const Tensor& grad_output, const Tensor& value, const std::vector<int64_t>& spatial_shapes,
-    const Tensor& sampling_locations, const Tensor& attention_weights, const std::vector<int64_t>& num_points,
-    const std::string& mode, const std::vector<bool>& output_mask) {
+std::tuple<Tensor, Tensor, Tensor> ms_deform_attn_backward(const Tensor& grad_output, const Tensor& value,
+                                                           const std::vector<int64_t>& spatial_shapes,
+                                                           const Tensor& sampling_locations,
+                                                           const Tensor& attention_weights,
+                                                           const std::vector<int64_t>& num_points, int64_t mode,
+                                                           const std::vector<bool>& output_mask) {
   std::tuple<Tensor, Tensor, Tensor> results;
   dispatch_axes(sampling_locations.dim() == 5 ? sampling_locations.size(4) : 0, [&]<int N>() {
     const Heads<N> call = make_heads<N>(value, spatial_shapes, sampling_locations, attention_weights, num_points, mode);

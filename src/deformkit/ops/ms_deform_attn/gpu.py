@@ -7,6 +7,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from .._shape import name_of
 from ..gpu.launch import Config, launch, row_configs
 from ..sample.gpu import (
     FieldGradient,
@@ -185,7 +186,7 @@ def forward(
     sampling_locations: Tensor,
     attention_weights: Tensor,
     num_points: Sequence[int],
-    mode: str,
+    mode: int,
 ) -> Tensor:
     """Launch the kernel; arguments as in the schema."""
     tensors = [value, sampling_locations, attention_weights]
@@ -210,7 +211,7 @@ def backward(
     sampling_locations: Tensor,
     attention_weights: Tensor,
     num_points: Sequence[int],
-    mode: str,
+    mode: int,
     output_mask: Sequence[bool],
 ) -> tuple[Tensor, ...]:
     """Launch the kernel; arguments as in the schema."""
@@ -242,7 +243,7 @@ def backward(
 
 
 def _problem(
-    value: Tensor, spatial_shapes: Sequence[int], sampling_locations: Tensor, num_points: Sequence[int], mode: str
+    value: Tensor, spatial_shapes: Sequence[int], sampling_locations: Tensor, num_points: Sequence[int], mode: int
 ) -> tuple[list[Any], dict[str, Any]]:
     """What both kernels are given besides tensors: numbers and constants."""
     queries, heads, _, axes = sampling_locations.shape[1:]
@@ -255,6 +256,6 @@ def _problem(
         "NUM_POINTS": tuple(num_points),
         "POINTS_IN_ALL": sum(num_points),
         "AXES": axes,
-        "NEAREST": mode == "nearest",
+        "NEAREST": name_of("mode", mode) == "nearest",
     }
     return [sizes, queries, heads], constants

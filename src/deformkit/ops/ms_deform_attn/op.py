@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from .._library import define
-from .._shape import check_alike, check_floating, check_tensor, prod, times
+from .._shape import check_alike, check_floating, check_tensor, code_of, name_of, prod, times
 from . import reference
 
 Mode = Literal["linear", "nearest"]
@@ -88,8 +88,9 @@ def ms_deform_attn(
     if sampling_locations.dim() == 6:
         sampling_locations, attention_weights = sampling_locations.flatten(3, 4), attention_weights.flatten(3, 4)
     flat_sizes = [length for size in sizes for length in size]
-    _check(value, flat_sizes, sampling_locations, attention_weights, points, mode)
-    return _operator(value, flat_sizes, sampling_locations, attention_weights, points, mode)
+    args = (value, flat_sizes, sampling_locations, attention_weights, points, code_of("mode", mode))
+    _check(*args)
+    return _operator(*args)
 
 
 def level_sizes(name: str, spatial_shapes: SpatialShapes, axes: int, beside: str) -> list[list[int]]:
@@ -161,7 +162,7 @@ def _check(
     sampling_locations: Tensor,
     attention_weights: Tensor,
     num_points: Sequence[int],
-    mode: str,
+    mode: int,
 ) -> None:
     """Check every argument, in the form that the operator takes."""
     check_floating("value", value)
@@ -174,8 +175,7 @@ def _check(
         if tensor.dim() != dim:
             raise ValueError(f"{name} has shape {list(tensor.shape)}; it must have {dim} axes")
     _check_location_dtype(sampling_locations, value)
-    if mode not in ("linear", "nearest"):
-        raise ValueError(f'mode is {mode!r}; it must be "linear" or "nearest"')
+    name_of("mode", mode)
 
     batch, length, heads, channels = value.shape
     axes, levels = sampling_locations.shape[-1], len(num_points)
@@ -234,7 +234,7 @@ def _output(
     sampling_locations: Tensor,
     attention_weights: Tensor,
     num_points: Sequence[int],
-    mode: str,
+    mode: int,
 ) -> Tensor:
     """An empty output: its shape without its values."""
     _check(value, spatial_shapes, sampling_locations, attention_weights, num_points, mode)
@@ -244,7 +244,7 @@ def _output(
 
 _operator = define(
     "ms_deform_attn(Tensor value, SymInt[] spatial_shapes, Tensor sampling_locations, Tensor attention_weights, "
-    "int[] num_points, str mode) -> Tensor",
+    "int[] num_points, int mode) -> Tensor",
     reference=reference.ms_deform_attn,
     fake=_output,
     differentiable=("value", "sampling_locations", "attention_weights"),

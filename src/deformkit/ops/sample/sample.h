@@ -57,9 +57,10 @@ void fill_origins(const Axes<N>& out_size, const Axes<N>& stride, const Axes<N>&
 // What counts outside of a field: nothing; its nearest end; or that within one pixel, and nothing further away.
 enum class Boundary { zeros, border, near };
 
-inline Boundary boundary_of(const std::string& name) {
-  STD_TORCH_CHECK(name == "zeros" || name == "border", "boundary must be \"zeros\" or \"border\"");
-  return name == "zeros" ? Boundary::zeros : Boundary::border;
+// An operator's argument: its place among the names in _shape.py.
+inline Boundary boundary_of(int64_t code) {
+  STD_TORCH_CHECK(code == 0 || code == 1, "boundary must be 0 (zeros) or 1 (border)");
+  return code == 0 ? Boundary::zeros : Boundary::border;
 }
 
 // Where the points of a run are looked for along one axis: in a window that is the same for all, or in one of their
