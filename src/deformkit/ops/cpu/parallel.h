@@ -111,8 +111,7 @@ struct Matrix {
   Tensor view() const {
     const std::array<int64_t, 2> sizes{rows, columns}, strides{row_stride, column_stride};
     return torch::stable::from_blob(const_cast<A*>(data), {sizes.data(), 2}, {strides.data(), 2},
-                                    torch::stable::Device(torch::headeronly::DeviceType::CPU),
-                                    std::is_same_v<A, double> ? ScalarType::Double : ScalarType::Float);
+                                    torch::stable::Device(torch::headeronly::DeviceType::CPU), sum_dtype_of<A>);
   }
 };
 

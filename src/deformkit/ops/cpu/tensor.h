@@ -86,6 +86,9 @@ inline ScalarType sum_dtype(ScalarType dtype) {
   return dtype == ScalarType::Double ? ScalarType::Double : ScalarType::Float;
 }
 
+template <typename A>
+constexpr ScalarType sum_dtype_of = std::is_same_v<A, double> ? ScalarType::Double : ScalarType::Float;
+
 // Calls f<A, N>() with the type of sums beside values of `dtype`, and the number of spatial axes.
 template <typename F>
 void dispatch_sums(ScalarType dtype, int64_t axes, F&& f) {
@@ -193,8 +196,8 @@ void read_run(const Map& map, int64_t batch, int64_t channel, int64_t position, 
 // As read_run(), into `buffer` only where the elements are not already there as they should be.
 template <typename A>
 const A* view_run(const Map& map, int64_t batch, int64_t channel, int64_t position, int64_t count, A* buffer) {
-  const bool same = map.dtype() == (std::is_same_v<A, double> ? ScalarType::Double : ScalarType::Float);
-  if (same && (map.position_stride == 1 || count == 1)) return map.at<A>(batch, channel, position);
+  if (map.dtype() == sum_dtype_of<A> && (map.position_stride == 1 || count == 1))
+    return map.at<A>(batch, channel, position);
   read_run(map, batch, channel, position, count, buffer);
   return buffer;
 }

@@ -2,7 +2,8 @@
 // the sampler in sample/.
 #include <tuple>
 
-#include "deform_conv/cpu_columns.h"
+#include "deform_conv/cpu_backward.h"
+#include "deform_conv/cpu_forward.h"
 #include "deform_conv/cpu_planar.h"
 
 namespace deformkit::conv {
@@ -40,28 +41,16 @@ Tensor deform_conv(const Tensor& input, const Tensor& offset, const Tensor& weig
     size.insert(size.end(), problem.out_size.begin(), problem.out_size.end());
     output = torch::stable::new_empty(input, size);
     if (problem.batch == 0) return;
-    std::vector<A> values;
-    if (bias) {
-      values.resize(problem.out_channels);
-      const Tensor dense = torch::stable::contiguous(*bias);
-      dispatch_dtype(dense.scalar_type(), [&]<typename T>() {
-        for (size_t o = 0; o < values.size(); ++o) values[o] = load<A>(static_cast<const T*>(dense.data_ptr())[o]);
-      });
-    }
+    const std::vector<A> values = bias ? values_of<A>(torch::stable::contiguous(*bias)) : std::vector<A>{};
     const int64_t bytes = sizeof(A);
-    if (problem.is_planar() && count<N>(problem.size) * bytes <= field_bytes)
+    if (problem.is_planar() && problem.field() * bytes <= field_bytes)
       return forward_planar(call, values, Sink(output));
-    const auto units = make_units<A>(problem, call.offset, problem.channels * bytes, field_bytes);
-    const int64_t window = largest_window(units) * bytes;
+    const Cut cut = cut_field<A>(problem, problem.channels, field_bytes);
     // Sums over slices of the channels do not pass through a half output.
-    const bool sliced = problem.wide || window * problem.channels > 2 * field_bytes;
     const auto dtype = sum_dtype(input.scalar_type());
-    if (sliced && dtype != input.scalar_type()) output = torch::stable::new_empty(input, size, dtype);
-    if (problem.wide || window > 2 * field_bytes) {
-      forward<A, N, int64_t>(call, whole_units(problem), values, Sink(output));
-    } else {
-      forward<A, N, int32_t>(call, units, values, Sink(output));
-    }
+    if (cut.channels < problem.channels && dtype != input.scalar_type())
+      output = torch::stable::new_empty(input, size, dtype);
+    forward<A>(call, cut, values, Sink(output));
     output = rounded(output, input.scalar_type());
   };
   dispatch_sums(input.scalar_type(), input.dim() - 2, run);
@@ -101,28 +90,18 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> deform_conv_backward(
     if (offset_wanted) gradients.offset.emplace(results[1]);
     if (weight_wanted) gradients.weight.emplace(results[2]);
     if (mask_wanted) gradients.mask.emplace(results[4]);
-    if (problem.is_planar() && count<N>(problem.size) * int64_t(sizeof(A)) <= grad_field_bytes) {
+    if (problem.is_planar() && problem.field() * int64_t(sizeof(A)) <= grad_field_bytes) {
       if (input_wanted) gradients.input.emplace(results[0]);
       return backward_planar<A>(call, grad_map, gradients);
     }
 
-    // Windows of the field of bounded size.
-    const int64_t bytes = sizeof(A), narrowest = std::min<int64_t>(slice_channels, problem.channels);
-    auto units = make_units<A>(problem, call.offset, narrowest * bytes, grad_field_bytes);
-    const int64_t window = largest_window(units) * bytes;
-    const bool direct = problem.wide || window > grad_field_bytes;
-    if (direct) units = whole_units(problem);
-    const bool whole = static_cast<int64_t>(units.size()) == problem.batch && !direct;
-    int64_t width = slice_channels;
-    // Few channels: still work for two threads. The batch has no say, so that no sample's sums depend on the others.
-    while (width > 8 && problem.channels < 2 * width) width /= 2;
-    while (!direct && width > 1 && width * window > grad_field_bytes) width /= 2;
-
-    const auto slices = make_slices(problem, width);
-    const bool split = std::any_of(slices.begin(), slices.end(), [&](const Slice& slice) {
-      return slice.begin % problem.channels_per_offset_group() != 0;
+    const Cut cut = cut_field<A>(problem, backward_width(problem), grad_field_bytes);
+    // What comes from several windows or slices, and from strays, adds up in A, not in a half gradient.
+    const bool whole = cut.lays_out() && cut.margin == problem.size[0];
+    const auto slices = slices_of(problem, cut.channels);
+    const bool split = std::any_of(slices.begin(), slices.end(), [&](const auto& slice) {
+      return slice.first % problem.channels_per_offset_group() != 0;
     });
-    // What comes from several windows or slices adds up in A, not in a half gradient.
     const auto dtype = sum_dtype(input.scalar_type());
     std::array<Tensor, 5> sums = results;
     if (input_wanted && !whole) sums[0] = torch::stable::new_zeros(input, sizes_of(input), dtype);
@@ -132,11 +111,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> deform_conv_backward(
     if (input_wanted) gradients.input.emplace(sums[0]);
     if (offset_wanted) gradients.offset.emplace(sums[1]);
     if (mask_wanted) gradients.mask.emplace(sums[4]);
-    if (direct) {
-      backward<A, N, int64_t>(call, grad_map, units, slices, whole, gradients);
-    } else {
-      backward<A, N, int32_t>(call, grad_map, units, slices, whole, gradients);
-    }
+    Backward<A, N>(call, cut, grad_map, gradients).run();
     for (int i : {0, 1, 4}) results[i] = rounded(sums[i], results[i].scalar_type());
   };
   dispatch_sums(input.scalar_type(), input.dim() - 2, run);

@@ -1,19 +1,13 @@
-// What a call of deformable convolution is made of, as the CPU kernels see it, and how its work is cut: samples into
-// units of positions, channels into slices.
+// What a call of deformable convolution is made of, as the CPU kernels see it: sizes, tensors, and the windows of the
+// field that its work is cut into.
 #pragma once
-
-#include <string>
 
 #include "sample/field.h"
 
 namespace deformkit::conv {
 
-constexpr int64_t column_bytes = 5 * mib / 2;  // of one block: what stays in cache
-constexpr int64_t field_bytes = 16 * mib;      // of the laid-out field that one round of work uses
-constexpr int64_t grad_field_bytes = 8 * mib;  // of one slice of it in the backward, of which a thread holds two
-constexpr int64_t slice_channels = 32;         // that one item of the backward owns
-constexpr int64_t weight_shares = 8;           // into which the sum for the weight's gradient is cut, at most
-constexpr int64_t narrow = 8;                  // with fewer channels a group, no matrix product
+// Groups of fewer channels than this are summed up channel by channel: a product would mostly multiply padding.
+constexpr int64_t narrow_channels = 8;
 
 // Everything that the shapes say.
 template <int N>
@@ -83,130 +77,83 @@ struct Problem {
     wide = reach >= (int64_t(1) << 29) || count<N>(size) >= (int64_t(1) << 30);
   }
 
+  int64_t field() const { return count<N>(size); }
   int64_t channels_per_offset_group() const { return channels / offset_groups; }
   int64_t group_rows() const { return out_channels / groups; }
-  bool is_narrow() const { return group_channels < narrow; }
+  // Groups of few channels, without the columns of a product.
+  bool is_narrow() const { return groups > 1 && group_channels < narrow_channels; }
   // One channel a group, each with offsets of its own or nearly so: then positions, not channels, fill the registers.
   bool is_planar() const { return group_channels == 1 && channels_per_offset_group() < 4 && !wide; }
 };
 
-// Channels of one convolution group inside a slice, or all of the slice's when the groups are narrow. Their columns
-// [P, taps, channels] start at P * taps * (begin - slice).
-struct Part {
-  int64_t group, begin, channels;
-};
-
-// Channels that share both their columns and their offsets; whether they are the slice's first and last with them.
-struct Piece {
-  int64_t part, offset_group, begin, channels;
-  bool first, last;
-};
-
-// A range of channels that is worked on at a time.
-struct Slice {
-  int64_t begin, end;
-  std::vector<Part> parts;
-  std::vector<Piece> pieces;
-
-  int64_t channels() const { return end - begin; }
-};
-
-template <int N>
-Slice make_slice(const Problem<N>& problem, int64_t begin, int64_t end) {
-  Slice slice{begin, end, {}, {}};
-  const int64_t per_group = problem.group_channels, per_offset = problem.channels_per_offset_group();
-  for (int64_t c = begin; c < end;) {
-    const int64_t group = c / per_group, past = problem.is_narrow() ? end : std::min(end, (group + 1) * per_group);
-    slice.parts.push_back({group, c, past - c});
-    for (; c < past;) {
-      const int64_t next = std::min(past, (c / per_offset + 1) * per_offset);
-      const int64_t part_index = static_cast<int64_t>(slice.parts.size()) - 1;
-      slice.pieces.push_back({part_index, c / per_offset, c, next - c, c == begin || c % per_offset == 0,
-                              next == end || next % per_offset == 0});
-      c = next;
-    }
-  }
-  return slice;
-}
-
-// All channels, in slices of about `width`; a group smaller than that is not cut.
-template <int N>
-std::vector<Slice> make_slices(const Problem<N>& problem, int64_t width) {
-  std::vector<Slice> slices;
-  const int64_t per_group = problem.group_channels;
-  if (width < per_group) {
-    const int64_t cuts = ceil_div(per_group, width), each_width = ceil_div(per_group, cuts);
-    for (int64_t c = 0; c < problem.channels; c += per_group)
-      for (int64_t d = 0; d < per_group; d += each_width)
-        slices.push_back(make_slice(problem, c + d, c + std::min(d + each_width, per_group)));
-  } else {
-    const int64_t step = width / per_group * per_group;
-    for (int64_t c = 0; c < problem.channels; c += step)
-      slices.push_back(make_slice(problem, c, std::min(c + step, problem.channels)));
-  }
-  return slices;
-}
-
-// A run of output positions of one sample, and the rows of the field that they reach.
+// A run of output positions of one sample, and the rows of the field that are laid out for it.
 template <int N>
 struct Unit {
   int64_t batch, begin, end;
   Window<N> window;
 };
 
-// Calls f(packed, own, channels, pitch) for every run of channels that the slice's weights of output row r hold
-// together: [channels, taps] of the weight, from element `own` on, whose transpose [taps, channels] has lines `pitch`
-// apart and starts at `packed`. Every part is [rows, taps, channels], one after the other: rows are the output channels
-// of its group, and of each channel's own group when the groups are narrow.
-template <int N, typename F>
-void for_weight(const Problem<N>& problem, const Slice& slice, int64_t r, const F& f) {
-  const int64_t rows = problem.group_rows(), depth = problem.group_channels;
-  int64_t packed = 0;
-  for (const Part& part : slice.parts) {
-    const int64_t line = packed + r * problem.taps * part.channels;
-    for (int64_t c = part.begin, next; c < part.begin + part.channels; c = next) {
-      next = std::min(part.begin + part.channels, (c / depth + 1) * depth);
-      f(line + c - part.begin, ((c / depth * rows + r) * depth + c % depth) * problem.taps, next - c, part.channels);
-    }
-    packed += rows * problem.taps * part.channels;
+// How the field of a sample is held, by its shape alone, so that no offset decides about the bits of another's result:
+// channels of a slice, output lines of a unit, and the rows of the field that a unit sees beyond those that its taps
+// read without offsets. Samples that leave the window are strays, which read their corners where they are. Without
+// lines nothing is laid out, and every sample is a stray.
+struct Cut {
+  int64_t channels, lines, margin;
+
+  bool lays_out() const { return lines > 0; }
+};
+
+// The largest window of at most `width` channels that takes `bytes`.
+template <typename A, int N>
+Cut cut_field(const Problem<N>& problem, int64_t width, int64_t bytes) {
+  // Offsets of a few rows stay inside; along the only axis a row is one position, and as many cost little.
+  constexpr int64_t least_margin = N == 1 ? 256 : 8;
+  const int64_t all = problem.size[0], inner = problem.field() / all, reach = problem.tap.back()[0] + 2;
+  // Where few of a field's elements are read, it is not laid out.
+  const bool sparse = (problem.positions * problem.taps << N) < problem.field();
+  if (problem.wide || sparse) return {width, 0, 0};
+  for (;; width = (width + 1) / 2) {
+    const int64_t rows = bytes / (inner * width * static_cast<int64_t>(sizeof(A)));
+    if (rows > all) return {width, problem.out_size[0], all};
+    const int64_t margin = std::max(least_margin, rows / 8),
+                  lines = (rows - 1 - reach - 2 * margin) / problem.stride[0];
+    if (lines > 0) return {width, lines, margin};
+    if (width == 1) return {width, 0, 0};
   }
 }
 
-template <typename A, int N>
-Buffer<A> pack_weight(const Problem<N>& problem, const Tensor& weight, const Slice& slice) {
-  Buffer<A> result(problem.group_rows() * problem.taps * slice.channels());
-  dispatch_dtype(weight.scalar_type(), [&]<typename T>() {
-    const T* source = static_cast<const T*>(weight.data_ptr());
-    each(problem.group_rows(), [&](int64_t r) {
-      for_weight(problem, slice, r, [&](int64_t packed, int64_t own, int64_t channels, int64_t pitch) {
-        for (int64_t c = 0; c < channels; ++c)
-          for (int64_t k = 0; k < problem.taps; ++k)
-            result[packed + k * pitch + c] = load<A>(source[own + c * problem.taps + k]);
-      });
-    });
-  });
-  return result;
+template <int N>
+std::vector<Unit<N>> make_units(const Problem<N>& problem, const Cut& cut) {
+  const int64_t lines = cut.lays_out() ? cut.lines : problem.out_size[0],
+                line = problem.positions / problem.out_size[0];
+  std::vector<Unit<N>> units;
+  for (int64_t b = 0; b < problem.batch; ++b)
+    for (int64_t first = 0; first < problem.out_size[0]; first += lines) {
+      const int64_t last = std::min(first + lines, problem.out_size[0]);
+      const int64_t low = first * problem.stride[0] - problem.padding[0] - cut.margin;
+      const int64_t high = (last - 1) * problem.stride[0] - problem.padding[0] + problem.tap.back()[0] + 2 + cut.margin;
+      Unit<N> unit{b, first * line, last * line, {problem.size, 0, 0}};
+      if (cut.lays_out()) {
+        unit.window.first = std::clamp<int64_t>(low, 0, problem.size[0] - 1);
+        unit.window.last = std::clamp<int64_t>(high, unit.window.first + 1, problem.size[0]);
+      }
+      units.push_back(unit);
+    }
+  return units;
 }
 
-// What one thread needs to gather a block.
+// The points of a block of output positions: where they start, and the cells of one tap.
 template <typename A, int N, typename Index>
 struct Points {
   Cells<A, N, Index> cells;
   Buffer<Index> origins;
   Buffer<A> shifts, factors;
-  Buffer<int64_t> where;
-  Buffer<A> corners;
   int64_t capacity;
   const Index* origin[N];
+  const A* shift[N];
 
   explicit Points(int64_t block)
-      : cells(block),
-        origins(N * block),
-        shifts(N * block),
-        factors(block),
-        where(sizeof(Index) == 8 ? block << N : 1),
-        corners(sizeof(Index) == 8 ? 2 * (block << N) : 1),
-        capacity(block) {
+      : cells(block), origins(N * block), shifts(N * block), factors(block), capacity(block) {
     for (int axis = 0; axis < N; ++axis) origin[axis] = origins.get() + axis * block;
   }
 
@@ -216,85 +163,20 @@ struct Points {
     fill_origins<N>(problem.out_size, problem.stride, problem.padding, begin, points, 1, own);
   }
 
-  // Locates the cells of one tap; returns its factors, if there are any.
-  const A* locate(const Problem<N>& problem, const Unit<N>& unit, const Map& offset, const std::optional<Map>& mask,
-                  int64_t offset_group, int64_t tap, int64_t begin, int64_t points, int64_t width, Index outside) {
+  // Reads the offsets of one tap; returns its factors, if there are any.
+  const A* read(const Problem<N>& problem, int64_t batch, const Map& offset, const std::optional<Map>& mask,
+                int64_t offset_group, int64_t tap, int64_t begin, int64_t points) {
     const int64_t channel = offset_group * problem.taps + tap;
-    const A* shift[N];
     for (int axis = 0; axis < N; ++axis)
-      shift[axis] = view_run(offset, unit.batch, channel * N + axis, begin, points, shifts.get() + axis * capacity);
-    const A* factor = mask ? view_run(*mask, unit.batch, channel, begin, points, factors.get()) : nullptr;
-    cells.locate(unit.window, problem.boundary, points, origin, problem.tap[tap], shift, factor, width, outside);
-    return factor;
+      shift[axis] = view_run(offset, batch, channel * N + axis, begin, points, shifts.get() + axis * capacity);
+    return mask ? view_run(*mask, batch, channel, begin, points, factors.get()) : nullptr;
+  }
+
+  void locate(const Problem<N>& problem, const Window<N>& window, int64_t tap, const A* factor, int64_t points,
+              int64_t width, Index outside) {
+    cells.locate(window, problem.boundary, points, origin, problem.tap[tap], shift, factor, width, outside);
   }
 };
-
-// Cuts every sample into units whose window of the field is about `bytes`, and finds their windows.
-template <typename A, int N>
-std::vector<Unit<N>> make_units(const Problem<N>& problem, const Map& offset, int64_t field_row_bytes, int64_t bytes) {
-  const int64_t field = count<N>(problem.size);
-  const int64_t cuts = std::clamp<int64_t>(ceil_div(field * field_row_bytes, bytes), 1, problem.positions);
-  const int64_t line = problem.positions / problem.out_size[0];
-  std::vector<Unit<N>> units;
-  for (int64_t b = 0; b < problem.batch; ++b)
-    for (int64_t u = 0; u < cuts; ++u)
-      units.push_back(
-          {b, problem.positions * u / cuts, problem.positions * (u + 1) / cuts, {problem.size, 0, problem.size[0]}});
-  if (cuts == 1) return units;
-
-  each(static_cast<int64_t>(units.size()), [&](int64_t index) {
-    Unit<N>& unit = units[index];
-    constexpr int64_t run = 1024;
-    Buffer<A> shift(run);
-    int64_t low = problem.size[0], high = -1;
-    // Along one line the origin stays as it is; with one axis alone, every position is a line.
-    const int64_t step = N == 1 ? problem.stride[0] : 0;
-    for (int64_t channel = 0; channel < problem.offset_groups * problem.taps; ++channel)
-      for (int64_t p = unit.begin; p < unit.end;) {
-        const int64_t points = std::min({run, unit.end - p, N == 1 ? run : line - p % line});
-        const A* const by = view_run(offset, unit.batch, channel * N, p, points, shift.get());
-        const int64_t origin =
-            p / line * problem.stride[0] - problem.padding[0] + problem.tap[channel % problem.taps][0];
-        const A least = A(-2 - origin), most = A(problem.size[0] + 1 - origin);
-        A smallest = most, largest = least;
-#pragma omp simd reduction(min : smallest) reduction(max : largest)
-        for (int64_t i = 0; i < points; ++i) {
-          const A s = by[i] + A(step * i);
-          smallest = s < smallest ? s : smallest;
-          largest = s > largest ? s : largest;
-        }
-        low = std::min(low, origin + static_cast<int64_t>(std::floor(std::max(smallest, least))));
-        high = std::max(high, origin + static_cast<int64_t>(std::floor(std::min(largest, most))) + 1);
-        p += points;
-      }
-    // One row to spare on either side: the bounds above were rounded to A.
-    low = std::clamp<int64_t>(low - 1, 0, problem.size[0] - 1);
-    unit.window.first = low;
-    unit.window.last = std::clamp<int64_t>(high + 2, low + 1, problem.size[0]);
-  });
-  return units;
-}
-
-template <int N>
-std::vector<Unit<N>> whole_units(const Problem<N>& problem) {
-  std::vector<Unit<N>> units;
-  for (int64_t b = 0; b < problem.batch; ++b)
-    units.push_back({b, 0, problem.positions, {problem.size, 0, problem.size[0]}});
-  return units;
-}
-
-template <int N>
-int64_t largest_window(const std::vector<Unit<N>>& units) {
-  int64_t result = 0;
-  for (const Unit<N>& unit : units) result = std::max(result, unit.window.positions());
-  return result;
-}
-
-// How many positions to take at a time, so that their columns stay in cache.
-inline int64_t block_positions(int64_t bytes_per_position, int64_t most) {
-  const int64_t block = column_bytes / bytes_per_position / 16 * 16;
-  return std::min(std::clamp<int64_t>(block, 32, 1024), most);
-}
 
 // One call: its tensors as the kernels read them.
 template <int N>
@@ -310,6 +192,17 @@ struct Call {
     if (mask_) mask.emplace(*mask_);
   }
 };
+
+// All elements of a contiguous tensor, in the type of sums.
+template <typename A>
+std::vector<A> values_of(const Tensor& tensor) {
+  std::vector<A> values(static_cast<size_t>(tensor.numel()));
+  dispatch_dtype(tensor.scalar_type(), [&]<typename T>() {
+    const T* const source = static_cast<const T*>(tensor.data_ptr());
+    for (size_t i = 0; i < values.size(); ++i) values[i] = load<A>(source[i]);
+  });
+  return values;
+}
 
 // What the backward is asked for and where it goes; an absent one is not asked for.
 struct Gradients {

@@ -24,12 +24,19 @@ void pack(const Map& field, int64_t batch, int64_t channel, int64_t channels, co
     });
   } else {
     A lines[8 * tile];
+    const bool turns = field.position_stride == 1 && field.dtype() == sum_dtype_of<A>;
     for (int64_t p = begin; p < end; p += tile) {
       const int64_t points = std::min(tile, end - p);
       for (int64_t c = 0; c < channels; c += 8) {
         const int64_t some = std::min<int64_t>(8, channels - c);
-        for (int64_t i = 0; i < some; ++i) read_run(field, batch, channel + c + i, from + p, points, lines + i * tile);
-        transpose(lines, some, points, tile, rows + p * channels + c, channels);
+        const A* source = lines;
+        if (turns) {
+          source = field.at<A>(batch, channel + c, from + p);
+        } else {
+          for (int64_t i = 0; i < some; ++i)
+            read_run(field, batch, channel + c + i, from + p, points, lines + i * tile);
+        }
+        transpose(source, some, points, turns ? field.channel_stride : tile, rows + p * channels + c, channels);
       }
     }
   }
@@ -138,7 +145,9 @@ void gather_as(const Cells<A, N, Index>& cells, int64_t sums, int64_t per, const
   // The channels from c on, as many as some registers hold.
   const auto sum_up = [&]<int registers, int width>(int64_t j, int64_t c) {
     typedef typename Lanes<A, width>::type V;
-    V sum[registers] = {};
+    V sum[registers];
+#pragma GCC unroll 4
+    for (int r = 0; r < registers; ++r) sum[r] = V{};
     for (int64_t i = j * per; i < (kOne ? j + 1 : (j + 1) * per); ++i) {
 #pragma GCC unroll 8
       for (int corner = 0; corner < corners; ++corner) {
@@ -148,6 +157,7 @@ void gather_as(const Cells<A, N, Index>& cells, int64_t sums, int64_t per, const
         for (int r = 0; r < registers; ++r) sum[r] += weight * load_lanes<V>(row + r * width);
       }
     }
+#pragma GCC unroll 4
     for (int r = 0; r < registers; ++r) write_lanes(columns + j * pitch + c + r * width, sum[r]);
   };
   for (int64_t j = 0; j < sums; ++j) {

@@ -1,0 +1,262 @@
+// The gradients of deformable convolution. An item of work owns a slice of the channels for a share of the batch, and
+// with it their part of the field's gradient, so that nothing is added by two threads.
+#pragma once
+
+#include "deform_conv/cpu_samples.h"
+#include "deform_conv/cpu_weights.h"
+
+namespace deformkit::conv {
+
+constexpr int64_t grad_field_bytes = 8 * mib;   // of a window, of which a thread holds two: the field and its gradient
+constexpr int64_t slice_channels = 32;          // that an item owns
+constexpr int64_t weight_shares = 8;            // into which the sum for the weight's gradient is cut, at most
+constexpr int64_t weight_sum_bytes = 16 * mib;  // of all these sums
+
+// Positions of a block and columns of a chunk: samples, their gradients, and the output's gradient of a block stay in
+// a core's second-level cache. `benchmarks/run.py conv --rivals plain` measures them again.
+constexpr int64_t backward_block = 144, backward_depth = 64;
+
+// The width of a slice, by shape alone; few channels still make work for two threads.
+template <int N>
+int64_t backward_width(const Problem<N>& problem) {
+  int64_t width = std::min(slice_channels, problem.channels);
+  while (width > 8 && problem.channels < 2 * width) width /= 2;
+  return width;
+}
+
+template <typename A, int N>
+class Backward {
+ public:
+  Backward(const Call<N>& call, const Cut& cut, const Map& grad_output, const Gradients& gradients)
+      : call_(call),
+        problem_(call.problem),
+        cut_(cut),
+        grad_output_(grad_output),
+        gradients_(gradients),
+        units_(make_units(problem_, cut)),
+        rows_(problem_.group_rows()),
+        block_(std::min(backward_block, problem_.positions)),
+        by_columns_(gradients.input || gradients.by_point()) {
+    for (const auto& [begin, end] : slices_of(problem_, cut.channels))
+      plans_.emplace_back(problem_, begin, end, backward_depth);
+    const int64_t weight_bytes =
+        problem_.out_channels * problem_.group_channels * problem_.taps * static_cast<int64_t>(sizeof(A));
+    shares_ = std::clamp<int64_t>(
+        std::min({ceil_div(weight_shares, slices()), problem_.batch, weight_sum_bytes / weight_bytes}), 1,
+        weight_shares);
+    for (const Plan<N>& plan : plans_) {
+      if (by_columns_) weights_.emplace_back(problem_, plan, call.weight, true);
+      widest_ = std::max(widest_, column_pitch<A>(plan.widest));
+      channels_ = std::max(channels_, plan.channels());
+      grads_ = std::max(grads_, problem_.is_narrow() ? plan.channels() : plan.groups());
+      sums_.push_back(WeightSums<A, N>(problem_, plan));
+    }
+    for (const Unit<N>& unit : units_) window_ = std::max(window_, unit.window.positions() + 1);
+  }
+
+  void run() {
+    std::vector<Buffer<A>> weight_sums;
+    for (int64_t item = 0; gradients_.weight && item < shares_ * slices(); ++item) {
+      const int64_t size = sums_[item % slices()].size();
+      weight_sums.emplace_back(size);
+      std::fill_n(weight_sums.back().get(), size, A(0));
+    }
+    Turns turns(shares_ * slices());
+    each(
+        shares_ * slices(), [&] { return Scratch(*this); },
+        [&](Scratch& scratch, int64_t item) {
+          const int64_t share = item / slices(), per_sample = static_cast<int64_t>(units_.size()) / problem_.batch;
+          const int64_t last = problem_.batch * (share + 1) / shares_ * per_sample;
+          scratch.slice = item % slices();
+          scratch.weight_sum = gradients_.weight ? weight_sums[item].get() : nullptr;
+          int64_t step = 0;
+          for (int64_t u = problem_.batch * share / shares_ * per_sample; u < last; ++u) {
+            open(scratch, units_[u]);
+            for (int64_t begin = units_[u].begin; begin < units_[u].end; begin += block_, ++step) {
+              if (follows(scratch)) turns.wait(item, step);
+              block(scratch, units_[u], begin, std::min(block_, units_[u].end - begin));
+              turns.finish(item, step);
+            }
+            close(scratch, units_[u]);
+          }
+        },
+        &turns);
+    if (gradients_.weight) write_weight(weight_sums);
+  }
+
+ private:
+  struct Scratch {
+    Samples<A, N> samples;
+    Buffer<A> field, grad_field, columns, grad_columns, grads, line, narrow_sum, by_point, more_by_point;
+    int64_t slice = 0;
+    A* weight_sum = nullptr;
+
+    explicit Scratch(const Backward& b)
+        : samples(b.call_, b.cut_, b.block_, b.channels_, true),
+          field(b.cut_.lays_out() ? b.window_ * b.channels_ : 0),
+          grad_field(b.cut_.lays_out() ? b.window_ * b.channels_ : 0),
+          columns(b.block_ * b.widest_),
+          grad_columns(b.block_ * b.widest_),
+          grads(b.block_ * b.rows_ * b.grads_),
+          line(b.block_),
+          narrow_sum(b.channels_),
+          by_point((N + 1) * b.block_),
+          more_by_point((N + 1) * b.block_) {}
+  };
+
+  int64_t slices() const { return static_cast<int64_t>(plans_.size()); }
+  const Plan<N>& plan(const Scratch& scratch) const { return plans_[scratch.slice]; }
+
+  // Whether an earlier slice has channels of the slice's first offset group: their gradients by offset and mask add up.
+  bool follows(const Scratch& scratch) const {
+    return gradients_.by_point() && plan(scratch).begin % problem_.channels_per_offset_group() != 0;
+  }
+
+  void open(Scratch& scratch, const Unit<N>& unit) const {
+    if (!cut_.lays_out()) return;
+    const int64_t channels = plan(scratch).channels(), positions = unit.window.positions();
+    if (gradients_.weight || gradients_.by_point())
+      pack(call_.input, unit.batch, plan(scratch).begin, channels, unit.window, 0, positions, scratch.field.get());
+    if (gradients_.input) std::fill_n(scratch.grad_field.get(), (positions + 1) * channels, A(0));
+  }
+
+  void close(Scratch& scratch, const Unit<N>& unit) const {
+    if (!gradients_.input || !cut_.lays_out()) return;
+    const int64_t plane = unit.batch * problem_.channels + plan(scratch).begin;
+    unpack(scratch.grad_field.get(), plan(scratch).channels(), unit.window, *gradients_.input, plane * problem_.field(),
+           unit.window.positions() < problem_.field());
+  }
+
+  void block(Scratch& scratch, const Unit<N>& unit, int64_t begin, int64_t points) const {
+    const Plan<N>& plan = plans_[scratch.slice];
+    scratch.samples.start(unit, scratch.field.get(), plan.begin, plan.channels(), begin, points);
+    read_grads(scratch, unit.batch, begin, points);
+    for (const Chunk& chunk : plan.chunks) {
+      if (by_columns_) find_grad_columns(scratch, chunk, points);
+      for (size_t s = chunk.first_segment; s < chunk.last_segment; ++s)
+        walk(scratch, plan.segments[s], unit.batch, begin, points);
+      if (gradients_.weight) add_grad_weight(scratch, chunk, points);
+    }
+  }
+
+  // The output's gradient: [groups, rows, points], or [rows, points, channels] when groups are narrow.
+  void read_grads(Scratch& scratch, int64_t batch, int64_t begin, int64_t points) const {
+    const Plan<N>& plan = plans_[scratch.slice];
+    A* const grads = scratch.grads.get();
+    if (!problem_.is_narrow()) {
+      for (int64_t o = 0; o < plan.groups() * rows_; ++o)
+        read_run(grad_output_, batch, plan.first_group() * rows_ + o, begin, points, grads + o * points);
+      return;
+    }
+    for (int64_t r = 0; r < rows_; ++r)
+      for (int64_t c = 0; c < plan.channels(); ++c) {
+        const int64_t group = (plan.begin + c) / problem_.group_channels;
+        read_run(grad_output_, batch, group * rows_ + r, begin, points, scratch.line.get());
+        for (int64_t i = 0; i < points; ++i) grads[(r * points + i) * plan.channels() + c] = scratch.line[i];
+      }
+  }
+
+  // The gradient by the columns of a chunk: the output's times the weight.
+  void find_grad_columns(Scratch& scratch, const Chunk& chunk, int64_t points) const {
+    const Plan<N>& plan = plans_[scratch.slice];
+    const Weights<A, N>& weights = weights_[scratch.slice];
+    if (problem_.is_narrow()) return find_narrow(scratch, plan.segments[chunk.first_segment], points);
+    for (size_t p = chunk.first_product; p < chunk.last_product; ++p) {
+      const Product& product = plan.products[p];
+      const A* const grads = scratch.grads.get() + (product.group - plan.first_group()) * rows_ * points;
+      multiply(points, product.depth, rows_, Left<A>{grads, 1, points}, Panels<A>::packed(weights.of(p), rows_),
+               scratch.grad_columns.get() + product.column, widest_, false);
+    }
+  }
+
+  void find_narrow(Scratch& scratch, const Segment& segment, int64_t points) const {
+    const Plan<N>& plan = plans_[scratch.slice];
+    for (int64_t i = 0; i < points; ++i) {
+      A* const column = scratch.grad_columns.get() + i * widest_;
+      std::fill_n(column, segment.channels, A(0));
+      for (int64_t r = 0; r < rows_; ++r) {
+        const A* const w = weights_[scratch.slice].narrow(r, segment);
+        const A* const grad = scratch.grads.get() + (r * points + i) * plan.channels() + segment.begin - plan.begin;
+#pragma omp simd
+        for (int64_t c = 0; c < segment.channels; ++c) column[c] += w[c] * grad[c];
+      }
+    }
+  }
+
+  // Samples a segment again, and takes its gradients by field, offset and mask.
+  void walk(Scratch& scratch, const Segment& segment, int64_t batch, int64_t begin, int64_t points) const {
+    const Plan<N>& plan = plans_[scratch.slice];
+    A* const by_point = (segment.first ? scratch.by_point : scratch.more_by_point).get();
+    Walk<A, N, LaidOut> walked{};
+    walked.pitch = widest_;
+    if (by_columns_) walked.grad_columns = scratch.grad_columns.get() + segment.column;
+    if (gradients_.weight) walked.columns = scratch.columns.get() + segment.column;
+    if (gradients_.offset)
+      for (int axis = 0; axis < N; ++axis) walked.grad_shift[axis] = by_point + axis * block_;
+    if (gradients_.mask) walked.grad_factor = by_point + N * block_;
+    scratch.samples.walk(segment, walked, scratch.grad_field.get(),
+                         gradients_.input ? gradients_.input->template data<A>() : nullptr);
+    if (!gradients_.by_point()) return;
+    A* const total = scratch.by_point.get();
+    if (!segment.first)
+      for (int64_t i = 0; i < (N + 1) * block_; ++i) total[i] += by_point[i];
+    if (!segment.last) return;
+    const bool add = segment.offset_group * problem_.channels_per_offset_group() < plan.begin;
+    write_by_point(problem_, batch, segment.offset_group, segment.tap, begin, points, total, block_, add, gradients_);
+  }
+
+  // Adds the output's gradient times the columns of a chunk to the gradient by the weight.
+  void add_grad_weight(Scratch& scratch, const Chunk& chunk, int64_t points) const {
+    const Plan<N>& plan = plans_[scratch.slice];
+    const WeightSums<A, N>& sums = sums_[scratch.slice];
+    if (problem_.is_narrow()) return add_narrow(scratch, plan.segments[chunk.first_segment], points);
+    for (size_t p = chunk.first_product; p < chunk.last_product; ++p) {
+      const Product& product = plan.products[p];
+      const A* const grads = scratch.grads.get() + (product.group - plan.first_group()) * rows_ * points;
+      multiply(rows_, product.depth, points, Left<A>{grads, points, 1},
+               Panels<A>::of_matrix(scratch.columns.get() + product.column, widest_), scratch.weight_sum + sums.of(p),
+               whole_vectors<A>(product.depth), true);
+    }
+  }
+
+  void add_narrow(Scratch& scratch, const Segment& segment, int64_t points) const {
+    const Plan<N>& plan = plans_[scratch.slice];
+    for (int64_t r = 0; r < rows_; ++r) {
+      // A block's sum by itself: one sum over all positions would lose their digits.
+      A* const sum = scratch.narrow_sum.get();
+      std::fill_n(sum, segment.channels, A(0));
+      for (int64_t i = 0; i < points; ++i) {
+        const A* const grad = scratch.grads.get() + (r * points + i) * plan.channels() + segment.begin - plan.begin;
+        const A* const column = scratch.columns.get() + i * widest_;
+#pragma omp simd
+        for (int64_t c = 0; c < segment.channels; ++c) sum[c] += grad[c] * column[c];
+      }
+      A* const to = scratch.weight_sum + sums_[scratch.slice].narrow(r, segment);
+      for (int64_t c = 0; c < segment.channels; ++c) to[c] += sum[c];
+    }
+  }
+
+  void write_weight(const std::vector<Buffer<A>>& weight_sums) const {
+    each(slices(), [&](int64_t slice) {
+      A* const total = weight_sums[slice].get();
+      for (int64_t share = 1; share < shares_; ++share)
+        for (int64_t i = 0; i < sums_[slice].size(); ++i) total[i] += weight_sums[share * slices() + slice][i];
+      dispatch_dtype(gradients_.weight->dtype(),
+                     [&]<typename T>() { sums_[slice].write(total, gradients_.weight->template data<T>()); });
+    });
+  }
+
+  const Call<N>& call_;
+  const Problem<N>& problem_;
+  const Cut& cut_;
+  const Map& grad_output_;
+  const Gradients& gradients_;
+  std::vector<Unit<N>> units_;
+  int64_t rows_, block_, shares_ = 1, widest_ = 0, channels_ = 0, grads_ = 0, window_ = 0;
+  bool by_columns_;
+  std::vector<Plan<N>> plans_;
+  std::vector<Weights<A, N>> weights_;
+  std::vector<WeightSums<A, N>> sums_;
+};
+
+}  // namespace deformkit::conv

@@ -1,0 +1,199 @@
+// The output of deformable convolution: a block of positions is sampled, a chunk of taps and channels at a time, and
+// multiplied at once by weights that were packed once, while its samples lie in the core's cache.
+#pragma once
+
+#include "deform_conv/cpu_samples.h"
+#include "deform_conv/cpu_weights.h"
+
+namespace deformkit::conv {
+
+constexpr int64_t field_bytes = 16 * mib;  // of the windows that are laid out at a time, for all threads together
+
+// Positions of a block and columns of a chunk. More positions, and deeper chunks, pay better for reading weights and
+// sums; samples and sums of a block stay in a core's second-level cache. `benchmarks/run.py conv --rivals plain`
+// measures them again. Tiles of two axes instead of runs of positions find their rows in the cache more often, and lost
+// as much again when they read offsets.
+constexpr int64_t forward_depth = 384, forward_block = 192, sum_bytes = 512 * 1024;
+
+template <typename A, int N>
+int64_t forward_positions(const Problem<N>& problem) {
+  const int64_t room = sum_bytes / (problem.out_channels * static_cast<int64_t>(sizeof(A)));
+  return std::min({forward_block, std::max<int64_t>(room, 24), problem.positions});
+}
+
+// Lays out the windows of units[first, last), each followed by its row of zeros; returns where each starts.
+template <typename A, int N>
+std::vector<int64_t> pack_units(const Map& input, const std::vector<Unit<N>>& units, size_t first, size_t last,
+                                int64_t channel, int64_t channels, Buffer<A>& rows) {
+  constexpr int64_t run = 1024;
+  std::vector<int64_t> place{0};
+  std::vector<std::pair<size_t, int64_t>> runs;
+  for (size_t u = first; u < last; ++u) {
+    const int64_t positions = units[u].window.positions();
+    place.push_back(place.back() + (positions + 1) * channels);
+    for (int64_t p = 0; p < positions; p += run) runs.emplace_back(u, p);
+  }
+  rows = Buffer<A>(place.back());
+  each(static_cast<int64_t>(runs.size()), [&](int64_t i) {
+    const auto [u, p] = runs[i];
+    pack(input, units[u].batch, channel, channels, units[u].window, p, std::min(p + run, units[u].window.positions()),
+         rows.get() + place[u - first]);
+  });
+  return place;
+}
+
+// One slice of channels of a run of units; `add` adds to the output of the slices before.
+template <typename A, int N>
+class Forward {
+ public:
+  Forward(const Call<N>& call, const Cut& cut, const Plan<N>& plan, const std::vector<A>& bias, const Sink& output)
+      : call_(call),
+        problem_(call.problem),
+        cut_(cut),
+        plan_(plan),
+        bias_(bias),
+        output_(output),
+        weights_(problem_, plan, call.weight),
+        rows_(problem_.group_rows()),
+        pitch_(problem_.is_narrow() ? plan.channels() : whole_vectors<A>(rows_)),
+        block_(forward_positions<A>(problem_)) {}
+
+  void run(const std::vector<Unit<N>>& units, size_t first, size_t last) const {
+    Buffer<A> field;
+    std::vector<int64_t> place(last - first + 1);
+    if (cut_.lays_out()) place = pack_units(call_.input, units, first, last, plan_.begin, plan_.channels(), field);
+    std::vector<std::pair<size_t, int64_t>> blocks;
+    for (size_t u = first; u < last; ++u)
+      for (int64_t p = units[u].begin; p < units[u].end; p += block_) blocks.emplace_back(u, p);
+    const auto make = [&] { return Scratch(*this); };
+    each(static_cast<int64_t>(blocks.size()), make, [&](Scratch& scratch, int64_t item) {
+      const auto [u, begin] = blocks[item];
+      const int64_t points = std::min(block_, units[u].end - begin);
+      scratch.samples.start(units[u], field.get() + place[u - first], plan_.begin, plan_.channels(), begin, points);
+      start(scratch, points);
+      for (const Chunk& chunk : plan_.chunks) {
+        sample(scratch, chunk);
+        problem_.is_narrow() ? multiply_narrow(scratch, chunk, points) : multiply(scratch, chunk, points);
+      }
+      problem_.is_narrow() ? finish_narrow(scratch, units[u].batch, begin, points)
+                           : finish(scratch, units[u].batch, begin, points);
+    });
+  }
+
+ private:
+  // sums: [groups, points, rows], or [rows, points, channels] when groups are narrow.
+  struct Scratch {
+    Samples<A, N> samples;
+    Buffer<A> columns, sums, lines;
+    int64_t pitch;
+
+    explicit Scratch(const Forward& f)
+        : samples(f.call_, f.cut_, f.block_, f.plan_.channels(), false),
+          columns(f.block_ * column_pitch<A>(f.plan_.widest)),
+          sums(f.block_ * f.pitch_ * (f.problem_.is_narrow() ? f.rows_ : f.plan_.groups())),
+          lines(8 * f.block_),
+          pitch(column_pitch<A>(f.plan_.widest)) {}
+  };
+
+  bool starts_group(int64_t group) const { return group * problem_.group_channels >= plan_.begin; }
+
+  void start(Scratch& scratch, int64_t points) const {
+    const int64_t outer = problem_.is_narrow() ? rows_ : plan_.groups();
+    std::fill_n(scratch.sums.get(), outer * points * pitch_, A(0));
+    if (bias_.empty() || problem_.is_narrow()) return;
+    for (int64_t g = 0; g < plan_.groups(); ++g) {
+      const int64_t group = plan_.first_group() + g;
+      for (int64_t i = 0; starts_group(group) && i < points; ++i)
+        std::copy_n(bias_.data() + group * rows_, rows_, scratch.sums.get() + (g * points + i) * pitch_);
+    }
+  }
+
+  void sample(Scratch& scratch, const Chunk& chunk) const {
+    for (size_t s = chunk.first_segment; s < chunk.last_segment; ++s)
+      scratch.samples.gather(plan_.segments[s], scratch.columns.get() + plan_.segments[s].column, scratch.pitch);
+  }
+
+  void multiply(Scratch& scratch, const Chunk& chunk, int64_t points) const {
+    for (size_t p = chunk.first_product; p < chunk.last_product; ++p) {
+      const Product& product = plan_.products[p];
+      deformkit::multiply(points, rows_, product.depth,
+                          Left<A>{scratch.columns.get() + product.column, scratch.pitch, 1},
+                          Panels<A>::packed(weights_.of(p), product.depth),
+                          scratch.sums.get() + (product.group - plan_.first_group()) * points * pitch_, pitch_, true);
+    }
+  }
+
+  void multiply_narrow(Scratch& scratch, const Chunk& chunk, int64_t points) const {
+    const Segment& segment = plan_.segments[chunk.first_segment];
+    for (int64_t r = 0; r < rows_; ++r) {
+      const A* const w = weights_.narrow(r, segment);
+      for (int64_t i = 0; i < points; ++i) {
+        A* const sum = scratch.sums.get() + (r * points + i) * pitch_ + segment.begin - plan_.begin;
+        const A* const column = scratch.columns.get() + i * scratch.pitch;
+#pragma omp simd
+        for (int64_t c = 0; c < segment.channels; ++c) sum[c] += w[c] * column[c];
+      }
+    }
+  }
+
+  void write(int64_t batch, int64_t out_channel, int64_t begin, const A* values, int64_t points, bool add) const {
+    output_.write((batch * problem_.out_channels + out_channel) * problem_.positions + begin, values, points, add);
+  }
+
+  void finish(Scratch& scratch, int64_t batch, int64_t begin, int64_t points) const {
+    for (int64_t g = 0; g < plan_.groups(); ++g) {
+      const int64_t group = plan_.first_group() + g;
+      for (int64_t r = 0; r < rows_; r += 8) {
+        const int64_t some = std::min<int64_t>(8, rows_ - r);
+        transpose(scratch.sums.get() + g * points * pitch_ + r, points, some, pitch_, scratch.lines.get(), points);
+        for (int64_t i = 0; i < some; ++i)
+          write(batch, group * rows_ + r + i, begin, scratch.lines.get() + i * points, points, !starts_group(group));
+      }
+    }
+  }
+
+  void finish_narrow(Scratch& scratch, int64_t batch, int64_t begin, int64_t points) const {
+    A* const line = scratch.lines.get();
+    for (int64_t r = 0; r < rows_; ++r)
+      for (int64_t c = plan_.begin, next; c < plan_.end; c = next) {
+        const int64_t group = c / problem_.group_channels, o = group * rows_ + r;
+        next = std::min(plan_.end, (group + 1) * problem_.group_channels);
+        const bool starts = starts_group(group);
+        std::fill_n(line, points, starts && !bias_.empty() ? bias_[o] : A(0));
+        for (int64_t i = 0; i < points; ++i)
+          for (int64_t own = c - plan_.begin; own < next - plan_.begin; ++own)
+            line[i] += scratch.sums[(r * points + i) * pitch_ + own];
+        write(batch, o, begin, line, points, !starts);
+      }
+  }
+
+  const Call<N>& call_;
+  const Problem<N>& problem_;
+  const Cut& cut_;
+  const Plan<N>& plan_;
+  const std::vector<A>& bias_;
+  const Sink& output_;
+  Weights<A, N> weights_;
+  int64_t rows_, pitch_, block_;
+};
+
+// All slices, over as many units at a time as their windows fit.
+template <typename A, int N>
+void forward(const Call<N>& call, const Cut& cut, const std::vector<A>& bias, const Sink& output) {
+  const Problem<N>& problem = call.problem;
+  const std::vector<Unit<N>> units = make_units(problem, cut);
+  for (const auto& [begin, end] : slices_of(problem, cut.channels)) {
+    const Plan<N> plan(problem, begin, end, forward_depth);
+    const Forward<A, N> slice(call, cut, plan, bias, output);
+    for (size_t first = 0, last; first < units.size(); first = last) {
+      int64_t positions = 0;
+      for (last = first; last < units.size(); ++last) {
+        positions += units[last].window.positions() + 1;
+        if (last > first && positions * (end - begin) * static_cast<int64_t>(sizeof(A)) > field_bytes) break;
+      }
+      slice.run(units, first, last);
+    }
+  }
+}
+
+}  // namespace deformkit::conv

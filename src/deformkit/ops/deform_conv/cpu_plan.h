@@ -1,0 +1,94 @@
+// The order in which the channels and taps of a slice are sampled and multiplied, worked out once for a call.
+#pragma once
+
+#include "cpu/gemm.h"
+#include "deform_conv/cpu_problem.h"
+
+namespace deformkit::conv {
+
+// The samples of one tap for channels with the same offsets in the same group; `column` is where they stand among the
+// columns of their chunk. The first and the last of the slice's with their offset group and tap are marked.
+struct Segment {
+  int64_t tap, offset_group, begin, channels, column;
+  size_t product;
+  bool first, last;
+};
+
+// Columns of one group, multiplied at once.
+struct Product {
+  int64_t group, column, depth;
+};
+
+// What is sampled before it is multiplied: segments [first, last), then products.
+struct Chunk {
+  size_t first_segment, last_segment, first_product, last_product;
+  int64_t width;
+};
+
+// The channels [begin, end), in chunks of at most `deepest` columns. When groups are narrow there are no products, and
+// every chunk is one segment.
+template <int N>
+struct Plan {
+  int64_t begin, end, widest = 0;
+  std::vector<Segment> segments;
+  std::vector<Product> products;
+  std::vector<Chunk> chunks;
+
+  Plan(const Problem<N>& problem_, int64_t begin_, int64_t end_, int64_t deepest)
+      : begin(begin_), end(end_), problem(problem_) {
+    const int64_t per_offset = problem.channels_per_offset_group();
+    for (int64_t group = begin / per_offset; group * per_offset < end; ++group) {
+      const int64_t low = std::max(begin, group * per_offset), high = std::min(end, (group + 1) * per_offset);
+      const int64_t width = problem.is_narrow() ? high - low : std::min(high - low, deepest);
+      const int64_t together = problem.is_narrow() ? 1 : std::clamp<int64_t>(deepest / width, 1, problem.taps);
+      for (int64_t tap = 0; tap < problem.taps; tap += together)
+        for (int64_t c = low; c < high; c += width)
+          add(group, tap, std::min(tap + together, problem.taps), c, std::min(c + width, high), low, high, deepest);
+    }
+    close();
+  }
+
+  int64_t channels() const { return end - begin; }
+  int64_t first_group() const { return begin / problem.group_channels; }
+  int64_t groups() const { return ceil_div(end, problem.group_channels) - first_group(); }
+
+ private:
+  void add(int64_t offset_group, int64_t tap, int64_t last_tap, int64_t begin, int64_t end, int64_t low, int64_t high,
+           int64_t deepest) {
+    const int64_t taps = last_tap - tap, per_group = problem.group_channels;
+    if (width_ > 0 && (problem.is_narrow() || width_ + taps * (end - begin) > deepest)) close();
+    const int64_t start = width_;
+    size_t product = products.size();
+    for (int64_t c = begin, next; c < end && !problem.is_narrow(); c = next) {
+      next = std::min(end, (c / per_group + 1) * per_group);
+      const int64_t depth = taps * (next - c);
+      if (c == begin && product > first_product_ && products.back().group == c / per_group) {
+        // What the group has already in this chunk ends where this begins.
+        products.back().depth += depth, --product;
+      } else {
+        products.push_back({c / per_group, start + taps * (c - begin), depth});
+      }
+    }
+    for (int64_t t = tap; t < last_tap; ++t) {
+      size_t own = product;
+      for (int64_t c = begin, next; c < end; c = next, ++own) {
+        next = problem.is_narrow() ? end : std::min(end, (c / per_group + 1) * per_group);
+        segments.push_back({t, offset_group, c, next - c, start + taps * (c - begin) + (t - tap) * (next - c), own,
+                            c == low, next == high});
+      }
+    }
+    width_ += taps * (end - begin);
+  }
+
+  void close() {
+    chunks.push_back({first_segment_, segments.size(), first_product_, products.size(), width_});
+    first_segment_ = segments.size(), first_product_ = products.size();
+    widest = std::max(widest, width_), width_ = 0;
+  }
+
+  const Problem<N>& problem;
+  size_t first_segment_ = 0, first_product_ = 0;
+  int64_t width_ = 0;
+};
+
+}  // namespace deformkit::conv

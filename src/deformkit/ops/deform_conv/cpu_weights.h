@@ -1,0 +1,187 @@
+// The weight of a slice as the products want it, and the way back for its gradient.
+#pragma once
+
+#include "deform_conv/cpu_plan.h"
+
+namespace deformkit::conv {
+
+// Rows of columns start on different cache lines modulo the size of a way of the cache, and there is room for a whole
+// tile behind the last column.
+template <typename A>
+int64_t column_pitch(int64_t width) {
+  return whole_tiles<A>(width) + 64 / static_cast<int64_t>(sizeof(A));
+}
+
+// The channels of a call in slices of at most about `width`: some groups, or a part of one.
+template <int N>
+std::vector<std::pair<int64_t, int64_t>> slices_of(const Problem<N>& problem, int64_t width) {
+  const int64_t per_group = problem.group_channels, cuts = ceil_div(per_group, width);
+  const int64_t step = cuts > 1 ? per_group : width / per_group * per_group;
+  std::vector<std::pair<int64_t, int64_t>> slices;
+  for (int64_t c = 0; c < problem.channels; c += step) {
+    const int64_t channels = std::min(step, problem.channels - c);
+    for (int64_t cut = 0; cut < cuts; ++cut)
+      slices.emplace_back(c + channels * cut / cuts, c + channels * (cut + 1) / cuts);
+  }
+  return slices;
+}
+
+// Calls f(channel of the segment, element of the weight) for what a segment multiplies for one output row of its
+// groups.
+template <int N, typename F>
+void for_elements(const Problem<N>& problem, const Segment& segment, int64_t r, const F& f) {
+  const int64_t per_group = problem.group_channels;
+  for (int64_t c = 0; c < segment.channels; ++c) {
+    const int64_t channel = segment.begin + c, group = channel / per_group;
+    f(c, ((group * problem.group_rows() + r) * per_group + channel % per_group) * problem.taps + segment.tap);
+  }
+}
+
+// Packed for products of columns and weights: panels of output rows, one after the other for each product of the plan.
+// With `turned`, for products of an output's gradient and weights: panels of columns. When groups are narrow,
+// [rows, taps, channels].
+template <typename A, int N>
+class Weights {
+ public:
+  Weights(const Problem<N>& problem, const Plan<N>& plan, const Tensor& weight, bool turned = false)
+      : problem_(problem), plan_(plan), rows_(problem.group_rows()) {
+    size_ = problem.is_narrow() ? rows_ * problem.taps * plan.channels() : 0;
+    for (const Product& product : plan.products) {
+      place_.push_back(size_);
+      size_ += turned ? rows_ * whole_tiles<A>(product.depth) : product.depth * whole_tiles<A>(rows_);
+    }
+    data_ = Buffer<A>(size_);
+    dispatch_dtype(weight.scalar_type(), [&]<typename T>() {
+      const T* const source = static_cast<const T*>(weight.data_ptr());
+      if (problem.is_narrow() || turned) {
+        pack_rows(source);
+      } else {
+        pack_panels(source);
+      }
+    });
+  }
+
+  const A* of(size_t product) const { return data_.get() + place_[product]; }
+
+  // The weights of a segment's channels for one output row of their groups.
+  A* narrow(int64_t r, const Segment& segment) const {
+    return data_.get() + (r * problem_.taps + segment.tap) * plan_.channels() + segment.begin - plan_.begin;
+  }
+
+ private:
+  static constexpr int64_t tile = Tile<A>::columns;
+
+  template <typename T>
+  void pack_rows(const T* source) {
+    // Columns of a last panel that the product does not have.
+    if (!problem_.is_narrow()) std::fill_n(data_.get(), size_, A(0));
+    each(rows_, [&](int64_t r) {
+      for (const Segment& segment : plan_.segments) {
+        if (problem_.is_narrow()) {
+          A* const to = narrow(r, segment);
+          for_elements(problem_, segment, r, [&](int64_t c, int64_t at) { to[c] = load<A>(source[at]); });
+        } else {
+          A* const to = data_.get() + place_[segment.product] + r * tile;
+          const int64_t first = segment.column - plan_.products[segment.product].column;
+          for_elements(problem_, segment, r, [&](int64_t c, int64_t at) {
+            to[(first + c) / tile * tile * rows_ + (first + c) % tile] = load<A>(source[at]);
+          });
+        }
+      }
+    });
+  }
+
+  // The weight of a group is [rows, channels, taps]. Some channels of a panel's rows at a time are turned as they lie,
+  // and their lines of one tap and channel then go where the product wants them.
+  template <typename T>
+  void pack_panels(const T* source) {
+    constexpr int64_t together = 512;  // elements of a row: the lines of a panel stay in cache
+    const int64_t taps = problem_.taps, per_group = problem_.group_channels;
+    struct Line {
+      A* first;
+      int64_t panel;
+    };
+    std::vector<Line> lines(plan_.channels() * taps);
+    for (const Segment& segment : plan_.segments)
+      for (int64_t c = 0; c < segment.channels; ++c) {
+        const Product& product = plan_.products[segment.product];
+        lines[(segment.begin - plan_.begin + c) * taps + segment.tap] = {
+            data_.get() + place_[segment.product] + (segment.column - product.column + c) * tile, product.depth * tile};
+      }
+    struct Scratch {
+      Buffer<A> rows{tile * together}, turned{tile * together};
+    };
+    const int64_t panels = ceil_div(rows_, tile), groups = plan_.groups();
+    each(
+        groups * panels, [] { return Scratch(); },
+        [&](Scratch& scratch, int64_t item) {
+          const int64_t panel = item % panels, group = plan_.first_group() + item / panels;
+          const int64_t some = std::min(tile, rows_ - panel * tile);
+          const int64_t first = std::max(plan_.begin, group * per_group),
+                        last = std::min(plan_.end, (group + 1) * per_group);
+          for (int64_t e = first * taps; e < last * taps; e += together) {
+            const int64_t count = std::min(together, last * taps - e);
+            const T* const from =
+                source + (group * rows_ + panel * tile) * per_group * taps + e - group * per_group * taps;
+            std::fill_n(scratch.rows.get(), tile * together, A(0));
+            for (int64_t r = 0; r < some; ++r)
+              for (int64_t i = 0; i < count; ++i)
+                scratch.rows[r * together + i] = load<A>(from[r * per_group * taps + i]);
+            transpose(scratch.rows.get(), tile, count, together, scratch.turned.get(), tile);
+            for (int64_t i = 0; i < count; ++i) {
+              const Line& line = lines[e - plan_.begin * taps + i];
+              std::copy_n(scratch.turned.get() + i * tile, tile, line.first + panel * line.panel);
+            }
+          }
+        });
+  }
+
+  const Problem<N>& problem_;
+  const Plan<N>& plan_;
+  int64_t rows_, size_;
+  std::vector<int64_t> place_;
+  Buffer<A> data_;
+};
+
+// Where the gradient by a slice's weight is summed up: [rows, whole_vectors(depth)] for each product, or, when groups
+// are narrow, [rows, taps, channels].
+template <typename A, int N>
+class WeightSums {
+ public:
+  WeightSums(const Problem<N>& problem, const Plan<N>& plan) : problem_(problem), plan_(plan) {
+    if (problem.is_narrow()) size_ = problem.group_rows() * problem.taps * plan.channels();
+    for (const Product& product : plan.products) {
+      place_.push_back(size_);
+      size_ += problem.group_rows() * whole_vectors<A>(product.depth);
+    }
+  }
+
+  int64_t size() const { return size_; }
+  int64_t of(size_t product) const { return place_[product]; }
+  int64_t narrow(int64_t r, const Segment& segment) const {
+    return (r * problem_.taps + segment.tap) * plan_.channels() + segment.begin - plan_.begin;
+  }
+
+  // Stores sums in the gradient [Cout, C / groups, taps].
+  template <typename T>
+  void write(const A* sums, T* out) const {
+    for (const Segment& segment : plan_.segments)
+      for (int64_t r = 0; r < problem_.group_rows(); ++r) {
+        const A* from = sums + (problem_.is_narrow() ? narrow(r, segment) : in_product(r, segment));
+        for_elements(problem_, segment, r, [&](int64_t c, int64_t at) { out[at] = store<T>(from[c]); });
+      }
+  }
+
+ private:
+  int64_t in_product(int64_t r, const Segment& segment) const {
+    const Product& product = plan_.products[segment.product];
+    return of(segment.product) + r * whole_vectors<A>(product.depth) + segment.column - product.column;
+  }
+
+  const Problem<N>& problem_;
+  const Plan<N>& plan_;
+  std::vector<int64_t> place_;
+  int64_t size_ = 0;
+};
+
+}  // namespace deformkit::conv
