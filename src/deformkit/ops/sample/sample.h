@@ -146,7 +146,12 @@ class Cells {
   }
 
  private:
+  // Comparisons of vectors longer than a register are compiled element by element.
+#if defined(__AVX__)
   static constexpr int lanes = register_bytes / static_cast<int>(sizeof(A));
+#else
+  static constexpr int lanes = 16 / static_cast<int>(sizeof(A));
+#endif
   typedef typename Lanes<A, lanes>::type Reals;
   typedef typename Lanes<Index, lanes>::type Indices;
   typedef typename Lanes<std::conditional_t<sizeof(A) == 4, int32_t, int64_t>, lanes>::type Masks;
@@ -223,7 +228,9 @@ class Cells {
     side.part[0] = 1 - side.part[1];
     for (int upper = 0; upper < 2; ++upper) {
       const Indices cell = upper ? high : low;
-      side.counts[upper] = kNearest && upper ? Indices{} : counts & (cell >= least) & (cell < past);
+      // Signs, not comparisons: a conjunction of AVX-512 masks is compiled bit by bit (GCC 12).
+      const Indices beyond = ((cell - least) | (past - 1 - cell)) >> (8 * sizeof(Index) - 1);
+      side.counts[upper] = kNearest && upper ? Indices{} : counts & ~beyond;
       // What does not count may be too far away to be multiplied.
       side.element[upper] = ((cell - least) & side.counts[upper]) * stride + start;
     }
