@@ -92,7 +92,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> deform_conv_backward(
     if (mask_wanted) gradients.mask.emplace(results[4]);
     if (problem.is_planar() && problem.field() * int64_t(sizeof(A)) <= grad_field_bytes) {
       if (input_wanted) gradients.input.emplace(results[0]);
-      return backward_planar<A>(call, grad_map, gradients);
+      return PlanarBackward<A, N>(call, grad_map, gradients).run();
     }
 
     const Cut cut = cut_field<A>(problem, backward_width(problem), grad_field_bytes);

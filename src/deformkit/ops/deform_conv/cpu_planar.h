@@ -13,7 +13,8 @@ struct PlanarScratch {
   Buffer<A> planes, grad_planes, lines;
 };
 
-constexpr int64_t planar_block = 512;
+// Points of a run, and shares into which the sum for the weight's gradient is cut, at most.
+constexpr int64_t planar_block = 512, planar_shares = 8;
 
 // Channels that share an item: as many as let their planes stay in cache, and no more than spread over the threads.
 template <typename A, int N>
@@ -81,86 +82,126 @@ void forward_planar(const Call<N>& call, const std::vector<A>& bias, const Sink&
   });
 }
 
+// An item of work owns some channels for a share of the batch; channels with the same offsets stay together, so that
+// it adds up their gradients by offset and mask.
 template <typename A, int N>
-void backward_planar(const Call<N>& call, const Map& grad_output, const Gradients& gradients) {
-  const Problem<N>& problem = call.problem;
-  const int64_t field = count<N>(problem.size), rows = problem.group_rows(), taps = problem.taps;
-  const int64_t together = problem.channels_per_offset_group();
-  // Channels with the same offsets stay in one item, which adds up their gradients by offset.
-  const int64_t width = ceil_div(planar_channels<A>(problem), together) * together;
-  const int64_t items = ceil_div(problem.channels, width), weight_size = problem.out_channels * taps;
-  const int64_t sums = std::min(problem.batch, weight_shares);
-  const std::vector<A> weight = values_of<A>(call.weight);
-  Buffer<A> weight_sums(sums * weight_size);
-  std::fill_n(weight_sums.get(), sums * weight_size, A(0));
-  const auto make = [&] {
-    return PlanarScratch<A, N>{Points<A, N, int32_t>(planar_block), Buffer<A>(width * (field + 1)),
-                               Buffer<A>(width * (field + 1)),
-                               Buffer<A>((rows + 2 + (N + 1) * (taps + 1)) * planar_block)};
-  };
-  each(sums * items, make, [&](PlanarScratch<A, N>& scratch, int64_t item) {
-    const int64_t first = item % items * width, last = std::min(first + width, problem.channels), own = item / items;
-    A* const grads = scratch.lines.get();
-    A* const grad_column = grads + rows * planar_block;
-    A* const samples = grad_column + planar_block;
-    A* const more = samples + planar_block;
-    A* const totals = more + (N + 1) * planar_block;
-    const Cells<A, N, int32_t>& cells = scratch.points.cells;
-    for (int64_t batch = problem.batch * own / sums; batch < problem.batch * (own + 1) / sums; ++batch) {
-      if (gradients.input) std::fill_n(scratch.grad_planes.get(), (last - first) * (field + 1), A(0));
-      for_planes(call, batch, first, last, scratch, [&](int64_t c, int64_t begin, int64_t points, const A* plane) {
-        const int64_t group = c / together;
-        A* const grad_plane = scratch.grad_planes.get() + (c - first) * (field + 1);
-        for (int64_t r = 0; r < rows; ++r)
-          read_run(grad_output, batch, c * rows + r, begin, points, grads + r * planar_block);
-        for (int64_t tap = 0; tap < taps; ++tap) {
-          const A* factor = locate(call, scratch.points, batch, group, tap, begin, points);
-          if (gradients.weight) {
-            sample_plane(cells, points, plane, samples);
-            for (int64_t r = 0; r < rows; ++r) {
-              const A* const grad = grads + r * planar_block;
-              A sum = 0;
-#pragma omp simd reduction(+ : sum)
-              for (int64_t i = 0; i < points; ++i) sum += grad[i] * samples[i];
-              weight_sums[own * weight_size + (c * rows + r) * taps + tap] += sum;
-            }
-          }
-          std::fill_n(grad_column, points, A(0));
-          for (int64_t r = 0; r < rows; ++r) {
-            const A w = weight[(c * rows + r) * taps + tap];
-            const A* const grad = grads + r * planar_block;
-#pragma omp simd
-            for (int64_t i = 0; i < points; ++i) grad_column[i] += w * grad[i];
-          }
-          if (gradients.by_point()) {
-            dot_plane(cells, points, plane, grad_column);
-            A* const lines = c % together == 0 ? totals + tap * (N + 1) * planar_block : more;
-            A* grad_shift[N];
-            for (int axis = 0; axis < N; ++axis)
-              grad_shift[axis] = gradients.offset ? lines + axis * planar_block : nullptr;
-            cells.slopes(points, factor, grad_shift, gradients.mask ? lines + N * planar_block : nullptr);
-            A* const total = totals + tap * (N + 1) * planar_block;
-            if (lines == more)
-              for (int64_t i = 0; i < (N + 1) * planar_block; ++i) total[i] += more[i];
-            if ((c + 1) % together == 0)
-              write_by_point(problem, batch, group, tap, begin, points, total, planar_block, false, gradients);
-          }
-          if (gradients.input) {
-            scatter_plane(cells, points, grad_column, grad_plane);
-          }
-        }
-      });
-      if (gradients.input)
-        for (int64_t c = first; c < last; ++c)
-          gradients.input->write((batch * problem.channels + c) * field,
-                                 scratch.grad_planes.get() + (c - first) * (field + 1), field);
-    }
-  });
-  if (gradients.weight) {
-    for (int64_t own = 1; own < sums; ++own)
-      for (int64_t i = 0; i < weight_size; ++i) weight_sums[i] += weight_sums[own * weight_size + i];
-    gradients.weight->write(0, weight_sums.get(), weight_size);
+class PlanarBackward {
+ public:
+  PlanarBackward(const Call<N>& call, const Map& grad_output, const Gradients& gradients)
+      : call_(call),
+        problem_(call.problem),
+        grad_output_(grad_output),
+        gradients_(gradients),
+        field_(problem_.field()),
+        rows_(problem_.group_rows()),
+        taps_(problem_.taps),
+        together_(problem_.channels_per_offset_group()),
+        width_(ceil_div(planar_channels<A>(problem_), together_) * together_),
+        weight_(values_of<A>(call.weight)) {}
+
+  void run() {
+    const int64_t items = ceil_div(problem_.channels, width_), shares = std::min(problem_.batch, planar_shares);
+    std::vector<A> sums(shares * weight_.size(), A(0));
+    each(
+        shares * items, [&] { return Scratch(*this); },
+        [&](Scratch& scratch, int64_t item) {
+          const int64_t share = item / items, first = item % items * width_;
+          const int64_t last = std::min(first + width_, problem_.channels);
+          scratch.weight_sum = sums.data() + share * weight_.size();
+          for (int64_t b = problem_.batch * share / shares; b < problem_.batch * (share + 1) / shares; ++b)
+            differentiate(scratch, b, first, last);
+        });
+    for (int64_t share = 1; share < shares; ++share)
+      for (size_t i = 0; i < weight_.size(); ++i) sums[i] += sums[share * weight_.size() + i];
+    if (gradients_.weight) gradients_.weight->write(0, sums.data(), static_cast<int64_t>(weight_.size()));
   }
-}
+
+ private:
+  static constexpr int64_t block = planar_block;
+
+  // grads: [rows, block]; by_point: [taps, N + 1, block], summed over the channels that share their offsets.
+  struct Scratch : PlanarScratch<A, N> {
+    Buffer<A> grads, grad_samples{block}, samples{block}, by_point, more_by_point{(N + 1) * block};
+    A* weight_sum = nullptr;
+
+    explicit Scratch(const PlanarBackward& b)
+        : PlanarScratch<A, N>{Points<A, N, int32_t>(block),
+                              Buffer<A>(b.width_ * (b.field_ + 1)),
+                              Buffer<A>(b.width_ * (b.field_ + 1)),
+                              {}},
+          grads(b.rows_ * block),
+          by_point(b.taps_ * (N + 1) * block) {}
+  };
+
+  void differentiate(Scratch& scratch, int64_t batch, int64_t first, int64_t last) const {
+    if (gradients_.input) std::fill_n(scratch.grad_planes.get(), (last - first) * (field_ + 1), A(0));
+    for_planes(call_, batch, first, last, scratch, [&](int64_t c, int64_t begin, int64_t points, const A* plane) {
+      for (int64_t r = 0; r < rows_; ++r)
+        read_run(grad_output_, batch, c * rows_ + r, begin, points, scratch.grads.get() + r * block);
+      for (int64_t tap = 0; tap < taps_; ++tap) {
+        const int64_t group = c / together_;
+        const A* const factor = locate(call_, scratch.points, batch, group, tap, begin, points);
+        sample_plane(scratch.points.cells, points, plane, scratch.samples.get());
+        if (gradients_.weight) add_grad_weight(scratch, c, tap, points);
+        find_grad_samples(scratch, c, tap, points);
+        if (gradients_.by_point()) {
+          add_by_point(scratch, c, tap, points, factor);
+          if ((c + 1) % together_ == 0)
+            write_by_point(problem_, batch, group, tap, begin, points, scratch.by_point.get() + tap * (N + 1) * block,
+                           block, false, gradients_);
+        }
+        if (gradients_.input)
+          scatter_plane(scratch.points.cells, points, scratch.grad_samples.get(),
+                        scratch.grad_planes.get() + (c - first) * (field_ + 1));
+      }
+    });
+    for (int64_t c = first; gradients_.input && c < last; ++c)
+      gradients_.input->write((batch * problem_.channels + c) * field_,
+                              scratch.grad_planes.get() + (c - first) * (field_ + 1), field_);
+  }
+
+  void add_grad_weight(Scratch& scratch, int64_t c, int64_t tap, int64_t points) const {
+    const A* const samples = scratch.samples.get();
+    for (int64_t r = 0; r < rows_; ++r) {
+      const A* const grad = scratch.grads.get() + r * block;
+      A sum = 0;
+#pragma omp simd reduction(+ : sum)
+      for (int64_t i = 0; i < points; ++i) sum += grad[i] * samples[i];
+      scratch.weight_sum[(c * rows_ + r) * taps_ + tap] += sum;
+    }
+  }
+
+  void find_grad_samples(Scratch& scratch, int64_t c, int64_t tap, int64_t points) const {
+    A* const to = scratch.grad_samples.get();
+    for (int64_t r = 0; r < rows_; ++r) {
+      const A w = weight_[(c * rows_ + r) * taps_ + tap];
+      const A* const grad = scratch.grads.get() + r * block;
+#pragma omp simd
+      for (int64_t i = 0; i < points; ++i) to[i] = (r == 0 ? A(0) : to[i]) + w * grad[i];
+    }
+  }
+
+  void add_by_point(Scratch& scratch, int64_t c, int64_t tap, int64_t points, const A* factor) const {
+    A* const total = scratch.by_point.get() + tap * (N + 1) * block;
+    A* const lines = c % together_ == 0 ? total : scratch.more_by_point.get();
+    A* grad_shift[N];
+    for (int axis = 0; axis < N; ++axis) grad_shift[axis] = gradients_.offset ? lines + axis * block : nullptr;
+    scratch.points.cells.slopes_of_values(points, factor, grad_shift, gradients_.mask ? lines + N * block : nullptr);
+    const A* const grad = scratch.grad_samples.get();
+    for (int line = gradients_.offset ? 0 : N; line < N + (gradients_.mask ? 1 : 0); ++line) {
+      A *const own = lines + line * block, *const sum = total + line * block;
+#pragma omp simd
+      for (int64_t i = 0; i < points; ++i) own[i] *= grad[i];
+      for (int64_t i = 0; lines != total && i < points; ++i) sum[i] += own[i];
+    }
+  }
+
+  const Call<N>& call_;
+  const Problem<N>& problem_;
+  const Map& grad_output_;
+  const Gradients& gradients_;
+  int64_t field_, rows_, taps_, together_, width_;
+  std::vector<A> weight_;
+};
 
 }  // namespace deformkit::conv

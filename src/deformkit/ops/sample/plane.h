@@ -5,15 +5,19 @@
 
 namespace deformkit {
 
-// Samples of one plane at the located cells.
+// Samples of one plane at the located cells; what lies at their corners stays in Cells::values().
 template <typename A, int N>
 void sample_plane(const Cells<A, N, int32_t>& cells, int64_t points, const A* plane, A* samples) {
-  std::fill_n(samples, points, A(0));
   for (int corner = 0; corner < 1 << N; ++corner) {
     const A* const weight = cells.weight(corner);
     const int32_t* const index = cells.index(corner);
+    A* const values = cells.values(corner);
+    if (corner == 0) std::fill_n(samples, points, A(0));
 #pragma omp simd
-    for (int64_t i = 0; i < points; ++i) samples[i] += weight[i] * plane[index[i]];
+    for (int64_t i = 0; i < points; ++i) {
+      values[i] = plane[index[i]];
+      samples[i] += weight[i] * values[i];
+    }
   }
 }
 
@@ -28,18 +32,6 @@ void scatter_plane(const Cells<A, N, int32_t>& cells, int64_t points, const A* g
     for (int64_t i = 0; i < each_stream; ++i)
       for (int64_t p = i; p < streams * each_stream; p += each_stream) plane[index[p]] += weight[p] * grads[p];
     for (int64_t p = streams * each_stream; p < points; ++p) plane[index[p]] += weight[p] * grads[p];
-  }
-}
-
-// The gradient of every sample times its corners, for Cells::slopes().
-template <typename A, int N>
-void dot_plane(const Cells<A, N, int32_t>& cells, int64_t points, const A* plane, const A* grads) {
-  constexpr int corners = 1 << N;
-  A* const dots = cells.dots();
-  for (int corner = 0; corner < corners; ++corner) {
-    const int32_t* const index = cells.index(corner);
-#pragma omp simd
-    for (int64_t i = 0; i < points; ++i) dots[i * corners + corner] = grads[i] * plane[index[i]];
   }
 }
 

@@ -135,14 +135,15 @@ class Cells {
 
   // From the dots, d sample / d shift[axis] times factor, and the sample itself: each where it is not null.
   void slopes(int64_t points, const A* factor, A* const (&grad_shift)[N], A* sample) const {
-    if (grad_shift[0]) slope<0>(points, factor, grad_shift[0]);
-    if constexpr (N > 1) {
-      if (grad_shift[0]) slope<1>(points, factor, grad_shift[1]);
-    }
-    if constexpr (N > 2) {
-      if (grad_shift[0]) slope<2>(points, factor, grad_shift[2]);
-    }
-    if (sample) slope<N>(points, nullptr, sample);
+    all_slopes<corners, 1>(points, 1, factor, grad_shift, sample);
+  }
+
+  // values()[corner * capacity + i]: what lies at the corners of one plane, for slopes_of_values(), which are then to
+  // be multiplied by the sample's gradient. They lie where the dots do.
+  A* values(int corner) const { return dots() + corner * capacity_; }
+
+  void slopes_of_values(int64_t points, const A* factor, A* const (&grad_shift)[N], A* sample) const {
+    all_slopes<1, 0>(points, capacity_, factor, grad_shift, sample);
   }
 
  private:
@@ -278,22 +279,39 @@ class Cells {
     return differ ? high - low + 0 * part : low * (1 - part) + high * part;
   }
 
-  template <int axis>
-  void slope(int64_t points, const A* factor, A* out) const {
+  // The dot of a point and corner is dots()[point * kPoint + corner * corner_step]; kCorner is that step, or 0 where it
+  // is not known.
+  template <int kPoint, int kCorner>
+  void all_slopes(int64_t points, int64_t corner_step, const A* factor, A* const (&grad_shift)[N], A* sample) const {
+    const int64_t step = kCorner > 0 ? kCorner : corner_step;
+    if (grad_shift[0]) slope<0, kPoint>(points, step, factor, grad_shift[0]);
+    if constexpr (N > 1) {
+      if (grad_shift[0]) slope<1, kPoint>(points, step, factor, grad_shift[1]);
+    }
+    if constexpr (N > 2) {
+      if (grad_shift[0]) slope<2, kPoint>(points, step, factor, grad_shift[2]);
+    }
+    if (sample) slope<N, kPoint>(points, step, nullptr, sample);
+  }
+
+  template <int axis, int kPoint>
+  void slope(int64_t points, int64_t step, const A* factor, A* out) const {
     const A *const f0 = fraction(0), *const f1 = fraction(N > 1), *const f2 = fraction(N > 2 ? 2 : 0);
     const A* const d = dots();
 #pragma omp simd
     for (int64_t i = 0; i < points; ++i) {
-      const A* const dot = d + i * corners;
+      const A* const dot = d + i * kPoint;
       A sum;
       if constexpr (N == 1) {
-        sum = between<axis == 0>(dot[0], dot[1], f0[i]);
+        sum = between<axis == 0>(dot[0], dot[step], f0[i]);
       } else {
         const A last = N == 2 ? f1[i] : f2[i];
-        const A low = between<axis == N - 1>(dot[0], dot[1], last), high = between<axis == N - 1>(dot[2], dot[3], last);
+        const A low = between<axis == N - 1>(dot[0], dot[step], last);
+        const A high = between<axis == N - 1>(dot[2 * step], dot[3 * step], last);
         sum = between<axis == N - 2>(low, high, N == 2 ? f0[i] : f1[i]);
         if constexpr (N == 3) {
-          const A low2 = between<axis == 2>(dot[4], dot[5], last), high2 = between<axis == 2>(dot[6], dot[7], last);
+          const A low2 = between<axis == 2>(dot[4 * step], dot[5 * step], last);
+          const A high2 = between<axis == 2>(dot[6 * step], dot[7 * step], last);
           sum = between<axis == 0>(sum, between<axis == 1>(low2, high2, f1[i]), f0[i]);
         }
       }
