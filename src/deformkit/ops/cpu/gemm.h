@@ -4,6 +4,10 @@
 #include <algorithm>
 #include <utility>
 
+#if defined(__AVX512F__)
+#include <immintrin.h>
+#endif
+
 #include "cpu/lanes.h"
 
 namespace deformkit {
@@ -44,6 +48,16 @@ struct Left {
   int64_t row, column;
 };
 
+// Two neighbours along the depth of a product of bfloat16, which are multiplied and added up together; the last of an
+// odd depth has a zero beside it. Depths are then counted in pairs.
+struct Pair {
+  BFloat16 first, second;
+};
+
+// What operands of a product add up in.
+template <typename O>
+using Result = std::conditional_t<std::is_same_v<O, Pair>, float, O>;
+
 // The right operand in panels, each of one tile's columns: element (k, j) of panel p is data[p * panel + k * row + j].
 // Packed panels follow each other; columns of a row-major matrix are panels too.
 template <typename A>
@@ -51,8 +65,11 @@ struct Panels {
   const A* data;
   int64_t panel, row;
 
-  static Panels packed(const A* data, int64_t depth) { return {data, depth * Tile<A>::columns, Tile<A>::columns}; }
-  static Panels of_matrix(const A* data, int64_t pitch) { return {data, Tile<A>::columns, pitch}; }
+  static Panels packed(const A* data, int64_t depth) { return {data, depth * columns, columns}; }
+  static Panels of_matrix(const A* data, int64_t pitch) { return {data, columns, pitch}; }
+
+ private:
+  static constexpr int64_t columns = Tile<Result<A>>::columns;
 };
 
 template <int kRows, int kVectors, typename A>
@@ -82,8 +99,93 @@ void multiply_tile(int64_t depth, const Left<A>& left, const A* right, int64_t r
   }
 }
 
-template <int kVectors, typename A>
-void multiply_rows(int64_t rows, int64_t depth, const Left<A>& left, const A* right, int64_t right_row, A* result,
+#if defined(__AVX512F__)
+#define DEFORMKIT_PAIRS
+
+// Whether the processor multiplies pairs. The library for AVX-512 asks when it runs; no other has these kernels.
+inline bool multiplies_pairs() {
+  static const bool answer = __builtin_cpu_supports("avx512bf16");
+  return answer;
+}
+
+#pragma GCC push_options
+#pragma GCC target("avx512bf16")
+
+template <int kRows, int kVectors>
+void multiply_tile(int64_t depth, const Left<Pair>& left, const Pair* right, int64_t right_row, float* result,
+                   int64_t pitch, bool add) {
+  constexpr int lanes = Tile<float>::lanes;
+  __m512 sum[kRows][kVectors];
+#pragma GCC unroll 16
+  for (int r = 0; r < kRows; ++r) {
+#pragma GCC unroll 4
+    for (int v = 0; v < kVectors; ++v) sum[r][v] = _mm512_setzero_ps();
+  }
+  const Pair* a = left.data;
+  for (int64_t k = 0; k < depth; ++k, a += left.column, right += right_row) {
+    __m512bh b[kVectors];
+#pragma GCC unroll 4
+    for (int v = 0; v < kVectors; ++v) std::memcpy(&b[v], right + v * lanes, sizeof b[v]);
+#pragma GCC unroll 16
+    for (int r = 0; r < kRows; ++r) {
+      int32_t bits;
+      std::memcpy(&bits, a + r * left.row, sizeof bits);
+      const auto both = reinterpret_cast<__m512bh>(_mm512_set1_epi32(bits));
+#pragma GCC unroll 4
+      for (int v = 0; v < kVectors; ++v) sum[r][v] = _mm512_dpbf16_ps(sum[r][v], both, b[v]);
+    }
+  }
+#pragma GCC unroll 16
+  for (int r = 0; r < kRows; ++r) {
+#pragma GCC unroll 4
+    for (int v = 0; v < kVectors; ++v) {
+      float* const to = result + r * pitch + v * lanes;
+      _mm512_storeu_ps(to, add ? _mm512_add_ps(_mm512_loadu_ps(to), sum[r][v]) : sum[r][v]);
+    }
+  }
+}
+
+// Sixteen pairs of the lanes of two vectors.
+inline void write_pairs(__m512 first, __m512 second, Pair* to) {
+  const __m512i low = _mm512_cvtepu16_epi32(reinterpret_cast<__m256i>(_mm512_cvtneps_pbh(first)));
+  const __m512i high = _mm512_cvtepu16_epi32(reinterpret_cast<__m256i>(_mm512_cvtneps_pbh(second)));
+  _mm512_storeu_si512(to, _mm512_or_si512(low, _mm512_slli_epi32(high, 16)));
+}
+
+// pairs[i * pairs_pitch + k] of the elements 2 k and 2 k + 1 of row i, for whole vectors of pairs.
+inline void pair_columns(const float* from, int64_t rows, int64_t depth, int64_t pitch, Pair* pairs,
+                         int64_t pairs_pitch) {
+  for (int64_t i = 0; i < rows; ++i)
+    for (int64_t k = 0; k < depth; k += 32) {
+      const auto some = [&](int64_t first) {
+        const int64_t left = std::clamp<int64_t>(depth - first, 0, 16);
+        return _mm512_maskz_loadu_ps(static_cast<__mmask16>((1u << left) - 1), from + i * pitch + first);
+      };
+      const __m512bh both = _mm512_cvtne2ps_pbh(some(k + 16), some(k));
+      std::memcpy(pairs + i * pairs_pitch + k / 2, &both, sizeof both);
+    }
+}
+
+// pairs[k * pairs_pitch + j] of column j of the rows 2 k and 2 k + 1, for whole vectors of columns.
+inline void pair_rows(const float* from, int64_t depth, int64_t columns, int64_t pitch, Pair* pairs,
+                      int64_t pairs_pitch) {
+  for (int64_t k = 0; k < depth; k += 2)
+    for (int64_t j = 0; j < columns; j += 16) {
+      const float* const row = from + k * pitch + j;
+      write_pairs(_mm512_loadu_ps(row), k + 1 < depth ? _mm512_loadu_ps(row + pitch) : _mm512_setzero_ps(),
+                  pairs + k / 2 * pairs_pitch + j);
+    }
+}
+
+#pragma GCC pop_options
+#else
+inline bool multiplies_pairs() {
+  return false;
+}
+#endif
+
+template <int kVectors, typename O, typename A>
+void multiply_rows(int64_t rows, int64_t depth, const Left<O>& left, const O* right, int64_t right_row, A* result,
                    int64_t pitch, bool add) {
   [&]<int... smaller>(std::integer_sequence<int, smaller...>) {
     (void)((rows == smaller + 1 &&
@@ -94,17 +196,17 @@ void multiply_rows(int64_t rows, int64_t depth, const Left<A>& left, const A* ri
 
 // result[i, j] = sum over k of left(i, k) * right(k, j), with `add` added to what is there, for `rows` and `columns` of
 // the result, whose rows are `pitch` apart and hold whole vectors.
-template <typename A>
-void multiply(int64_t rows, int64_t columns, int64_t depth, const Left<A>& left, const Panels<A>& right, A* result,
+template <typename O, typename A>
+void multiply(int64_t rows, int64_t columns, int64_t depth, const Left<O>& left, const Panels<O>& right, A* result,
               int64_t pitch, bool add) {
   using T = Tile<A>;
   const int64_t tiles = (rows + T::rows - 1) / T::rows;
   for (int64_t j = 0; j < columns; j += T::columns) {
-    const A* const panel = right.data + j / T::columns * right.panel;
+    const O* const panel = right.data + j / T::columns * right.panel;
     // Rows in equal tiles: a last one of few rows would wait for its additions.
     for (int64_t t = 0; t < tiles; ++t) {
       const int64_t first = rows * t / tiles, some = rows * (t + 1) / tiles - first;
-      const Left<A> part{left.data + first * left.row, left.row, left.column};
+      const Left<O> part{left.data + first * left.row, left.row, left.column};
       A* const to = result + first * pitch + j;
       if (columns - j > T::lanes) {
         multiply_rows<2>(some, depth, part, panel, right.row, to, pitch, add);

@@ -36,7 +36,10 @@ class Backward {
         units_(make_units(problem_, cut)),
         rows_(problem_.group_rows()),
         block_(std::min(backward_block, problem_.positions)),
-        by_columns_(gradients.input || gradients.by_point()) {
+        by_columns_(gradients.input || gradients.by_point()),
+        paired_(is_paired(problem_, call.weight.scalar_type())),
+        pair_rows_(ceil_div(rows_, 2)),
+        pair_pitch_(whole_vectors<A>(ceil_div(block_, 2))) {
     for (const auto& [begin, end] : slices_of(problem_, cut.channels))
       plans_.emplace_back(problem_, begin, end, backward_depth);
     const int64_t weight_bytes =
@@ -88,6 +91,7 @@ class Backward {
   struct Scratch {
     Samples<A, N> samples;
     Buffer<A> field, grad_field, columns, grad_columns, grads, line, narrow_sum, by_point, more_by_point;
+    Buffer<Pair> pairs, pairs_of_rows, pairs_of_points;
     int64_t slice = 0;
     A* weight_sum = nullptr;
 
@@ -97,11 +101,14 @@ class Backward {
           grad_field(b.cut_.lays_out() ? b.window_ * b.channels_ : 0),
           columns(b.block_ * b.widest_),
           grad_columns(b.block_ * b.widest_),
-          grads(b.block_ * b.rows_ * b.grads_),
+          grads(b.block_ * b.rows_ * b.grads_ + Tile<A>::lanes),
           line(b.block_),
           narrow_sum(b.channels_),
           by_point((N + 1) * b.block_),
-          more_by_point((N + 1) * b.block_) {}
+          more_by_point((N + 1) * b.block_),
+          pairs(b.paired_ ? b.block_ * b.widest_ : 0),
+          pairs_of_rows(b.paired_ ? b.pair_rows_ * b.grads_ * b.block_ + Tile<A>::lanes : 0),
+          pairs_of_points(b.paired_ ? b.rows_ * b.grads_ * b.pair_pitch_ : 0) {}
   };
 
   int64_t slices() const { return static_cast<int64_t>(plans_.size()); }
@@ -146,6 +153,16 @@ class Backward {
     if (!problem_.is_narrow()) {
       for (int64_t o = 0; o < plan.groups() * rows_; ++o)
         read_run(grad_output_, batch, plan.first_group() * rows_ + o, begin, points, grads + o * points);
+#if defined(DEFORMKIT_PAIRS)
+      if constexpr (std::is_same_v<A, float>) {
+        for (int64_t g = 0; paired_ && g < plan.groups(); ++g) {
+          const A* const from = grads + g * rows_ * points;
+          pair_rows(from, rows_, points, points, scratch.pairs_of_rows.get() + g * pair_rows_ * points, points);
+          pair_columns(from, rows_, points, points, scratch.pairs_of_points.get() + g * rows_ * pair_pitch_,
+                       pair_pitch_);
+        }
+      }
+#endif
       return;
     }
     for (int64_t r = 0; r < rows_; ++r)
@@ -164,8 +181,19 @@ class Backward {
     for (size_t p = chunk.first_product; p < chunk.last_product; ++p) {
       const Product& product = plan.products[p];
       const A* const grads = scratch.grads.get() + (product.group - plan.first_group()) * rows_ * points;
-      multiply(points, product.depth, rows_, Left<A>{grads, 1, points}, Panels<A>::packed(weights.of(p), rows_),
-               scratch.grad_columns.get() + product.column, widest_, false);
+      A* const to = scratch.grad_columns.get() + product.column;
+#if defined(DEFORMKIT_PAIRS)
+      if constexpr (std::is_same_v<A, float>) {
+        if (paired_) {
+          const Pair* const left =
+              scratch.pairs_of_rows.get() + (product.group - plan.first_group()) * pair_rows_ * points;
+          multiply(points, product.depth, pair_rows_, Left<Pair>{left, 1, points}, weights.template of<Pair>(p), to,
+                   widest_, false);
+          continue;
+        }
+      }
+#endif
+      multiply(points, product.depth, rows_, Left<A>{grads, 1, points}, weights.template of<A>(p), to, widest_, false);
     }
   }
 
@@ -213,8 +241,22 @@ class Backward {
     for (size_t p = chunk.first_product; p < chunk.last_product; ++p) {
       const Product& product = plan.products[p];
       const A* const grads = scratch.grads.get() + (product.group - plan.first_group()) * rows_ * points;
-      multiply(rows_, product.depth, points, Left<A>{grads, points, 1},
-               Panels<A>::of_matrix(scratch.columns.get() + product.column, widest_), scratch.weight_sum + sums.of(p),
+      const A* const columns = scratch.columns.get() + product.column;
+      A* const to = scratch.weight_sum + sums.of(p);
+#if defined(DEFORMKIT_PAIRS)
+      if constexpr (std::is_same_v<A, float>) {
+        if (paired_) {
+          const int64_t depth = ceil_div(points, 2);
+          const Pair* const left =
+              scratch.pairs_of_points.get() + (product.group - plan.first_group()) * rows_ * pair_pitch_;
+          pair_rows(columns, points, product.depth, widest_, scratch.pairs.get(), widest_);
+          multiply(rows_, product.depth, depth, Left<Pair>{left, pair_pitch_, 1},
+                   Panels<Pair>::of_matrix(scratch.pairs.get(), widest_), to, whole_vectors<A>(product.depth), true);
+          continue;
+        }
+      }
+#endif
+      multiply(rows_, product.depth, points, Left<A>{grads, points, 1}, Panels<A>::of_matrix(columns, widest_), to,
                whole_vectors<A>(product.depth), true);
     }
   }
@@ -253,7 +295,8 @@ class Backward {
   const Gradients& gradients_;
   std::vector<Unit<N>> units_;
   int64_t rows_, block_, shares_ = 1, widest_ = 0, channels_ = 0, grads_ = 0, window_ = 0;
-  bool by_columns_;
+  bool by_columns_, paired_;
+  int64_t pair_rows_, pair_pitch_;
   std::vector<Plan<N>> plans_;
   std::vector<Weights<A, N>> weights_;
   std::vector<WeightSums<A, N>> sums_;

@@ -53,6 +53,7 @@ class Forward {
         plan_(plan),
         bias_(bias),
         output_(output),
+        paired_(is_paired(problem_, call.weight.scalar_type())),
         weights_(problem_, plan, call.weight),
         rows_(problem_.group_rows()),
         pitch_(problem_.is_narrow() ? plan.channels() : whole_vectors<A>(rows_)),
@@ -85,6 +86,7 @@ class Forward {
   struct Scratch {
     Samples<A, N> samples;
     Buffer<A> columns, sums, lines;
+    Buffer<Pair> pairs;
     int64_t pitch;
 
     explicit Scratch(const Forward& f)
@@ -92,6 +94,7 @@ class Forward {
           columns(f.block_ * column_pitch<A>(f.plan_.widest)),
           sums(f.block_ * f.pitch_ * (f.problem_.is_narrow() ? f.rows_ : f.plan_.groups())),
           lines(8 * f.block_),
+          pairs(f.paired_ ? f.block_ * column_pitch<A>(f.plan_.widest) / 2 : 0),
           pitch(column_pitch<A>(f.plan_.widest)) {}
   };
 
@@ -116,10 +119,21 @@ class Forward {
   void multiply(Scratch& scratch, const Chunk& chunk, int64_t points) const {
     for (size_t p = chunk.first_product; p < chunk.last_product; ++p) {
       const Product& product = plan_.products[p];
-      deformkit::multiply(points, rows_, product.depth,
-                          Left<A>{scratch.columns.get() + product.column, scratch.pitch, 1},
-                          Panels<A>::packed(weights_.of(p), product.depth),
-                          scratch.sums.get() + (product.group - plan_.first_group()) * points * pitch_, pitch_, true);
+      const A* const columns = scratch.columns.get() + product.column;
+      A* const sums = scratch.sums.get() + (product.group - plan_.first_group()) * points * pitch_;
+#if defined(DEFORMKIT_PAIRS)
+      if constexpr (std::is_same_v<A, float>) {
+        if (paired_) {
+          const int64_t depth = ceil_div(product.depth, 2);
+          pair_columns(columns, points, product.depth, scratch.pitch, scratch.pairs.get(), scratch.pitch / 2);
+          deformkit::multiply(points, rows_, depth, Left<Pair>{scratch.pairs.get(), scratch.pitch / 2, 1},
+                              weights_.template of<Pair>(p), sums, pitch_, true);
+          continue;
+        }
+      }
+#endif
+      deformkit::multiply(points, rows_, product.depth, Left<A>{columns, scratch.pitch, 1}, weights_.template of<A>(p),
+                          sums, pitch_, true);
     }
   }
 
@@ -173,6 +187,7 @@ class Forward {
   const Plan<N>& plan_;
   const std::vector<A>& bias_;
   const Sink& output_;
+  bool paired_;
   Weights<A, N> weights_;
   int64_t rows_, pitch_, block_;
 };
