@@ -284,3 +284,19 @@ def test_weights_that_a_model_records() -> None:
         values = getattr(expected, name)
         assert values
         torch.testing.assert_close(getattr(actual, name), values)
+
+
+@pytest.mark.parametrize("model_type", ["deformable_detr", "mask2former"])
+def test_gradient_of_the_weights_that_a_layer_returns(model_type: str) -> None:
+    layer, arguments = attention(model_type)
+
+    def gradient() -> Tensor:
+        output, weights = layer(**arguments)
+        weights.retain_grad()
+        output.square().sum().backward()
+        assert weights.grad is not None
+        return weights.grad
+
+    expected = gradient()
+    dk.patch(layer)
+    torch.testing.assert_close(gradient(), expected)

@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from ..nn._linear import linear
-from ..nn.ms_deform_attn import between_projections, point_locations
+from ..nn.ms_deform_attn import point_locations, value_and_weights
 from ..ops._shape import compute_dtype
 from ..ops.deform_conv.op import deform_conv2d
 from ..ops.deform_roi_pool.op import deform_roi_pool
@@ -90,13 +90,13 @@ def _transformers_attention(
     query = hidden_states if position_embeddings is None else hidden_states + position_embeddings
     locations = _locations(self, query, reference_points, spatial_shapes.flip(-1))
 
-    def attend(value: Tensor, weights: Tensor) -> Tensor:
-        shapes = (spatial_shapes, spatial_shapes_list, level_start_index)
-        return self.attn(value, *shapes, locations, weights.unflatten(-1, locations.shape[3:5]), self.im2col_step)
-
     padding = None if attention_mask is None else ~attention_mask
-    output, weights = between_projections(self, attend, query, encoder_hidden_states, padding)
-    return output, weights.unflatten(-1, locations.shape[3:5])
+    value, weights = value_and_weights(self, query, encoder_hidden_states, padding)
+    # What is returned is what is attended with: whoever asks for its gradient gets one.
+    weights = weights.unflatten(-1, locations.shape[3:5])
+    shapes = (spatial_shapes, spatial_shapes_list, level_start_index)
+    output = self.attn(value, *shapes, locations, weights, self.im2col_step)
+    return linear(self.output_proj, output), weights
 
 
 def _transformers_pixel_decoder(
@@ -118,12 +118,10 @@ def _transformers_pixel_decoder(
     extents = torch.tensor([[width, height] for height, width in sizes], device=query.device)
     locations = _locations(self, query, reference_points, extents)
 
-    def attend(value: Tensor, weights: Tensor) -> Tensor:
-        return _attend(value, sizes, locations, weights)
-
     # The mask of these models is True where the others' is False.
-    output, weights = between_projections(self, attend, query, encoder_hidden_states, attention_mask)
-    return output, weights.unflatten(-1, locations.shape[3:5])
+    value, weights = value_and_weights(self, query, encoder_hidden_states, attention_mask)
+    weights = weights.unflatten(-1, locations.shape[3:5])
+    return linear(self.output_proj, _attend(value, sizes, locations, weights)), weights
 
 
 def _locations(self: Any, query: Tensor, reference_points: Tensor, extents: Tensor) -> Tensor:

@@ -1,6 +1,6 @@
 """The layer of multi-scale deformable attention, which predicts its locations and weights from the queries."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from math import pi, sqrt
 from typing import Any
 
@@ -42,19 +42,17 @@ def point_locations(offsets: Tensor, references: Tensor, extents: Tensor, points
     return locations.unflatten(-1, offsets.shape[-2:])
 
 
-def between_projections(
-    layer: Any, attend: Callable[[Tensor, Tensor], Tensor], query: Tensor, source: Tensor, padding: Tensor | None
-) -> tuple[Tensor, Tensor]:
-    """The output of a layer with the parameters of Deformable DETR's, and its weights ``[B, Q, H, P]``.
+def value_and_weights(layer: Any, query: Tensor, source: Tensor, padding: Tensor | None) -> tuple[Tensor, Tensor]:
+    """What a layer with the parameters of Deformable DETR's reads, and how much of it.
 
-    ``attend`` is given the projected ``source``, ``[B, S, H, D]``, 0 where ``padding [B, S]`` is True, and the weights.
+    Returns:
+        The projected ``source``, ``[B, S, H, D]``, 0 where ``padding [B, S]`` is True, and the weights ``[B, Q, H, P]``.
     """
     weights = linear(layer.attention_weights, query).unflatten(-1, (layer.n_heads, -1)).softmax(-1)
     value = linear(layer.value_proj, source)
     if padding is not None:
         value = value.masked_fill(padding.unsqueeze(-1), 0.0)
-    output = attend(value.unflatten(-1, (layer.n_heads, -1)), weights)
-    return linear(layer.output_proj, output), weights
+    return value.unflatten(-1, (layer.n_heads, -1)), weights
 
 
 def _of_points(levels: Tensor, points: Sequence[int], dim: int) -> Tensor:
@@ -185,10 +183,9 @@ class MSDeformAttn(nn.Module):
                     f"it must be {list(input_flatten.shape[:2])}, as input_flatten without its last axis"
                 )
 
-        def attend(value: Tensor, weights: Tensor) -> Tensor:
-            return ms_deform_attn(value, sizes, locations, weights, num_points=self._level_points)
-
-        return between_projections(self, attend, query, input_flatten, input_padding_mask)[0]
+        value, weights = value_and_weights(self, query, input_flatten, input_padding_mask)
+        output = ms_deform_attn(value, sizes, locations, weights, num_points=self._level_points)
+        return linear(self.output_proj, output)
 
     def sampling_locations(
         self, query: Tensor, reference_points: Tensor, input_spatial_shapes: SpatialShapes
