@@ -93,6 +93,18 @@ def test_the_layer(coordinates: int) -> None:
         assert_close(*pair, name=name)
 
 
+def test_a_transformer_that_resets_its_layers() -> None:
+    """As that of Deformable DETR does after it has drawn every parameter anew."""
+    layer = compat.MSDeformAttn(8, 2, 2, 3)
+    start = {name: value.clone() for name, value in layer.state_dict().items()}
+    for parameter in layer.parameters():
+        nn.init.ones_(parameter)
+    layer._reset_parameters()
+    for name in ("sampling_offsets.weight", "sampling_offsets.bias", "attention_weights.weight", "value_proj.bias"):
+        assert_equal(layer.state_dict()[name], start[name], name)
+    assert layer.value_proj.weight.std() > 0
+
+
 @pytest.mark.parametrize("half", [torch.float16, torch.bfloat16], ids=["float16", "bfloat16"])
 def test_half_locations_are_read_as_float32(half: torch.dtype) -> None:
     given = call(3)

@@ -129,6 +129,7 @@ def test_dcnv3(seed: int) -> None:
 
     tensors = [call.input, call.offset.flatten(3), call.mask.flatten(3)]
     compare(as_function(forward, backward), call.published, tensors)
+    compare(as_function(forward, backward), call.published, [*tensors[:2], call.mask])
 
 
 @pytest.mark.parametrize("softmax", [False, True])
@@ -175,6 +176,18 @@ def test_the_layer_of_dcnv4() -> None:
     assert_close(theirs(input, (5, 5)).detach(), expected.detach().double())
     with pytest.raises(ValueError, match="24 positions are no square"):
         theirs(torch.randn(2, 24, 16))
+
+
+def test_the_layer_of_dcnv4_in_a_network_that_resets_it() -> None:
+    """As FlashInternImage does with each layer of the class that it finds by a name in the package."""
+    module = found("DCNv4")
+    network = nn.Sequential(nn.LayerNorm(16), module.DCNv4(channels=16, group=1, output_bias=False))
+    for parameter in network.parameters():
+        nn.init.ones_(parameter)
+    network.apply(lambda m: m._reset_parameters() if isinstance(m, getattr(module, "DCNv4")) else None)  # noqa: B009
+    layer = network[1]
+    assert not layer.offset_mask.weight.any() and not layer.offset_mask.bias.any() and not layer.value_proj.bias.any()
+    assert layer.value_proj.weight.std() > 0 and layer.output_proj.weight.std() > 0
 
 
 @pytest.mark.parametrize("seed", range(6))
@@ -242,6 +255,9 @@ def test_errors_of_forward_functions() -> None:
         forward(*tensors, 3, 3, 1, 1, 1, 1, 1, 1, 2, 4, 1.0, 256, 0)
     with pytest.raises(ValueError, match=r"offset has shape .*; it must be \[N, Hout, Wout, 36\]"):
         forward(*tensors, 3, 3, 1, 1, 1, 1, 1, 1, 2, 2, 1.0, 256, 0)
+    for shape in ((1, 5, 5, 9, 1), (1, 5, 5, 8)):
+        with pytest.raises(ValueError, match=r"mask has shape .*; it must be \[N, Hout, Wout, 9\]"):
+            forward(*tensors[:2], torch.zeros(shape), 3, 3, 1, 1, 1, 1, 1, 1, 1, 4, 1.0, 256, 0)
     with pytest.raises(ValueError, match=r"p_offset has shape .*; it must be \[N, Hout, Wout, 32\]"):
         found("DCNv4").dcnv4_forward(*tensors[:2], 3, 3, 1, 1, 1, 1, 1, 1, 1, 4, 1.0)
 

@@ -109,6 +109,10 @@ class MSDeformAttn(nn.MSDeformAttn):
     def __init__(self, d_model: int = 256, n_levels: int = 4, n_heads: int = 8, n_points: int = 4) -> None:
         super().__init__(d_model, n_levels, n_heads, n_points)
 
+    def _reset_parameters(self) -> None:
+        # By this name the transformer of Deformable DETR calls it, and so do its descendants.
+        self.reset_parameters()
+
     def forward(
         self,
         query: Tensor,

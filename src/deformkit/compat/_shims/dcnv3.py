@@ -9,6 +9,7 @@ from functools import partial
 from torch import Tensor
 
 from ... import __version__ as _version
+from ...ops._shape import check_tensor
 from ._published import Window, backward, check_packed, in_our_order
 
 __all__ = ["dcnv3_backward", "dcnv3_forward"]
@@ -35,8 +36,8 @@ def dcnv3_forward(
 ) -> Tensor:
     """Deformable aggregation of ``input [N, H, W, G*C]``, see :func:`deformkit.deform_aggregate`.
 
-    ``offset [N, Hout, Wout, G*K*2]`` and ``mask [N, Hout, Wout, G*K]`` count the taps column after column; the offsets
-    are (x, y). The output is ``[N, Hout, Wout, G*C]``.
+    ``offset [N, Hout, Wout, G*K*2]`` and ``mask [N, Hout, Wout, G*K]``, or ``[N, Hout, Wout, G, K]``, count the taps
+    column after column; the offsets are (x, y). The output is ``[N, Hout, Wout, G*C]``.
     """
     numbers = (kernel_h, kernel_w, stride_h, stride_w, pad_h, pad_w, dilation_h, dilation_w)
     window = Window.of(numbers, group, group_channels, offset_scale, remove_center)
@@ -69,8 +70,12 @@ def dcnv3_backward(
 
 
 def _unpack(window: Window, input: Tensor, offset: Tensor, mask: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    value, weights = window.heads(input), window.group * len(window.taps)
+    value, taps = window.heads(input), len(window.taps)
+    weights = window.group * taps
     check_packed("offset", offset, 2 * weights)
+    check_tensor("mask", mask)
+    if mask.dim() == 5 and mask.shape[3:] == (window.group, taps):
+        mask = mask.flatten(3)
     check_packed("mask", mask, weights)
     by_tap = offset.unflatten(-1, (window.group, -1, 2)), mask.to(input.dtype).unflatten(-1, (window.group, -1))
     return value, *in_our_order(window, *by_tap)

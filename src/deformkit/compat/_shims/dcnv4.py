@@ -113,6 +113,10 @@ class DCNv4(nn.DCNv4):
         super().__init__(channels, *window, *options)
         self._published_taps = _transposed_taps(kernel_size, bool(remove_center)).tolist()
 
+    def _reset_parameters(self) -> None:
+        # By this name FlashInternImage calls it when it is made.
+        self.reset_parameters()
+
     def predict(self, input: Tensor) -> tuple[Tensor, Tensor]:
         """The offsets and masks for an input, in the order of :class:`deformkit.nn.DCNv4`."""
         offset, mask = super().predict(input)
