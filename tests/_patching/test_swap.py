@@ -1,10 +1,13 @@
 """Swapping parts and putting them back: copies, names that models share, what others changed, what is refused."""
 
 import copy
+import gc
 import io
 import pickle
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -101,6 +104,77 @@ def test_shared_function_that_someone_put_back_is_replaced_again() -> None:
     assert ours(lambda: layer(**arguments))
     dk.unpatch(layer)
     assert module.multi_scale_deformable_attention_v2 is original
+
+
+def test_shared_function_comes_back_when_the_last_model_ends() -> None:
+    (one, arguments), models = attention("rt_detr_v2"), [attention("rt_detr_v2")[0] for _ in range(2)]
+    module = sys.modules[type(one).__module__]
+    original = module.multi_scale_deformable_attention_v2
+    for model in models:
+        dk.patch(model)
+    del model, models[0]
+    gc.collect()
+    assert ours(lambda: one(**arguments))
+    models.clear()
+    gc.collect()
+    assert module.multi_scale_deformable_attention_v2 is original
+
+
+def test_model_that_ends_while_another_is_patched() -> None:
+    """Neither keeps the other from being what it is."""
+    one, (other, arguments) = attention("rt_detr_v2")[0], attention("rt_detr_v2")
+    module = sys.modules[type(one).__module__]
+    original = module.multi_scale_deformable_attention_v2
+    models = [one]
+    dk.patch(one)
+    del one
+
+    class Ending(nn.Module):
+        def named_modules(self, *args: Any, **kwargs: Any) -> Any:
+            models.clear()
+            gc.collect()
+            yield from super().named_modules(*args, **kwargs)
+
+    ending = Ending()
+    ending.layer = other
+    assert dk.patch(ending).replaced
+    assert ours(lambda: other(**arguments))
+    dk.unpatch(ending)
+    assert module.multi_scale_deformable_attention_v2 is original
+
+
+def test_threads() -> None:
+    """Each is told of its own model, and nothing stays replaced."""
+    made = [attention(model_type)[0] for model_type in ("rt_detr_v2", "mask2former") * 8]
+    modules = [sys.modules[type(model).__module__] for model in made[:2]]
+    names = ("multi_scale_deformable_attention_v2", "multi_scale_deformable_attention")
+    originals = [getattr(module, name) for module, name in zip(modules, names, strict=True)]
+
+    def swap(model: nn.Module) -> None:
+        for _ in range(50):
+            done = dk.patch(model)
+            assert sum(part.count for part in done.replaced) == 1
+            dk.unpatch(model)
+
+    interval = sys.getswitchinterval()
+    sys.setswitchinterval(1e-6)
+    try:
+        with ThreadPoolExecutor(8) as pool:
+            list(pool.map(swap, made))
+    finally:
+        sys.setswitchinterval(interval)
+    assert [getattr(module, name) for module, name in zip(modules, names, strict=True)] == originals
+
+
+def test_patched_model_that_lives_to_the_end_of_the_process() -> None:
+    pytest.importorskip("transformers")
+    program = (
+        "from patched import attention; import deformkit as dk; layer, _ = attention('rt_detr_v2'); dk.patch(layer)"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", program], capture_output=True, text=True, cwd=Path(__file__).parents[1], check=True
+    )
+    assert done.stderr == ""
 
 
 def test_twice(layer: tuple[nn.Module, dict[str, Any]]) -> None:

@@ -5,11 +5,13 @@ import inspect
 import sys
 from collections import Counter
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import cache
+from threading import RLock
 from types import CodeType, FunctionType, MethodType, ModuleType
 from typing import Any, cast
-from weakref import WeakSet
+from weakref import ref
 
 from torch import nn
 
@@ -64,10 +66,19 @@ class _Shared:
     name: str
     original: Any
     ours: Any
-    users: WeakSet[nn.Module] = field(default_factory=WeakSet)
+    users: set[ref[nn.Module]] = field(default_factory=set)
+
+    def used(self) -> bool:
+        """Whether a model that needs it is still there."""
+        return any(user() is not None for user in self.users)
 
 
 _shared: dict[str, _Shared] = {}
+
+# One thread at a time patches. The holder may be interrupted, in its own thread too, by the end of a patched model.
+_lock = RLock()
+_working: list[None] = []
+_gone: list[None] = []
 
 
 def patch(model: nn.Module, strict: bool = True) -> Patch:
@@ -97,6 +108,17 @@ def patch(model: nn.Module, strict: bool = True) -> Patch:
         replaced nothing
     """
     _check_module(model)
+    with _alone():
+        result = _patch(model)
+    if strict and not result.replaced and not result.already:
+        raise ValueError(
+            f"model is a {type(model).__name__} without any deformable part of {HOSTS} that patch knows; "
+            "with strict=False that is no error"
+        )
+    return result
+
+
+def _patch(model: nn.Module) -> Patch:
     already, replaced = Counter[tuple[str, str, str | None]](), Counter[tuple[str, str, str | None]]()
     types = Counter[type]()
     for module in model.modules():
@@ -109,7 +131,8 @@ def patch(model: nn.Module, strict: bool = True) -> Patch:
             replaced[_described(value)] += 1
         if "__class__" not in vars(module).get(_BEFORE, {}):
             types[type(module)] += 1
-    known = {place for place, shared in _shared.items() if model in shared.users}
+    user = ref(model, _forget)
+    known = {place for place, shared in _shared.items() if user in shared.users}
     for cls, count in types.items():
         for namespace, name in _lookups(cls):
             place = f"{namespace.__name__}.{name}"
@@ -118,16 +141,10 @@ def patch(model: nn.Module, strict: bool = True) -> Patch:
             if place not in _shared or original is not _shared[place].ours:
                 _shared[place] = _Shared(namespace, name, original, _function(original))
                 setattr(namespace, name, _shared[place].ours)
-            _shared[place].users.add(model)
+            _shared[place].users.add(user)
             counter = already if place in known else replaced
             counter[(*_described(_shared[place].original)[:2], place)] += count
-    result = Patch(model, _replacements(replaced), _replacements(already))
-    if strict and not replaced and not already:
-        raise ValueError(
-            f"model is a {type(model).__name__} without any deformable part of {HOSTS} that patch knows; "
-            "with strict=False that is no error"
-        )
-    return result
+    return Patch(model, _replacements(replaced), _replacements(already))
 
 
 def unpatch(model: nn.Module | Patch) -> None:
@@ -149,13 +166,49 @@ def unpatch(model: nn.Module | Patch) -> None:
     """
     model = model.model if isinstance(model, Patch) else model
     _check_module(model)
-    for module in model.modules():
-        for name, value in vars(module).pop(_BEFORE, {}).items():
-            setattr(module, name, value)
-        for shared in _shared.values():
-            shared.users.discard(module)
+    with _alone():
+        for module in model.modules():
+            for name, value in vars(module).pop(_BEFORE, {}).items():
+                setattr(module, name, value)
+            for shared in _shared.values():
+                shared.users.discard(ref(module))
+        _put_back()
+
+
+@contextmanager
+def _alone() -> Iterator[None]:
+    """While this lasts, no other thread swaps anything, and what models that end leave behind stays where it is."""
+    with _lock:
+        _working.append(None)
+        try:
+            yield
+        finally:
+            _working.pop()
+    _forget_gone()
+
+
+def _forget(user: ref[nn.Module]) -> None:
+    """Called when a model ends that looked up a function of ours, by any thread and between any two steps of it."""
+    _gone.append(None)
+    _forget_gone()
+
+
+def _forget_gone() -> None:
+    # Whoever ends a model may hold a lock that the thread in our way waits for: that thread does it when it is done.
+    while _gone and _lock.acquire(blocking=False):
+        try:
+            if _working:
+                return
+            _gone.clear()
+            _put_back()
+        finally:
+            _lock.release()
+
+
+def _put_back() -> None:
+    """Give the hosts the functions back that no model needs from us any more."""
     for place, shared in list(_shared.items()):
-        if not shared.users:
+        if not shared.used():
             del _shared[place]
             # Whoever replaced it once more, after us, keeps what they put there.
             if getattr(shared.namespace, shared.name, None) is shared.ours:

@@ -46,7 +46,8 @@ def value_and_weights(layer: Any, query: Tensor, source: Tensor, padding: Tensor
     """What a layer with the parameters of Deformable DETR's reads, and how much of it.
 
     Returns:
-        The projected ``source``, ``[B, S, H, D]``, 0 where ``padding [B, S]`` is True, and the weights ``[B, Q, H, P]``.
+        The projected ``source``, ``[B, S, H, D]``, which is 0 where ``padding [B, S]`` is True; and the weights of the
+        points, ``[B, Q, H, P]``.
     """
     weights = linear(layer.attention_weights, query).unflatten(-1, (layer.n_heads, -1)).softmax(-1)
     value = linear(layer.value_proj, source)
