@@ -3,6 +3,7 @@
 Each source is executed as a module of the host's name. ``calls`` counts what the host itself computed.
 """
 
+import linecache
 import sys
 from types import ModuleType
 
@@ -30,7 +31,8 @@ def deform_conv2d(input, offset, weight, bias=None, stride=(1, 1), padding=(0, 0
 class DeformConv2d(nn.Module):
     def __init__(self, in_channels, out_channels, kernel_size, padding=0):
         super().__init__()
-        self.stride, self.padding, self.dilation = (1, 1), pair(padding), (1, 1)
+        self.in_channels = in_channels
+        self.stride, self.padding, self.dilation = (1, 1), (padding, padding), (1, 1)
         self.weight = nn.Parameter(torch.randn(out_channels, in_channels, *pair(kernel_size)))
         self.bias = nn.Parameter(torch.randn(out_channels))
 
@@ -233,7 +235,10 @@ def install(monkeypatch: pytest.MonkeyPatch, *names: str) -> ModuleType:
                     setattr(sys.modules[".".join(parts[: depth - 1])], parts[depth - 1], created)
         module = sys.modules[name]
         module.__package__ = ".".join(parts[:-1]) if name in _LEAVES else name
-        exec(compile(_PREAMBLE + SOURCES[name], name, "exec"), vars(module))
+        source, file = _PREAMBLE + SOURCES[name], f"<{name}>"
+        # TorchScript reads the source of a layer's class.
+        linecache.cache[file] = (len(source), None, source.splitlines(keepends=True), file)
+        exec(compile(source, file, "exec"), vars(module))
     return module
 
 

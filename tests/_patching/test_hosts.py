@@ -110,6 +110,20 @@ def test_torchvision_function_by_every_name(monkeypatch: pytest.MonkeyPatch) -> 
         assert [part.shared for part in done.replaced] == [place]
 
 
+@pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning")
+def test_torchvision_in_torchscript(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A patched layer, and a network in whose file the function was replaced under its name."""
+    stand_ins.install(monkeypatch, "torchvision.ops.deform_conv", "torchvision.ops")
+    host = sys.modules["torchvision.ops.deform_conv"]
+    inputs = (torch.randn(2, 4, 9, 8), torch.randn(2, 18, 9, 8), torch.rand(2, 9, 9, 8))
+    layer = host.DeformConv2d(4, 6, 3, padding=1)
+    dk.patch(layer)
+    expected = layer(*inputs)
+    for compiled in (torch.jit.script(layer), torch.jit.trace(layer, inputs)):
+        assert_equal(compiled(*inputs), expected)
+    dk.unpatch(layer)
+
+
 def test_subclass_with_its_own_forward(monkeypatch: pytest.MonkeyPatch) -> None:
     stand_ins.install(monkeypatch, "torchvision.ops.deform_conv", "torchvision.ops")
     host = sys.modules["torchvision.ops.deform_conv"]

@@ -113,7 +113,9 @@ def test_packed_layers(pack: str) -> None:
     assert predicted.shape[1] == (36 if modulated else 24)
     offset, mask = predicted[:, :24], predicted[:, 24:].sigmoid() if modulated else None
     steps = ((1, 2), (2, 1), (2, 1), 2, 2)
-    expected = published.modulated_conv(x, offset, mask, layer.weight, layer.bias, *steps)
+    assert hasattr(layer, "bias") == modulated
+    bias = layer.bias if modulated else None
+    expected = published.modulated_conv(x, offset, mask, layer.weight, bias, *steps)
     assert_close(layer(x), expected.detach())
     names = {"weight", "conv_offset.weight", "conv_offset.bias", *(["bias"] if modulated else [])}
     assert set(layer.state_dict()) == names
@@ -183,12 +185,57 @@ def test_the_dtype_is_that_of_the_offsets(half: torch.dtype) -> None:
     assert compat.deform_conv2d(x.to(half), offset.float(), weight.to(half), 1, 1).dtype == torch.float32
 
 
+@pytest.mark.parametrize("half", [torch.float16, torch.bfloat16], ids=["float16", "bfloat16"])
+def test_autocast_changes_no_dtype(half: torch.dtype) -> None:
+    """mmcv's functions compute in the dtype of their offsets, of their value, of their input."""
+    x, offset, weight = torch.randn(1, 4, 5, 5), torch.randn(1, 18, 5, 5), torch.randn(4, 4, 3, 3)
+    mask, rois = torch.rand(1, 9, 5, 5), torch.tensor([[0, 1.0, 2.0, 4.0, 4.0]])
+    value, locations, weights = torch.randn(1, 47, 2, 3), torch.rand(1, 4, 2, 2, 3, 2), torch.rand(1, 4, 2, 2, 3)
+    calls = [
+        lambda: compat.deform_conv2d(x, offset, weight, 1, 1),
+        lambda: compat.modulated_deform_conv2d(x.to(half), offset, mask, weight, None, 1, 1),
+        lambda: compat.MultiScaleDeformableAttnFunction.apply(value, SHAPES, STARTS, locations, weights.to(half), 64),
+        lambda: compat.multi_scale_deformable_attn_pytorch(value, SHAPES, locations, weights),
+        lambda: compat.deform_roi_pool(x, rois, None, (2, 2)),
+        lambda: compat.DeformRoIPool((2, 2))(x, rois),
+    ]
+    for call in calls:
+        expected = call()
+        with torch.autocast("cpu", half):
+            assert_equal(call(), expected)
+        assert expected.dtype == torch.float32
+    with torch.autocast("cpu", half):
+        layer = compat.ModulatedDeformConv2dPack(4, 4, 3, padding=1)
+        assert layer(x).dtype == half, "that of its offsets, which a plain convolution makes"
+        assert (
+            compat.MultiScaleDeformableAttnFunction.apply(value.to(half), SHAPES, STARTS, locations, weights).dtype
+            == half
+        )
+
+
+def test_a_layer_without_bias_has_no_attribute_of_that_name() -> None:
+    layer = compat.DeformConv2d(4, 6, 3, stride=2, deform_groups=2)
+    for one in (layer, copy.deepcopy(layer), compat.DeformConv2dPack(4, 6, 3)):
+        assert not hasattr(one, "bias")
+    assert repr(layer) == (
+        "DeformConv2d(in_channels=4, out_channels=6, kernel_size=(3, 3), stride=(2, 2), padding=(0, 0), "
+        "dilation=(1, 1), groups=1, deform_groups=2)"
+    )
+    assert hasattr(compat.ModulatedDeformConv2d(4, 6, 3, bias=False), "bias")
+
+
 def test_errors_of_convolution() -> None:
     x, offset, weight = torch.zeros(1, 8, 5, 5), torch.zeros(1, 36, 3, 3), torch.zeros(4, 4, 3, 3)
     with pytest.raises(ValueError, match=r"groups is 1; input has 8 channels and weight 4 .* it must be 2"):
         compat.deform_conv2d(x, offset, weight, deform_groups=2)
     with pytest.raises(ValueError, match=r"deform_groups is 1; offset has 36 channels, .* it must be 2"):
         compat.deform_conv2d(x, offset, weight, groups=2)
+    with pytest.raises(
+        ValueError, match=r"groups is 1; input has 8 channels and weight 3 .*, of which it is no multiple"
+    ):
+        compat.deform_conv2d(x, offset, weight[:, :3])
+    with pytest.raises(ValueError, match="a 3x3 kernel needs 18 for each group, of which it is no multiple"):
+        compat.deform_conv2d(x, offset[:, :9], weight, groups=2)
     with pytest.raises(ValueError, match="bias is True"):
         compat.deform_conv2d(x, offset, weight, 1, 0, 1, 2, 2, True)
     with pytest.raises(ValueError, match="bias is True"):

@@ -1,6 +1,7 @@
 """Names of torchvision: signatures, values, gradients and state-dicts are torchvision's own, where it is installed."""
 
 import inspect
+import io
 import os
 from typing import Any
 
@@ -10,7 +11,7 @@ import torch
 from close import assert_close, assert_equal
 from hosts import run_elsewhere
 from rooms import evaluate
-from torch import Tensor
+from torch import Tensor, nn
 
 import deformkit as dk
 from deformkit.compat import torchvision as compat
@@ -112,8 +113,77 @@ def test_the_number_of_offset_groups_is_read_off_the_offsets() -> None:
         assert_equal(layer.sampling_locations(offset[0]), same.sampling_locations(offset[0]))
 
 
+class User(nn.Module):
+    """A network that calls the function, and holds a layer."""
+
+    def __init__(self, bias: bool) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.randn(8, 8, 3, 3))
+        self.layer = compat.DeformConv2d(8, 4, 3, stride=2, padding=(1, 2), groups=2, bias=bias)
+
+    def forward(self, input: Tensor, offset: Tensor, small: Tensor, mask: Tensor) -> Tensor:
+        features = compat.deform_conv2d(input, offset, self.weight, padding=(1, 1)).relu()
+        return self.layer(features, small, mask=mask)
+
+
+@pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning")
+@pytest.mark.parametrize("bias", [False, True])
+def test_torchscript(bias: bool) -> None:
+    """Scripted, saved and loaded, and traced: the same values and gradients."""
+    network = User(bias)
+    inputs = [torch.randn(2, 8, 9, 7), torch.randn(2, 36, 9, 7), torch.randn(2, 18, 5, 5), torch.rand(2, 9, 5, 5)]
+
+    def evaluate_network(module: Any) -> list[Tensor]:
+        leaves = [tensor.clone().requires_grad_() for tensor in inputs]
+        output = module(*leaves)
+        return [output, *torch.autograd.grad(output.square().sum(), leaves)]
+
+    expected = evaluate_network(network)
+    file = io.BytesIO()
+    scripted = torch.jit.script(network)
+    torch.jit.save(scripted, file)
+    file.seek(0)
+    for module in (scripted, torch.jit.load(file), torch.jit.trace(network, tuple(inputs))):
+        for actual, value in zip(evaluate_network(module), expected, strict=True):
+            assert_equal(actual, value)
+    with pytest.raises(torch.jit.Error, match="input has 4 channels; this layer has in_channels=8"):
+        torch.jit.script(network.layer)(torch.zeros(1, 4, 5, 5), inputs[2])
+
+
+@pytest.mark.parametrize("step", [2, (2, 2), [2, 2]], ids=["int", "tuple", "list"])
+def test_torchscript_takes_steps_in_every_form(step: Any) -> None:
+    input, weight = torch.randn(1, 2, 9, 9), torch.randn(3, 2, 3, 3)
+    named = {"stride": step, "padding": step, "dilation": step}
+    expected = compat.deform_conv2d(input, torch.zeros(1, 18, 5, 5), weight, **named)
+    assert_equal(torch.jit.script(compat.deform_conv2d)(input, torch.zeros(1, 18, 5, 5), weight, **named), expected)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64], ids=str)
+@pytest.mark.parametrize("half", [torch.float16, torch.bfloat16], ids=["float16", "bfloat16"])
+def test_autocast_is_that_of_torchvision(half: torch.dtype, dtype: torch.dtype) -> None:
+    """All is computed in float32, or float64, and the output is in the dtype of the input."""
+    layer = compat.DeformConv2d(4, 6, 3, padding=1)
+    input, offset, mask = torch.randn(2, 4, 5, 6), torch.randn(2, 18, 5, 6), torch.rand(2, 9, 5, 6)
+    if dtype == torch.float64:
+        layer, offset, mask = layer.double(), offset.double(), mask.double()
+    input = input.to(dtype)
+    exact = torch.float64 if dtype == torch.float64 else torch.float32
+    expected = layer(input.to(exact), offset, mask).to(dtype)
+    with torch.autocast("cpu", half):
+        assert_equal(layer(input, offset, mask), expected)
+        assert_equal(torch.compile(layer, fullgraph=True, backend="eager")(input, offset, mask), expected)
+
+
 def test_errors() -> None:
     layer = compat.DeformConv2d(8, 4, 3)
+    wrong = (torch.zeros(1, 20, 3, 3), torch.zeros(1, 18, 3, 4), torch.zeros(1, 18, 3, 3).long())
+    for offset, error in zip(wrong, (ValueError, ValueError, TypeError), strict=True):
+        for expected in (error, RuntimeError):
+            with pytest.raises(expected, match="offset has"):
+                compat.deform_conv2d(torch.zeros(1, 8, 5, 5), offset, layer.weight)
+    for expected in (ValueError, RuntimeError):
+        with pytest.raises(expected, match="input has 4 channels"):
+            layer(torch.zeros(1, 4, 5, 5), torch.zeros(1, 18, 3, 3))
     with pytest.raises(ValueError, match="input has 4 channels; this layer has in_channels=8"):
         layer(torch.zeros(1, 4, 5, 5), torch.zeros(1, 18, 3, 3))
     with pytest.raises(ValueError, match="offset has 20 channels"):

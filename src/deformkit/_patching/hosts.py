@@ -9,12 +9,10 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
 from ..nn._linear import linear
 from ..nn.ms_deform_attn import point_locations, value_and_weights
 from ..ops._shape import compute_dtype
-from ..ops.deform_conv.op import deform_conv2d
 from ..ops.deform_roi_pool.op import deform_roi_pool
 from ..ops.ms_deform_attn.op import Mode, SpatialShapes, ms_deform_attn
 
@@ -205,35 +203,6 @@ def _rfdetr_attention(
     return _attend(value.permute(0, 3, 1, 2), shapes, sampling_locations, attention_weights)
 
 
-def _torchvision_layer(self: Any, input: Tensor, offset: Tensor, mask: Tensor | None = None) -> Tensor:
-    return deform_conv2d(input, offset, self.weight, self.bias, self.stride, self.padding, self.dilation, mask)
-
-
-def _mmcv_layer_v1(self: Any, x: Tensor, offset: Tensor) -> Tensor:
-    # An input smaller than the kernel is extended below and to the right, and the output cut by as much.
-    below, right = (max(k - s, 0) for k, s in zip(self.kernel_size, x.shape[2:], strict=True))
-    if below or right:
-        x, offset = F.pad(x, (0, right, 0, below)), F.pad(offset, (0, right, 0, below))
-    output = deform_conv2d(x, offset, self.weight, None, self.stride, self.padding, self.dilation)
-    return output[:, :, : output.shape[2] - below, : output.shape[3] - right]
-
-
-def _mmcv_layer_v2(self: Any, x: Tensor, offset: Tensor, mask: Tensor) -> Tensor:
-    return deform_conv2d(x, offset, self.weight, self.bias, self.stride, self.padding, self.dilation, mask)
-
-
-def _mmcv_packed_v1(self: Any, x: Tensor) -> Tensor:
-    return _mmcv_layer_v1(self, x, self.conv_offset(x))
-
-
-def _mmcv_packed_v2(self: Any, x: Tensor) -> Tensor:
-    # Two thirds of the channels are offsets, in the order of the layer that takes them; the rest masks.
-    predicted = self.conv_offset(x)
-    taps = predicted.shape[1] // 3
-    offset, mask = predicted.split([2 * taps, taps], 1)
-    return _mmcv_layer_v2(self, x, offset, mask.sigmoid())
-
-
 def _mmcv_roi_layer(self: Any, input: Tensor, rois: Tensor, offset: Tensor | None = None) -> Tensor:
     return deform_roi_pool(
         input,
@@ -264,11 +233,11 @@ LAYERS = (
     Part(_DETR_LIKE, r"\w+MultiscaleDeformableAttention", _transformers_attention, "nn.MSDeformAttn", "attn"),
     Part(_PIXEL_DECODERS, r"\w+MultiscaleDeformableAttention", _transformers_pixel_decoder, "nn.MSDeformAttn"),
     Part(_TRANSFORMERS, "MultiScaleDeformableAttention", _transformers_layer, "ms_deform_attn"),
-    Part(_TORCHVISION, "DeformConv2d", _torchvision_layer, "deform_conv2d"),
-    Part(_MMCV, "DeformConv2d", _mmcv_layer_v1, "deform_conv2d"),
-    Part(_MMCV, "DeformConv2dPack", _mmcv_packed_v1, "deform_conv2d"),
-    Part(_MMCV, "ModulatedDeformConv2d", _mmcv_layer_v2, "deform_conv2d"),
-    Part(_MMCV, "ModulatedDeformConv2dPack", _mmcv_packed_v2, "deform_conv2d"),
+    Part(_TORCHVISION, "DeformConv2d", "torchvision:DeformConv2d.forward", "deform_conv2d"),
+    Part(_MMCV, "DeformConv2d", "mmcv:DeformConv2d.forward", "deform_conv2d"),
+    Part(_MMCV, "DeformConv2dPack", "mmcv:DeformConv2dPack.forward", "deform_conv2d"),
+    Part(_MMCV, "ModulatedDeformConv2d", "mmcv:ModulatedDeformConv2d.forward", "deform_conv2d"),
+    Part(_MMCV, "ModulatedDeformConv2dPack", "mmcv:ModulatedDeformConv2dPack.forward", "deform_conv2d"),
     Part(_MMCV, "DeformRoIPool", _mmcv_roi_layer, "deform_roi_pool"),
 )
 """Replaced one by one, in the given model alone."""
@@ -276,7 +245,7 @@ LAYERS = (
 FUNCTIONS = (
     Part(_TRANSFORMERS, "multi_scale_deformable_attention", multi_scale_deformable_attention, "ms_deform_attn"),
     Part(_TRANSFORMERS, "multi_scale_deformable_attention_v2", multi_scale_deformable_attention_v2, "ms_deform_attn"),
-    Part(_TORCHVISION, "deform_conv2d", deform_conv2d, "deform_conv2d"),
+    Part(_TORCHVISION, "deform_conv2d", "torchvision:deform_conv2d", "deform_conv2d"),
     Part(
         r"ultralytics\.nn\.modules\.utils",
         "multi_scale_deformable_attn_pytorch",

@@ -10,6 +10,7 @@ from torch import Tensor
 from ..ops import ms_deform_attn
 from ..ops._shape import check_floating, check_tensor, code_of, compute_dtype, prod
 from ..ops.ms_deform_attn.op import SpatialShapes, level_sizes
+from ._autocast import without_autocast
 from ._gradient import checked_gradient
 
 
@@ -23,7 +24,7 @@ def attend(
     """:func:`deformkit.ms_deform_attn` of images, where locations and weights may come in any floating dtype.
 
     Args:
-        value: ``[B, S, H, D]``; its dtype is that of the output.
+        value: ``[B, S, H, D]``; its dtype is that of the output, under autocast too.
         spatial_shapes: ``[L, 2]``, the size (h, w) of each level.
         level_start_index: where each level starts in ``value``, see :func:`check_level_start_index`.
         sampling_locations: ``[B, Q, H, L, P, 2]``, (x, y) from 0 to 1; in half precision they are read as float32.
@@ -32,7 +33,9 @@ def attend(
     Returns:
         ``[B, Q, H*D]``.
     """
-    return ms_deform_attn(*_arguments(value, spatial_shapes, level_start_index, sampling_locations, attention_weights))
+    given = _arguments(value, spatial_shapes, level_start_index, sampling_locations, attention_weights)
+    with without_autocast(value):
+        return ms_deform_attn(*given)
 
 
 def attend_backward(

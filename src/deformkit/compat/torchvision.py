@@ -1,15 +1,26 @@
 """``torchvision.ops``: deformable convolution of images."""
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
+from torch.jit import is_scripting  # type: ignore[attr-defined]  # it is there, and documented
 
 from .. import nn
 from ..ops import deform_conv2d as _deform_conv2d
 from ..ops._shape import check_tensor, ntuple, prod
+from ._autocast import autocasting, without_autocast
 
 __all__ = ["DeformConv2d", "deform_conv2d"]
+
+
+class ArgumentTypeError(TypeError, RuntimeError):
+    """A TypeError, and the RuntimeError that torchvision raises in its place."""
+
+
+class ArgumentValueError(ValueError, RuntimeError):
+    """A ValueError, and the RuntimeError that torchvision raises in its place."""
 
 
 def deform_conv2d(
@@ -17,12 +28,14 @@ def deform_conv2d(
     offset: Tensor,
     weight: Tensor,
     bias: Tensor | None = None,
-    stride: int | Sequence[int] = (1, 1),
-    padding: int | Sequence[int] = (0, 0),
-    dilation: int | Sequence[int] = (1, 1),
+    stride: int | list[int] | tuple[int, int] = (1, 1),
+    padding: int | list[int] | tuple[int, int] = (0, 0),
+    dilation: int | list[int] | tuple[int, int] = (1, 1),
     mask: Tensor | None = None,
 ) -> Tensor:
     """Deformable convolution, as ``torchvision.ops.deform_conv2d``: :func:`deformkit.deform_conv2d` by its own name.
+
+    ``torch.jit.script`` and ``torch.jit.trace`` take it. Under autocast it computes in float32, as torchvision does.
 
     Args:
         input: ``[B, C, H, W]``.
@@ -38,8 +51,8 @@ def deform_conv2d(
         ``[B, Cout, Hout, Wout]`` in the dtype of ``input``.
 
     Raises:
-        TypeError: an argument is no tensor, or has a wrong dtype.
-        ValueError: a shape, device or size that does not fit, by name.
+        TypeError: an argument is no tensor, or has a wrong dtype. It is a RuntimeError as well, as torchvision's.
+        ValueError: a shape, device or size that does not fit, by name. It is a RuntimeError as well.
 
     Example:
         >>> import torch
@@ -47,7 +60,40 @@ def deform_conv2d(
         >>> deform_conv2d(input, torch.zeros(2, 18, 20, 30), weight, padding=1).shape
         torch.Size([2, 16, 20, 30])
     """
-    return _deform_conv2d(input, offset, weight, bias, stride, padding, dilation, mask)
+    if is_scripting():
+        steps = (_pair(stride), _pair(padding), _pair(dilation))
+        return torch.ops.deformkit.deform_conv(input, offset, weight, bias, steps[0], steps[1], steps[2], mask, "zeros")
+    else:
+        return _as_torchvision(input, offset, weight, bias, stride, padding, dilation, mask)
+
+
+def _pair(value: int | list[int] | tuple[int, int]) -> list[int]:
+    """As a list of two, in words that TorchScript knows."""
+    if isinstance(value, int):
+        return [value, value]
+    elif isinstance(value, list):
+        return value
+    else:
+        return [value[0], value[1]]
+
+
+def _as_torchvision(
+    input: Tensor, offset: Tensor, weight: Tensor, bias: Tensor | None, *steps: int | Sequence[int] | Tensor | None
+) -> Tensor:
+    """:func:`deformkit.deform_conv2d` with the errors, and under autocast the dtypes, of torchvision."""
+    arguments: list[Any] = [input, offset, weight, bias, *steps]
+    try:
+        check_tensor("input", input)
+        if not autocasting(input):
+            return _deform_conv2d(*arguments)
+        with without_autocast(input):
+            halves = (torch.float16, torch.bfloat16)
+            wide: list[Any] = [a.float() if isinstance(a, Tensor) and a.dtype in halves else a for a in arguments]
+            return _deform_conv2d(*wide).to(input.dtype)
+    except TypeError as error:
+        raise ArgumentTypeError(str(error)) from error
+    except ValueError as error:
+        raise ArgumentValueError(str(error)) from error
 
 
 class DeformConv2d(nn.DeformConv2d):
@@ -79,6 +125,11 @@ class DeformConv2d(nn.DeformConv2d):
         torch.Size([2, 16, 20, 30])
     """
 
+    # What TorchScript reads of the class, and the numbers as it knows them.
+    stride: tuple[int, int]
+    padding: tuple[int, int]
+    dilation: tuple[int, int]
+
     def __init__(
         self,
         in_channels: int,
@@ -95,12 +146,13 @@ class DeformConv2d(nn.DeformConv2d):
 
     def forward(self, input: Tensor, offset: Tensor, mask: Tensor | None = None) -> Tensor:
         """The convolution of ``input`` at points moved by ``offset``, each tap multiplied by ``mask``."""
-        check_tensor("input", input)
         # The operator reads the number of groups off the shapes: a wrong one would be taken for another layer.
-        if input.dim() == 4 and input.shape[1] != self.in_channels:
-            raise ValueError(f"input has {input.shape[1]} channels; this layer has in_channels={self.in_channels}")
-        steps = (self.stride, self._padding_before, self.dilation)
-        return deform_conv2d(input, offset, self.weight, self.bias, *steps, mask)
+        if isinstance(input, Tensor) and input.dim() == 4 and input.shape[1] != self.in_channels:
+            raise ArgumentValueError(
+                f"input has {input.shape[1]} channels; this layer has in_channels={self.in_channels}"
+            )
+        steps = (self.stride, self.padding, self.dilation)
+        return deform_conv2d(input, offset, self.weight, self.bias, steps[0], steps[1], steps[2], mask)
 
     def sampling_locations(self, offset: Tensor) -> Tensor:
         """As :meth:`deformkit.nn.DeformConv2d.sampling_locations`, for the offset groups that ``offset`` has."""

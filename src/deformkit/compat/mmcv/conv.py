@@ -6,10 +6,12 @@ from typing import Any
 
 from torch import Tensor
 from torch.nn import Conv2d, init
+from torch.nn import functional as F
 
 from ... import nn
 from ...ops import deform_conv2d as _deform_conv2d
 from ...ops._shape import check_floating, check_tensor, ntuple, prod, times
+from .._autocast import without_autocast
 
 
 def deform_conv2d(
@@ -103,8 +105,7 @@ def modulated_deform_conv2d(
 class DeformConv2d(nn.DeformConv2d):
     """The layer ``mmcv.ops.DeformConv2d``: deformable convolution without mask and bias, offsets given.
 
-    The arguments, the initialisation and the state-dict are mmcv's. mmcv pads an input smaller than the kernel with
-    zeros and crops the output; that changes no value, and is not done here.
+    The arguments, the initialisation and the state-dict are mmcv's.
 
     Args:
         in_channels: C, channels of the input.
@@ -148,6 +149,8 @@ class DeformConv2d(nn.DeformConv2d):
             raise ValueError(f"bias is {bias!r}; DeformConv2d has none: it must be False")
         window = (kernel_size, stride, ntuple(padding, 2, "padding", 0), dilation)
         super().__init__(in_channels, out_channels, *window, groups, False, offset_groups=deform_groups)
+        # What has no bias has no attribute of that name either.
+        del self.bias
         self.deform_groups = deform_groups
         self.im2col_step = im2col_step
 
@@ -157,7 +160,21 @@ class DeformConv2d(nn.DeformConv2d):
 
     def forward(self, x: Tensor, offset: Tensor) -> Tensor:  # type: ignore[override]  # the host's arguments
         """The convolution of ``x`` at points moved by ``offset``."""
-        return layer_conv(self, x, offset, None)
+        return _forward(self, x, offset)
+
+    def extra_repr(self) -> str:
+        """The arguments, by name as mmcv shows them."""
+        names = (
+            "in_channels",
+            "out_channels",
+            "kernel_size",
+            "stride",
+            "padding",
+            "dilation",
+            "groups",
+            "deform_groups",
+        )
+        return ", ".join(f"{name}={getattr(self, name)}" for name in names)
 
 
 class DeformConv2dPack(DeformConv2d):
@@ -190,7 +207,7 @@ class DeformConv2dPack(DeformConv2d):
 
     def forward(self, x: Tensor) -> Tensor:  # type: ignore[override]  # it makes its own offsets
         """The convolution of ``x`` at the points that it predicts."""
-        return layer_conv(self, x, self.conv_offset(x), None)
+        return _forward(self, x, self.conv_offset(x))
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
         _rename_old_head(state_dict, prefix, args[0])
@@ -256,7 +273,7 @@ class ModulatedDeformConv2d(nn.DeformConv2d):
     def forward(self, x: Tensor, offset: Tensor, mask: Tensor) -> Tensor:  # type: ignore[override]
         """The convolution of ``x`` at points moved by ``offset``, each tap multiplied by ``mask``."""
         check_tensor("mask", mask)
-        return layer_conv(self, x, offset, mask)
+        return _modulated_forward(self, x, offset, mask)
 
 
 class ModulatedDeformConv2dPack(ModulatedDeformConv2d):
@@ -292,7 +309,7 @@ class ModulatedDeformConv2dPack(ModulatedDeformConv2d):
 
     def forward(self, x: Tensor) -> Tensor:  # type: ignore[override]  # it makes its own offsets
         """The convolution of ``x`` at the points that it predicts."""
-        return layer_conv(self, x, *split_head(self.conv_offset(x)))
+        return _modulated_forward(self, x, *split_head(self.conv_offset(x)))
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
         _rename_old_head(state_dict, prefix, args[0])
@@ -333,10 +350,24 @@ def _rename_old_head(state_dict: dict[str, Any], prefix: str, metadata: dict[str
             state_dict[new] = state_dict.pop(old)
 
 
-def layer_conv(layer: nn.DeformConv2d, x: Tensor, offset: Tensor, mask: Tensor | None) -> Tensor:
-    """The convolution that ``layer`` holds the weights of."""
-    steps = (layer.stride, layer._padding_before, layer.dilation, layer.groups, layer.offset_groups)
-    return _conv(x, offset, mask, layer.weight, layer.bias, *steps)
+# Both read nothing of a layer but what mmcv's own has: where that is patched, they are its forward.
+
+
+def _forward(layer: Any, x: Tensor, offset: Tensor) -> Tensor:
+    check_tensor("x", x)
+    check_tensor("offset", offset)
+    # An input smaller than the kernel is extended below and to the right, and the output cut by as much.
+    below, right = (max(k - s, 0) for k, s in zip(layer.kernel_size, x.shape[-2:], strict=True))
+    if below or right:
+        x, offset = F.pad(x, (0, right, 0, below)), F.pad(offset, (0, right, 0, below))
+    steps = (layer.stride, layer.padding, layer.dilation, layer.groups, layer.deform_groups)
+    output = deform_conv2d(x, offset, layer.weight, *steps)
+    return output[:, :, : output.shape[2] - below, : output.shape[3] - right] if below or right else output
+
+
+def _modulated_forward(layer: Any, x: Tensor, offset: Tensor, mask: Tensor) -> Tensor:
+    steps = (layer.stride, layer.padding, layer.dilation, layer.groups, layer.deform_groups)
+    return modulated_deform_conv2d(x, offset, mask, layer.weight, layer.bias, *steps)
 
 
 def _conv(
@@ -359,15 +390,23 @@ def _conv(
     channels, per_group, kernel = input.shape[1], weight.shape[1], weight.shape[2:]
     if channels != groups * per_group:
         raise ValueError(
-            f"groups is {groups}; input has {channels} channels and weight {per_group} for each group, "
-            f"so that it must be {channels / max(per_group, 1):g}"
+            f"groups is {groups}; input has {channels} channels and weight {per_group} for each group"
+            + _needed(channels, per_group)
         )
     needed = 2 * prod(kernel)
     if offset.shape[1] != deform_groups * needed:
         raise ValueError(
             f"deform_groups is {deform_groups}; offset has {offset.shape[1]} channels, and a {times(kernel)} kernel "
-            f"needs {needed} for each group, so that it must be {offset.shape[1] / max(needed, 1):g}"
+            f"needs {needed} for each group" + _needed(offset.shape[1], needed)
         )
     tensors = [value if value is None else value.to(offset.dtype) for value in (input, weight, bias, mask)]
     input, weight, bias, mask = tensors  # type: ignore[assignment]  # only the last two may be None
-    return _deform_conv2d(input, offset, weight, bias, stride, padding, dilation, mask)
+    with without_autocast(input):
+        return _deform_conv2d(input, offset, weight, bias, stride, padding, dilation, mask)
+
+
+def _needed(channels: int, per_group: int) -> str:
+    """How many groups there are, if so many channels for each add up to ``channels``."""
+    if channels < 1 or per_group < 1 or channels % per_group:
+        return ", of which it is no multiple"
+    return f", so that it must be {channels // per_group}"

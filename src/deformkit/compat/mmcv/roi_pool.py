@@ -7,6 +7,7 @@ from torch import Tensor
 from ... import nn
 from ...ops import deform_roi_pool as _deform_roi_pool
 from ...ops._shape import check_floating, compute_dtype
+from .._autocast import without_autocast
 
 
 def deform_roi_pool(
@@ -42,15 +43,17 @@ def deform_roi_pool(
         >>> deform_roi_pool(torch.randn(2, 8, 20, 30), rois, None, (7, 7), 1 / 16).shape
         torch.Size([2, 8, 7, 7])
     """
-    return _deform_roi_pool(
-        input,
-        _whole_rois(input, rois),
-        offset,
-        output_size=output_size,
-        spatial_scale=spatial_scale,
-        sampling_ratio=sampling_ratio,
-        gamma=gamma,
-    )
+    rois = _whole_rois(input, rois)
+    with without_autocast(input):
+        return _deform_roi_pool(
+            input,
+            rois,
+            offset,
+            output_size=output_size,
+            spatial_scale=spatial_scale,
+            sampling_ratio=sampling_ratio,
+            gamma=gamma,
+        )
 
 
 class DeformRoIPool(nn.DeformRoIPool):
@@ -66,7 +69,9 @@ class DeformRoIPool(nn.DeformRoIPool):
     """
 
     def _pool(self, input: Tensor, rois: Tensor, offset: Tensor | None) -> Tensor:
-        return super()._pool(input, _whole_rois(input, rois), offset)
+        rois = _whole_rois(input, rois)
+        with without_autocast(input):
+            return super()._pool(input, rois, offset)
 
 
 class DeformRoIPoolPack(DeformRoIPool, nn.PackedDeformRoIPool):
