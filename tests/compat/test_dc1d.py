@@ -271,7 +271,7 @@ def test_offsets_may_be_in_another_precision_than_the_input() -> None:
         ({"offsets": torch.rand(2, 0, 8, 3)}, "offsets has 0 offset groups"),
         ({"offsets": torch.rand(2, 1, 8, 2)}, "offsets has 2 taps; kernel_size is 3"),
         ({"offsets": torch.rand(2, 1, 9, 3)}, "offsets has 9 positions"),
-        ({"mask": torch.rand(2, 2, 8, 3)}, r"mask has shape \[2, 2, 8, 3\]; it must be \[2, 1, 8, 3\]"),
+        ({"mask": torch.rand(2, 2, 8, 3)}, r"mask shape is \[2, 2, 8, 3\]; it must be \[2, 1, 8, 3\]"),
         ({"input": torch.rand(2, 4, 2)}, "offsets has 8 positions"),
     ],
 )
@@ -289,7 +289,7 @@ def test_what_does_not_fit_is_refused_by_name(arguments: dict[str, Tensor], mess
         ({"padding": "full"}, "padding is 'full'"),
         ({"padding": "same", "stride": 2}, "stride is 2"),
         ({"padding_mode": "edge"}, "padding_mode is 'edge'"),
-        ({"offset_groups": 3}, "offset_groups is 3; it must divide in_channels, which is 4"),
+        ({"offset_groups": 3}, "offset_groups is 3; it must be a divisor of in_channels, which is 4"),
         ({"offset_groups": 0}, "offset_groups is 0"),
     ],
 )
@@ -302,12 +302,46 @@ def test_functions_refuse_by_name() -> None:
     x, offsets = torch.rand(2, 4, 10), torch.rand(2, 1, 8, 3)
     with pytest.raises(ValueError, match="offsets has 8 positions; x of length 10 has 4 windows"):
         ours.efficient_linterpolate(x, offsets, 3, 1, 2)
-    with pytest.raises(ValueError, match="gather_lerp is 'fast'"):
+    with pytest.raises(ValueError, match="unknown gather/lerp implementation: gather_lerp is 'fast'"):
         ours.efficient_linterpolate(x, offsets, 3, 1, 1, gather_lerp="fast")
     with pytest.raises(TypeError, match="offsets is a list"):
         ours.efficient_linterpolate(x, [0.0], 3, 1, 1)
     with pytest.raises(ValueError, match="stride is 0"):
         ours.efficient_linterpolate(x, offsets, 3, 1, 0)
+
+
+@pytest.mark.parametrize("packed", [False, True])
+def test_what_a_layer_shows_of_itself(packed: bool) -> None:
+    """Numbers, and a buffer that moves with it, as theirs."""
+    name = "PackedDeformConv1d" if packed else "DeformConv1d"
+    one, other = (
+        getattr(host, name)(4, 6, [3], (2,), 1, [4]) if host is ours else getattr(host, name)(4, 6, 3, 2, 1, 4)
+        for host in (ours, theirs)
+    )
+    for attribute in ("kernel_size", "stride", "padding", "dilation", "groups", "padding_mode"):
+        assert getattr(one, attribute) == getattr(other, attribute), attribute
+    (buffer,), (expected,) = (dict(layer.named_buffers()).items() for layer in (one, other))
+    assert buffer[0] == expected[0]
+    assert_equal(buffer[1], expected[1])
+    assert one.to("meta").dilated_positions.device.type == "meta"
+    assert ours.__version__ == theirs.__version__
+    if not packed:
+        assert repr(ours.DeformConv1d(8, 16, 3)) == "DeformConv1d(8, 16, kernel_size=3, stride=1)"
+        free = ours.DeformConv1d(8, 16, 5, 2, 2, 3, 4, False, "zeros", unconstrained=True)
+        assert repr(free) == (
+            "DeformConv1d(8, 16, kernel_size=5, stride=2, padding=2, dilation=3, groups=4, bias=False, "
+            "padding_mode='zeros', unconstrained=True)"
+        )
+
+
+@pytest.mark.parametrize(("name", "options"), CALLS, ids=lambda value: str(value))
+def test_functions_take_numbers_in_sequences(name: str, options: dict[str, Any]) -> None:
+    """As a layer of torch has them."""
+    x, offsets, function = torch.rand(2, 4, 10), torch.rand(2, 1, 3, 3), getattr(ours.ops, name)
+    assert_equal(function(x, offsets, (3,), [2], (2,), **options), function(x, offsets, 3, 2, 2, **options))
+    assert ours.ops.output_length(10, (3,), [2], (2,)) == 3
+    with pytest.raises(ValueError, match=r"stride is \[1, 2\]"):
+        function(x, offsets, 3, 2, [1, 2], **options)
 
 
 def test_an_offset_that_is_nan_is_visible() -> None:

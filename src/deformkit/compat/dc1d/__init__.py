@@ -9,3 +9,6 @@ from .nn import gLN as gLN
 from .ops import efficient_linterpolate as efficient_linterpolate
 from .ops import full_seq_linterpolate as full_seq_linterpolate
 from .ops import kernel_width_linterpolate as kernel_width_linterpolate
+
+# The release whose names these are.
+__version__ = "0.2.0"

@@ -56,6 +56,8 @@ class DeformConv1d(_DeformConv1d):
     any G that divides C: the channels of one such group share their offsets; ``mask`` as ``offsets``; output
     ``[B, out_channels, Lout]`` with Lout = ``expected_offset_positions(L)``.
 
+    The buffer ``dilated_positions [K]``, which no state-dict has, says where the taps of a window are without offsets.
+
     Raises:
         TypeError: an argument has the wrong type or dtype.
         ValueError: a value or a shape that does not fit, by name.
@@ -65,6 +67,10 @@ class DeformConv1d(_DeformConv1d):
         >>> layer(torch.randn(2, 8, 50), torch.zeros(2, 1, 50, 5)).shape
         torch.Size([2, 16, 50])
     """
+
+    kernel_size: Any
+    stride: Any
+    dilation: Any
 
     def __init__(
         self,
@@ -96,19 +102,23 @@ class DeformConv1d(_DeformConv1d):
         free = interpolation_function is full_seq_linterpolate
         boundary: Boundary = "zeros" if free else "border"
         super().__init__(in_channels, out_channels, kernel_size, **window, **rest, boundary=boundary)
+        # One number each, as dc1d has them; torch keeps tuples.
+        self.kernel_size, self.stride, self.dilation = self.kernel_size[0], self.stride[0], self.dilation[0]
+        positions = torch.arange(self.kernel_size, dtype=torch.float32, device=device) * self.dilation
+        self.register_buffer("dilated_positions", positions, persistent=False)
         self.interpolation_function = interpolation_function
         self.unconstrained = free or bool(unconstrained)
 
     def expected_offset_positions(self, length: int) -> int:
         """Lout, the number of output positions, for an input of ``length`` elements."""
         padded = length + sum(self._padding_before) + sum(self._padding_after)
-        return output_length(padded, *self.kernel_size, *self.dilation, *self.stride)
+        return output_length(padded, self.kernel_size, self.dilation, self.stride)
 
     def forward(self, input: Tensor, offsets: Tensor, mask: Tensor | None = None) -> Tensor:
         """The convolution of ``input`` at points moved by ``offsets``, each tap multiplied by ``mask``."""
         self._check(input, offsets, mask)
         padded, _ = self._pad(input)
-        shift = tap_shifts(coordinates(offsets, input), self.dilation[0], not self.unconstrained)
+        shift = tap_shifts(coordinates(offsets, input), self.dilation, not self.unconstrained)
         factors = None if mask is None else mask.to(input.dtype).transpose(2, 3).flatten(1, 2)
         window = (self.stride, 0, self.dilation)
         return deform_conv1d(padded, shift, self.weight, self.bias, *window, factors, boundary=self.boundary)
@@ -132,7 +142,7 @@ class DeformConv1d(_DeformConv1d):
             tensor([ 9.2500, 10.2500, 11.0000])
         """
         check_tensor("offset", offset)
-        taps, step, dilation = self.kernel_size[0], self.stride[0], self.dilation[0]
+        taps, step, dilation = self.kernel_size, self.stride, self.dilation
         if offset.dim() != 4 or offset.shape[3] != taps:
             raise ValueError(f"offset has shape {list(offset.shape)}; it must be [B, G, Lout, {taps}]")
         shift = tap_shifts(offset.to(compute_dtype(offset.dtype)), dilation, not self.unconstrained)
@@ -141,8 +151,14 @@ class DeformConv1d(_DeformConv1d):
         return (base + shift.unflatten(1, (-1, taps))).unsqueeze(-1)
 
     def extra_repr(self) -> str:
-        """As the base class, and whether taps may leave their window."""
-        return super().extra_repr() + (", unconstrained=True" if self.unconstrained else "")
+        """The arguments that are not at their defaults."""
+        text = f"{self.in_channels}, {self.out_channels}, kernel_size={self.kernel_size}, stride={self.stride}"
+        padding = self.padding if isinstance(self.padding, str) else self.padding[0]
+        rest = {"padding": padding, "dilation": self.dilation, "groups": self.groups, "bias": self.bias is not None}
+        rest |= {"padding_mode": self.padding_mode, "unconstrained": self.unconstrained}
+        defaults = ("valid", 1, 1, True, "reflect", False)
+        others = zip(rest.items(), defaults, strict=True)
+        return text + "".join(f", {name}={value!r}" for (name, value), default in others if value != default)
 
     def _pad(self, input: Tensor) -> tuple[Tensor, list[int]]:
         # All of it, zeros too: dc1d holds a point at the edge of the padded sequence, not of the input.
@@ -151,7 +167,7 @@ class DeformConv1d(_DeformConv1d):
         return (F.pad(input, widths, mode=mode) if any(widths) else input), [0]
 
     def _check(self, input: Tensor, offsets: Tensor, mask: Tensor | None) -> None:
-        check_offsets(offsets, "input", input, *self.kernel_size)
+        check_offsets(offsets, "input", input, self.kernel_size)
         if input.shape[1] != self.in_channels:
             raise ValueError(f"input has {input.shape[1]} channels; this layer has in_channels={self.in_channels}")
         found, length = offsets.shape[2], input.shape[2]
@@ -162,13 +178,13 @@ class DeformConv1d(_DeformConv1d):
                 f"offsets has {found} positions; with padding={padding!r} the layer has {expected} for an input of "
                 f"length {length}"
             )
-            if found == output_length(length, *self.kernel_size, *self.dilation, *self.stride):
+            if found == output_length(length, self.kernel_size, self.dilation, self.stride):
                 message += f': {found} is sized for padding="valid" while the layer says padding={padding!r}'
             raise ValueError(message)
         if mask is not None:
             check_tensor("mask", mask)
             if mask.shape != offsets.shape:
-                raise ValueError(f"mask has shape {list(mask.shape)}; it must be {list(offsets.shape)}, as offsets")
+                raise ValueError(f"mask shape is {list(mask.shape)}; it must be {list(offsets.shape)}, as offsets")
 
 
 class PackedDeformConv1d(DeformConv1d):
@@ -222,7 +238,9 @@ class PackedDeformConv1d(DeformConv1d):
         super().__init__(in_channels, out_channels, kernel_size, **window, **rest)
         check_count("offset_groups", offset_groups)
         if in_channels % offset_groups:
-            raise ValueError(f"offset_groups is {offset_groups}; it must divide in_channels, which is {in_channels}")
+            raise ValueError(
+                f"offset_groups is {offset_groups}; it must be a divisor of in_channels, which is {in_channels}"
+            )
         self.offset_groups = offset_groups
         self.modulated = bool(modulated)
 
@@ -231,7 +249,7 @@ class PackedDeformConv1d(DeformConv1d):
             in_channels, in_channels, kernel_size, **window, groups=in_channels, padding_mode=padding_mode, **head
         )
         self.odc_norm, self.odc_prelu = gLN(in_channels, device), nn.PReLU(device=device)
-        taps = self.kernel_size[0] * offset_groups
+        taps = self.kernel_size * offset_groups
         self.offset_pconv = nn.Conv1d(in_channels, taps, 1, **head)
         self.odp_norm, self.odp_prelu = gLN(taps, device), nn.PReLU(device=device)
         if self.modulated:

@@ -1,38 +1,47 @@
 """The interpolation functions of dc1d: what each tap of a deformed window reads."""
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
 from ...ops._shape import (
     Boundary,
-    check_choice,
-    check_count,
     check_floating,
     check_tensor,
     compute_dtype,
     conv_output_size,
+    ntuple,
 )
 from ...ops.deform_conv.op import deform_conv1d
 
 __all__ = ["efficient_linterpolate", "full_seq_linterpolate", "kernel_width_linterpolate", "output_length"]
 
 
-def output_length(length: int, kernel_size: int, dilation: int = 1, stride: int = 1) -> int:
+# Of what a layer has for each axis dc1d keeps the one number; torch's layers keep a sequence of it.
+Single = int | Sequence[int]
+
+_GATHER_LERPS = ("auto", "autograd", "recompute", "save-diff")
+
+
+def output_length(length: int, kernel_size: Single, dilation: Single = 1, stride: Single = 1) -> int:
     """The number of positions of a convolution over ``length`` elements without padding; 0 if the window is longer.
 
     Example:
         >>> output_length(128, 16, dilation=3)
         83
     """
-    return max(0, conv_output_size([length], [kernel_size], [stride], [0], [dilation])[0])
+    window = {"kernel_size": kernel_size, "dilation": dilation, "stride": stride}
+    checked = {name: ntuple(value, 1, name, 1) for name, value in window.items()}
+    return max(0, conv_output_size([length], padding=[0], **checked)[0])
 
 
 def efficient_linterpolate(
     x: Tensor,
     offsets: Tensor,
-    kernel_size: int,
-    dilation: int,
-    stride: int,
+    kernel_size: Single,
+    dilation: Single,
+    stride: Single,
     dilated_positions: Tensor | None = None,
     device: torch.device | str | None = None,
     _test: bool = False,
@@ -49,7 +58,7 @@ def efficient_linterpolate(
     Args:
         x: ``[B, C, L]``.
         offsets: ``[B, G, Lout, K]`` in elements; G divides C, and Lout is :func:`output_length` of L.
-        kernel_size: K, number of taps.
+        kernel_size: K, number of taps; this, the dilation and the stride may be a sequence of one number.
         dilation: distance of two taps, in elements.
         stride: step of the windows, in elements.
         dilated_positions: not read; ``dilation`` says the same.
@@ -76,17 +85,20 @@ def efficient_linterpolate(
         tensor([[15., 40.],
                 [10., 30.]])
     """
-    if gather_lerp is not None:
-        check_choice("gather_lerp", gather_lerp, ("auto", "autograd", "recompute", "save-diff"), " or None")
+    if gather_lerp is not None and gather_lerp not in _GATHER_LERPS:
+        raise ValueError(
+            f"unknown gather/lerp implementation: gather_lerp is {gather_lerp!r}; it must be one of "
+            f"{', '.join(map(repr, _GATHER_LERPS))} or None"
+        )
     return _taps(x, offsets, kernel_size, dilation, stride, not unconstrained, "border")
 
 
 def full_seq_linterpolate(
     x: Tensor,
     offsets: Tensor,
-    kernel_size: int,
-    dilation: int,
-    stride: int,
+    kernel_size: Single,
+    dilation: Single,
+    stride: Single,
     dilated_positions: Tensor | None = None,
     device: torch.device | str | None = None,
     _test: bool = False,
@@ -106,9 +118,9 @@ def full_seq_linterpolate(
 def kernel_width_linterpolate(
     x: Tensor,
     offsets: Tensor,
-    kernel_size: int,
-    dilation: int,
-    stride: int,
+    kernel_size: Single,
+    dilation: Single,
+    stride: Single,
     dilated_positions: Tensor | None = None,
     device: torch.device | str | None = None,
     _test: bool = False,
@@ -157,11 +169,17 @@ def check_offsets(offsets: Tensor, x_name: str, x: Tensor, kernel_size: int) -> 
 
 
 def _taps(
-    x: Tensor, offsets: Tensor, kernel_size: int, dilation: int, stride: int, constrained: bool, boundary: Boundary
+    x: Tensor,
+    offsets: Tensor,
+    kernel_size: Single,
+    dilation: Single,
+    stride: Single,
+    constrained: bool,
+    boundary: Boundary,
 ) -> Tensor:
     """``[B, C, Lout, K]``: a convolution of each channel with K kernels, of which the k-th is 1 at tap k alone."""
-    for name, value in (("kernel_size", kernel_size), ("dilation", dilation), ("stride", stride)):
-        check_count(name, value)
+    numbers = {"kernel_size": kernel_size, "dilation": dilation, "stride": stride}
+    kernel_size, dilation, stride = (ntuple(value, 1, name, 1)[0] for name, value in numbers.items())
     check_offsets(offsets, "x", x, kernel_size)
     expected = output_length(x.shape[2], kernel_size, dilation, stride)
     if offsets.shape[2] != expected:
