@@ -62,7 +62,7 @@ def deform_conv2d(
     """
     if is_scripting():
         steps = (_pair(stride), _pair(padding), _pair(dilation))
-        return torch.ops.deformkit.deform_conv(input, offset, weight, bias, steps[0], steps[1], steps[2], mask, "zeros")
+        return torch.ops.deformkit.deform_conv(input, offset, weight, bias, steps[0], steps[1], steps[2], mask, 0)
     else:
         return _as_torchvision(input, offset, weight, bias, stride, padding, dilation, mask)
 
