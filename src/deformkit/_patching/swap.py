@@ -86,9 +86,10 @@ def patch(model: nn.Module, strict: bool = True) -> Patch:
 
     ``patch(model)(x) = model(x)`` but for rounding, faster. Parameters, state-dict, ``isinstance`` and ``repr`` stay as
     they are. Wherever a part is a layer or held by one, only this model changes; a function that the host's code looks
-    up by its name is replaced under that name, for every model of that code, until the last patched one is restored:
-    the description says which. Copies and pickles of a layer that was replaced are ours too. A second call finds
-    nothing more to do and says so. Patch before ``torch.compile``. No library is imported.
+    up by its name is replaced under that name, for every model of that code, until the last patched one is restored or
+    no longer there: the description says which. Copies and pickles of a layer that was replaced are ours too. A second
+    call finds nothing more to do and says so. Several threads may patch. Patch before ``torch.compile``. No library is
+    imported.
 
     Args:
         model: any module; itself or what it contains may come from transformers, torchvision, mmcv, ultralytics,
