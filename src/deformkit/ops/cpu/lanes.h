@@ -46,22 +46,49 @@ inline V load_lanes(const T* from) {
   constexpr int count = sizeof(V) / sizeof(A);
   if constexpr (std::is_same_v<T, A>) {
     return read_lanes<V>(from);
-  } else if constexpr (std::is_same_v<T, BFloat16>) {
+  } else if constexpr (std::is_same_v<T, BFloat16> && sizeof(A) == 4) {
     typedef uint16_t Bits __attribute__((vector_size(count * 2)));
     typedef uint32_t Wide __attribute__((vector_size(count * 4)));
     return reinterpret_cast<V>(__builtin_convertvector(read_lanes<Bits>(from), Wide) << 16);
 #if defined(__AVX512F__)
-  } else if constexpr (count == 16) {
+  } else if constexpr (std::is_same_v<T, Half> && count == 16) {
     return reinterpret_cast<V>(_mm512_maskz_cvtph_ps(__mmask16(-1), read_lanes<__m256i>(from)));
 #endif
 #if defined(__F16C__)
-  } else if constexpr (count == 8) {
+  } else if constexpr (std::is_same_v<T, Half> && count == 8 && sizeof(A) == 4) {
     return reinterpret_cast<V>(_mm256_cvtph_ps(read_lanes<__m128i>(from)));
 #endif
   } else {
     V value;
     for (int lane = 0; lane < count; ++lane) value[lane] = load<A>(from[lane]);
     return value;
+  }
+}
+
+// The reverse of load_lanes(), rounded to nearest.
+template <typename V, typename T>
+inline void store_lanes(T* to, const V& value) {
+  using A = std::remove_cvref_t<decltype(V{}[0])>;
+  constexpr int count = sizeof(V) / sizeof(A);
+  if constexpr (std::is_same_v<T, A>) {
+    write_lanes(to, value);
+  } else if constexpr (std::is_same_v<T, BFloat16> && sizeof(A) == 4) {
+    typedef typename Lanes<uint32_t, count>::type Wide;
+    const Wide bits = reinterpret_cast<Wide>(value), number = reinterpret_cast<Wide>(value == value);
+    const Wide even = bits + 0x7fff + (bits >> 16 & 1);
+    const Wide rounded = ((even & number) | (0x7fc00000u & ~number)) >> 16;
+    typedef typename Lanes<uint16_t, count>::type Bits;
+    write_lanes(to, __builtin_convertvector(rounded, Bits));
+#if defined(__AVX512F__)
+  } else if constexpr (std::is_same_v<T, Half> && count == 16) {
+    write_lanes(to, _mm512_maskz_cvtps_ph(__mmask16(-1), value, _MM_FROUND_TO_NEAREST_INT));
+#endif
+#if defined(__F16C__)
+  } else if constexpr (std::is_same_v<T, Half> && count == 8 && sizeof(A) == 4) {
+    write_lanes(to, _mm256_cvtps_ph(value, _MM_FROUND_TO_NEAREST_INT));
+#endif
+  } else {
+    for (int lane = 0; lane < count; ++lane) to[lane] = store<T>(value[lane]);
   }
 }
 

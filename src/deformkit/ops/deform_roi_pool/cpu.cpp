@@ -3,14 +3,19 @@
 #include <tuple>
 
 #include "sample/field.h"
+#include "sample/touched.h"
 
 namespace deformkit {
 namespace {
 
+// Measured by `python benchmarks/run.py deform_roi_pool` with other values in their place:
 constexpr int64_t run_points = 512;        // of one RoI that are worked on at a time
+constexpr int64_t part_points = 32;        // of a bin that are added up in one chain
 constexpr int64_t field_bytes = 32 * mib;  // of the images that are laid out at a time
-constexpr int64_t plane_bytes = 8 * mib;   // of the channels of an image that a thread lays out, and of their gradient
+constexpr int64_t plane_bytes = 8 * mib;   // of the channels of an image that a thread holds, and of their gradient
 constexpr int64_t slice_channels = 32;     // that one item of the backward owns
+constexpr int64_t few_corners = int64_t(1) << 18;     // that a thread holds, where they alone are
+constexpr int64_t many_positions = int64_t(1) << 22;  // of an image that is not laid out
 constexpr int64_t most_bins = int64_t(1) << 31;
 constexpr int64_t most_samples = 1024;  // in a bin along one axis
 
@@ -60,8 +65,20 @@ struct Problem {
   }
 
   int64_t positions() const { return count<N>(size); }
-  bool is_wide(int64_t elements) const {
-    return elements >= (int64_t(1) << 31) || *std::max_element(size.begin(), size.end()) >= (int64_t(1) << 29);
+  bool is_wide() const { return positions() >= int64_t(1) << 29; }
+
+  // The corners of the samples in an image, no more than are worth a count.
+  int64_t corners_of(int64_t image) const {
+    double corners = 0;
+    for (int64_t r = first_of[image]; r < first_of[image + 1]; ++r)
+      corners += static_cast<double>(rois[r].total) * static_cast<double>(bins << N);
+    return static_cast<int64_t>(std::min(corners, static_cast<double>(positions())));
+  }
+
+  // Whether an image is not laid out, but the corners of its samples alone. The other images have no say.
+  bool is_sparse(int64_t image) const {
+    const int64_t corners = corners_of(image);
+    return positions() > many_positions || (corners <= few_corners && 2 * corners <= positions());
   }
 
  private:
@@ -115,7 +132,8 @@ struct RoiPoints {
     for (int axis = 0; axis < N; ++axis) {
       A* const origin = origins.get() + axis * problem.bins;
       if (problem.offset) {
-        read_rows(*problem.offset, (roi.index * N + N - 1 - axis) * problem.bins, 0, 1, problem.bins, origin);
+        read_rows(*problem.offset, (roi.index * N + N - 1 - axis) * problem.bins, 0, 1, problem.bins, origin,
+                  problem.bins);
         const A by = problem.gamma * roi.length[axis];
         for (int64_t bin = 0; bin < problem.bins; ++bin) origin[bin] = roi.start[axis] + by * origin[bin];
       } else {
@@ -124,20 +142,27 @@ struct RoiPoints {
     }
   }
 
-  // Calls f(first bin, number of bins, points of each) for runs of bins, or for parts of one if it has many points.
+  // Calls f(first bin, number of bins, points of each, whether they are the bins' first) for runs of bins, or for parts
+  // of one if it has many points, with points outside to fill up its last.
   template <typename F>
   void for_runs(const Problem<A, N>& problem, const Roi<A, N>& roi, int64_t width, Index outside, const F& f) {
-    const int64_t together = std::max<int64_t>(1, run_points / std::max<int64_t>(roi.total, 1));
+    const bool whole = roi.total <= part_points;
+    const int64_t together = whole ? run_points / std::max<int64_t>(roi.total, 1) : 1;
     for (int64_t bin = 0; bin < problem.bins; bin += together)
       for (int64_t point = 0; point < roi.total; point += run_points) {
         const int64_t some = std::min(together, problem.bins - bin), each = std::min(run_points, roi.total - point);
+        const int64_t filled = whole ? each : ceil_div(each, part_points) * part_points;
         place(problem, roi, bin, some, point, each);
         const Index* origin[N] = {};
         const A* shift[N];
-        for (int axis = 0; axis < N; ++axis) shift[axis] = shifts.get() + axis * run_points;
-        cells.locate(Window<N>{problem.size, 0, problem.size[0]}, Boundary::near, some * each, origin, {}, shift,
+        for (int axis = 0; axis < N; ++axis) {
+          shift[axis] = shifts.get() + axis * run_points;
+          std::fill(shifts.get() + axis * run_points + some * each, shifts.get() + axis * run_points + some * filled,
+                    -std::numeric_limits<A>::infinity());
+        }
+        cells.locate(Window<N>{problem.size, 0, problem.size[0]}, Boundary::near, some * filled, origin, {}, shift,
                      factors.get(), width, outside);
-        f(bin, some, each);
+        f(bin, some, filled, point == 0);
       }
   }
 
@@ -176,69 +201,112 @@ struct RoiPoints {
   }
 };
 
-// The pooled values of one RoI, [bins, channels].
-template <typename A, int N, typename Index, typename Field>
-void pool(const Problem<A, N>& problem, const Roi<A, N>& roi, RoiPoints<A, N, Index>& points, const Field& field,
-          int64_t channels, int64_t width, Index outside, A* part, A* sums) {
-  const bool whole = roi.total > 0 && roi.total <= run_points;
-  if (!whole) std::fill_n(sums, problem.bins * channels, A(0));
-  points.start(problem, roi);
-  points.for_runs(problem, roi, width, outside, [&](int64_t bin, int64_t some, int64_t each) {
-    A* const to = sums + bin * channels;
-    gather<false>(points.cells, some, each, field, channels, whole ? to : part, channels);
-    if (!whole)
-      for (int64_t c = 0; c < channels; ++c) to[c] += part[c];
-  });
+// Where the channels [channel, channel + width) of an image are read: laid out, or at the corners of the samples alone.
+template <typename A>
+struct Held {
+  const Map& input;
+  int64_t image, channel, width;
+  A* rows;
+  Touched<A>* corners = nullptr;
+
+  // What cells are located with: the elements of a position, and what lies outside.
+  int64_t pitch() const { return corners ? 1 : width; }
+  int64_t outside(int64_t positions) const { return corners ? -1 : positions * width; }
+
+  // Points located cells at the rows of their corners, which are read if they are new.
+  template <int N, typename Index>
+  void find(const Cells<A, N, Index>& cells, int64_t points) const {
+    if (!corners) return;
+    const int64_t known = corners->count();
+    for (int corner = 0; corner < 1 << N; ++corner) corners->find(points, cells.index(corner));
+    if (!rows) return;
+    dispatch_dtype(input.dtype(), [&]<typename T>() {
+      for (int64_t row = known + 1; row <= corners->count(); ++row) {
+        const T* const from = input.at<T>(image, channel, corners->position(row));
+        for (int64_t c = 0; c < width; ++c) rows[row * width + c] = load<A>(from[c * input.channel_stride]);
+      }
+    });
+  }
+};
+
+// sum[c] += the parts of it, of which what rounding loses is kept in `lost`.
+template <typename A>
+void add_parts(const A* parts, int64_t count, int64_t channels, A* sum, A* lost) {
+  for (int64_t part = 0; part < count; ++part, parts += channels)
+#pragma omp simd
+    for (int64_t c = 0; c < channels; ++c) {
+      const A more = parts[c] - lost[c], next = sum[c] + more;
+      // Infinity loses nothing.
+      lost[c] = next - next == 0 ? (next - sum[c]) - more : 0;
+      sum[c] = next;
+    }
 }
 
 template <typename A, int N, typename Index>
 struct PoolScratch {
   RoiPoints<A, N, Index> points;
-  Buffer<A> part, sums, turned;
+  Buffer<A> parts, lost, sums, turned;
+  std::optional<Touched<A>> corners;
+
+  // The pooled values of one RoI, [bins, channels].
+  void pool(const Problem<A, N>& problem, const Roi<A, N>& roi, const Held<A>& held) {
+    const int64_t channels = held.width;
+    const bool whole = roi.total > 0 && roi.total <= part_points;
+    if (!whole) std::fill_n(sums.get(), problem.bins * channels, A(0));
+    points.start(problem, roi);
+    const auto outside = static_cast<Index>(held.outside(problem.positions()));
+    points.for_runs(problem, roi, held.pitch(), outside, [&](int64_t bin, int64_t some, int64_t each, bool first) {
+      // The corners of a run need those of others no more.
+      if (corners) corners->forget();
+      held.find(points.cells, some * each);
+      A* const to = sums.get() + bin * channels;
+      const LaidOut<const A> field{held.rows};
+      if (whole) return gather<false>(points.cells, some, each, field, channels, to, channels);
+      gather<false>(points.cells, each / part_points, part_points, field, channels, parts.get(), channels);
+      if (first) std::fill_n(lost.get(), channels, A(0));
+      add_parts(parts.get(), each / part_points, channels, to, lost.get());
+    });
+  }
 };
 
-// The RoIs [first, last) of images that are laid out together, or one channel after the other where they are.
-template <template <typename> typename kHeld, typename T, typename A, int N, typename Index>
-void forward(const Problem<A, N>& problem, const Map& input, int64_t first_image, int64_t last_image,
-             const Sink& output) {
-  constexpr bool kLaidOut = !kHeld<A>::in_place;
-  const int64_t channels = problem.channels, positions = problem.positions(), bins = problem.bins;
-  const int64_t plane = (positions + 1) * channels, first = problem.first_of[first_image];
+// The channels [channel, channel + width) of the RoIs [first, last) of images, which are laid out together unless
+// sparse.
+template <typename A, int N, typename Index>
+void forward(const Problem<A, N>& problem, const Map& input, int64_t first_image, int64_t last_image, int64_t channel,
+             int64_t width, bool sparse, const Sink& output) {
+  const int64_t positions = problem.positions(), bins = problem.bins;
+  const int64_t plane = (positions + 1) * width, first = problem.first_of[first_image];
   Buffer<A> rows;
-  if constexpr (kLaidOut) {
+  if (!sparse) {
     constexpr int64_t run = 1024;
     const int64_t runs = ceil_div(positions, run);
     rows = Buffer<A>((last_image - first_image) * plane);
     each((last_image - first_image) * runs, [&](int64_t item) {
       const int64_t image = item / runs, begin = item % runs * run;
-      pack(input, first_image + image, 0, channels, Window<N>{problem.size, 0, problem.size[0]}, begin,
+      pack(input, first_image + image, channel, width, Window<N>{problem.size, 0, problem.size[0]}, begin,
            std::min(begin + run, positions), rows.get() + image * plane);
     });
   }
   std::vector<int64_t> image_of;
   for (int64_t image = first_image; image < last_image; ++image)
     image_of.insert(image_of.end(), problem.first_of[image + 1] - problem.first_of[image], image);
-  const T zero(0);
-  const int64_t width = kLaidOut ? channels : 1;
   const auto make = [&] {
-    return PoolScratch<A, N, Index>{RoiPoints<A, N, Index>(bins), Buffer<A>(width), Buffer<A>(bins * width),
-                                    Buffer<A>(bins * width)};
+    PoolScratch<A, N, Index> scratch{RoiPoints<A, N, Index>(bins),
+                                     Buffer<A>(run_points / part_points * width),
+                                     Buffer<A>(width),
+                                     Buffer<A>(bins * width),
+                                     Buffer<A>(bins * width),
+                                     {}};
+    if (sparse) scratch.corners.emplace(run_points << N, width);
+    return scratch;
   };
   each(image_of.size(), make, [&](PoolScratch<A, N, Index>& scratch, int64_t item) {
     const Roi<A, N>& roi = problem.rois[first + item];
-    A *const part = scratch.part.get(), *const sums = scratch.sums.get(), *const turned = scratch.turned.get();
-    for (int64_t c = 0; c < channels; c += width) {
-      if constexpr (kLaidOut) {
-        const LaidOut<const A> field{rows.get() + (image_of[item] - first_image) * plane};
-        pool(problem, roi, scratch.points, field, channels, channels, static_cast<Index>(positions * channels), part,
-             sums);
-      } else {
-        const InPlace<const T> field{input.at<T>(image_of[item], c), &zero};
-        pool(problem, roi, scratch.points, field, 1, input.position_stride, Index(-1), part, sums);
-      }
-      transpose(sums, bins, width, width, turned, bins);
-      output.write((roi.index * channels + c) * bins, turned, width * bins);
-    }
+    Held<A> held{input, image_of[item], channel, width, rows.get() + (image_of[item] - first_image) * plane};
+    if (sparse) held.corners = &*scratch.corners, held.rows = scratch.corners->rows();
+    scratch.pool(problem, roi, held);
+    transpose(scratch.sums.get(), bins, width, width, scratch.turned.get(), bins);
+    output.write((roi.index * problem.channels + channel) * bins, scratch.turned.get(), width * bins);
   });
 }
 
@@ -247,81 +315,180 @@ struct RoiGradients {
   std::optional<Sink> input, offset;
 };
 
-// Every item owns some channels of an image. Held LaidOut, it lays them and their gradient out for itself; InPlace, it
-// takes one channel where it is, and `gradients.input` starts at zero and has the dtype of sums.
-template <template <typename> typename kHeld, typename T, typename A, int N, typename Index>
-void backward(const Problem<A, N>& problem, const Map& input, const Tensor& grad_output, int64_t width,
-              const RoiGradients& gradients) {
-  constexpr bool kLaidOut = !kHeld<A>::in_place;
-  const int64_t channels = problem.channels, positions = problem.positions(), bins = problem.bins;
-  const int64_t slices = ceil_div(channels, width), pitch = kLaidOut ? width : input.position_stride;
-  const Window<N> window{problem.size, 0, problem.size[0]};
+// Some channels of an image, which an item of work owns.
+struct Slice {
+  int64_t image, channel, width;
+  bool sparse;
+};
+
+// The channels of a slice: some for each thread, even if there are few; no more than a thread can hold.
+template <typename A, int N>
+std::vector<Slice> slices_of(const Problem<A, N>& problem) {
+  std::vector<Slice> slices;
+  for (int64_t image = 0; image < problem.batch; ++image) {
+    const bool sparse = problem.is_sparse(image);
+    const int64_t rows = sparse ? problem.corners_of(image) : problem.positions();
+    int64_t width = slice_channels;
+    while (width > 8 && problem.channels < 2 * width) width /= 2;
+    while (width > 1 && width * (rows + 1) * static_cast<int64_t>(sizeof(A)) > plane_bytes) width /= 2;
+    for (int64_t c = 0; c < problem.channels; c += width)
+      slices.push_back({image, c, std::min(width, problem.channels - c), sparse});
+  }
+  return slices;
+}
+
+// Backward: an item is a slice.
+template <typename A, int N, typename Index>
+class Backward {
+ public:
+  Backward(const Problem<A, N>& problem, const Map& input, const Tensor& grad_output, const std::vector<Slice>& slices,
+           const RoiGradients& gradients)
+      : problem_(problem),
+        input_(input),
+        grad_output_(grad_output),
+        slices_(slices),
+        gradients_(gradients),
+        turns_(slices.size()) {
+    for (const Slice& slice : slices) {
+      int64_t& rows = slice.sparse ? touched_ : rows_;
+      rows = std::max(rows, (slice.sparse ? problem.corners_of(slice.image) : problem.positions()) * slice.width);
+      width_ = std::max(width_, slice.width);
+    }
+  }
+
+  void run() {
+    each(
+        slices_.size(), [&] { return Scratch(*this); },
+        [&](Scratch& scratch, int64_t item) {
+          const Slice& slice = slices_[item];
+          // Whatever its width, a slice has as many corners as there are rows for.
+          if (slice.sparse) scratch.corners.emplace(problem_.corners_of(slice.image), slice.width);
+          Held<A> held{input_, slice.image, slice.channel, slice.width,
+                       gradients_.offset ? scratch.rows.get() : nullptr};
+          if (slice.sparse) held.corners = &*scratch.corners;
+          Walk<A, N, LaidOut> walk = open(scratch, held);
+          for (int64_t r = problem_.first_of[slice.image]; r < problem_.first_of[slice.image + 1]; ++r) {
+            by_roi(scratch, held, walk, problem_.rois[r]);
+            if (gradients_.offset) add_by_offset(scratch, item, r);
+          }
+          if (gradients_.input) write_by_input(scratch, held);
+        },
+        &turns_);
+  }
+
+ private:
   struct Scratch {
     RoiPoints<A, N, Index> points;
-    Buffer<T> rows;
-    Buffer<A> grad_rows, grads, turned, slopes, by_bin;
+    Buffer<A> rows, grad_rows, grads, turned, slopes, by_bin;
+    std::optional<Touched<A>> corners;
+
+    explicit Scratch(const Backward& work)
+        : points(work.problem_.bins),
+          rows(std::max(work.rows_, work.touched_) + work.width_),
+          grad_rows(work.rows_ + work.width_),
+          grads(work.problem_.bins * work.width_),
+          turned(work.problem_.bins * work.width_),
+          slopes(N * run_points),
+          by_bin(N * work.problem_.bins) {}
   };
-  const auto make = [&] {
-    const int64_t plane = kLaidOut ? (positions + 1) * width : 1;
-    Scratch scratch{RoiPoints<A, N, Index>(bins), Buffer<T>(plane),        Buffer<A>(plane),
-                    Buffer<A>(bins * width),      Buffer<A>(bins * width), Buffer<A>(N * run_points),
-                    Buffer<A>(N * bins)};
-    scratch.rows[0] = T(0);
-    return scratch;
-  };
-  Turns turns(problem.batch * slices);
-  each(
-      problem.batch * slices, make,
-      [&](Scratch& scratch, int64_t item) {
-        const int64_t image = item / slices, c = item % slices * width, own = std::min(width, channels - c);
-        const int64_t first = problem.first_of[image], last = problem.first_of[image + 1];
-        const int64_t place = (image * channels + c) * positions;
-        const auto outside = static_cast<Index>(kLaidOut ? positions * own : -1);
-        Walk<A, N, kHeld, T> walked{};
-        walked.channels = walked.pitch = own;
-        if constexpr (kLaidOut) {
-          if (gradients.offset && first < last) pack(input, image, c, own, window, 0, positions, scratch.rows.get());
-          walked.field.first = scratch.rows.get();
-          if (gradients.input) {
-            std::fill_n(scratch.grad_rows.get(), (positions + 1) * own, A(0));
-            walked.grad_field.first = scratch.grad_rows.get();
-          }
-        } else {
-          walked.field = {input.at<T>(image, c), scratch.rows.get()};
-          if (gradients.input)
-            walked.grad_field = {gradients.input->template data<A>() + place, scratch.grad_rows.get()};
-        }
-        for (int axis = 0; axis < N; ++axis)
-          if (gradients.offset) walked.grad_shift[axis] = scratch.slopes.get() + axis * run_points;
-        for (int64_t r = first; r < last; ++r) {
-          const Roi<A, N>& roi = problem.rois[r];
-          A* const by_bin = scratch.by_bin.get();
-          read_rows(grad_output, (roi.index * channels + c) * bins, 0, 1, own * bins, scratch.turned.get());
-          transpose(scratch.turned.get(), own, bins, bins, scratch.grads.get(), own);
-          std::fill_n(by_bin, N * bins, A(0));
-          scratch.points.start(problem, roi);
-          scratch.points.for_runs(problem, roi, kLaidOut ? own : pitch, outside,
-                                  [&](int64_t bin, int64_t some, int64_t each) {
-                                    walked.per = each;
-                                    walked.grad_columns = scratch.grads.get() + bin * own;
-                                    walk(scratch.points.cells, some * each, scratch.points.factors.get(), walked);
-                                    if (!gradients.offset) return;
-                                    for (int axis = 0; axis < N; ++axis)
-                                      for (int64_t i = 0; i < some * each; ++i)
-                                        by_bin[axis * bins + bin + i / each] += walked.grad_shift[axis][i];
-                                  });
-          if (!gradients.offset) continue;
-          for (int axis = 0; axis < N; ++axis)
-            for (int64_t bin = 0; bin < bins; ++bin) by_bin[axis * bins + bin] *= problem.gamma * roi.length[axis];
-          // The slices of an image add up, one after the other.
-          if (c > 0) turns.wait(item, r - first);
-          for (int axis = 0; axis < N; ++axis)
-            gradients.offset->write((roi.index * N + N - 1 - axis) * bins, by_bin + axis * bins, bins, c > 0);
-          turns.finish(item, r - first);
-        }
-        if (kLaidOut && gradients.input) unpack(scratch.grad_rows.get(), own, window, *gradients.input, place, false);
-      },
-      &turns);
+
+  Window<N> window() const { return {problem_.size, 0, problem_.size[0]}; }
+
+  // The channels of a slice and their gradient, as they are held.
+  Walk<A, N, LaidOut> open(Scratch& scratch, const Held<A>& held) const {
+    const int64_t elements = (problem_.positions() + 1) * held.width;
+    Walk<A, N, LaidOut> walk{};
+    walk.channels = walk.pitch = held.width;
+    walk.field.first = scratch.rows.get();
+    for (int axis = 0; axis < N && gradients_.offset; ++axis)
+      walk.grad_shift[axis] = scratch.slopes.get() + axis * run_points;
+    if (held.corners) {
+      std::fill_n(scratch.rows.get(), held.width, A(0));
+      if (gradients_.input) walk.grad_field.first = held.corners->rows();
+      return walk;
+    }
+    if (gradients_.offset && problem_.first_of[held.image] < problem_.first_of[held.image + 1])
+      pack(input_, held.image, held.channel, held.width, window(), 0, problem_.positions(), scratch.rows.get());
+    if (gradients_.input) {
+      std::fill_n(scratch.grad_rows.get(), elements, A(0));
+      walk.grad_field.first = scratch.grad_rows.get();
+    }
+    return walk;
+  }
+
+  // The gradients of one RoI: by the slice, in its rows; by the offset, in scratch.by_bin.
+  void by_roi(Scratch& scratch, const Held<A>& held, Walk<A, N, LaidOut>& walk_on, const Roi<A, N>& roi) const {
+    const int64_t bins = problem_.bins, width = held.width;
+    A* const by_bin = scratch.by_bin.get();
+    read_rows(grad_output_, (roi.index * problem_.channels + held.channel) * bins, 0, 1, width * bins,
+              scratch.turned.get(), width * bins);
+    transpose(scratch.turned.get(), width, bins, bins, scratch.grads.get(), width);
+    std::fill_n(by_bin, N * bins, A(0));
+    scratch.points.start(problem_, roi);
+    const auto outside = static_cast<Index>(held.outside(problem_.positions()));
+    scratch.points.for_runs(problem_, roi, held.pitch(), outside, [&](int64_t bin, int64_t some, int64_t each, bool) {
+      held.find(scratch.points.cells, some * each);
+      walk_on.per = each;
+      walk_on.grad_columns = scratch.grads.get() + bin * width;
+      walk(scratch.points.cells, some * each, scratch.points.factors.get(), walk_on);
+      for (int axis = 0; axis < N && gradients_.offset; ++axis)
+        for (int64_t i = 0; i < some * each; ++i) by_bin[axis * bins + bin + i / each] += walk_on.grad_shift[axis][i];
+    });
+    for (int axis = 0; axis < N; ++axis)
+      for (int64_t bin = 0; bin < bins; ++bin) by_bin[axis * bins + bin] *= problem_.gamma * roi.length[axis];
+  }
+
+  // The slices of an image add up, one after the other.
+  void add_by_offset(Scratch& scratch, int64_t item, int64_t r) {
+    const Slice& slice = slices_[item];
+    const int64_t step = r - problem_.first_of[slice.image], index = problem_.rois[r].index;
+    if (slice.channel > 0) turns_.wait(item, step);
+    for (int axis = 0; axis < N; ++axis)
+      gradients_.offset->write((index * N + N - 1 - axis) * problem_.bins, scratch.by_bin.get() + axis * problem_.bins,
+                               problem_.bins, slice.channel > 0);
+    turns_.finish(item, step);
+  }
+
+  void write_by_input(Scratch& scratch, const Held<A>& held) const {
+    const int64_t positions = problem_.positions();
+    const int64_t place = (held.image * problem_.channels + held.channel) * positions;
+    if (!held.corners) return unpack(scratch.grad_rows.get(), held.width, window(), *gradients_.input, place, false);
+    dispatch_dtype(gradients_.input->dtype(), [&]<typename T>() {
+      T* const to = gradients_.input->template data<T>() + place;
+      std::fill_n(to, held.width * positions, T(0));
+      for (int64_t row = 1; row <= held.corners->count(); ++row)
+        for (int64_t c = 0; c < held.width; ++c)
+          to[c * positions + held.corners->position(row)] = store<T>(held.corners->rows()[row * held.width + c]);
+    });
+  }
+
+  const Problem<A, N>& problem_;
+  const Map& input_;
+  const Tensor& grad_output_;
+  const std::vector<Slice>& slices_;
+  const RoiGradients& gradients_;
+  Turns turns_;
+  int64_t rows_ = 0, touched_ = 0, width_ = 1;
+};
+
+// Calls forward() for images that have RoIs: as many as may be laid out together, or as many channels of one.
+template <typename A, int N, typename Index>
+void forward(const Problem<A, N>& problem, const Map& input, const Sink& output) {
+  const int64_t elements = (problem.positions() + 1) * static_cast<int64_t>(sizeof(A));
+  const int64_t together = field_bytes / std::max<int64_t>(elements * problem.channels, 1);
+  const auto has_rois = [&](int64_t image) { return problem.first_of[image + 1] > problem.first_of[image]; };
+  for (int64_t first = 0, last; first < problem.batch; first = last) {
+    last = first + 1;
+    if (!has_rois(first)) continue;
+    const bool sparse = problem.is_sparse(first);
+    while (!sparse && last < problem.batch && last - first < together && has_rois(last) && !problem.is_sparse(last))
+      ++last;
+    int64_t width = problem.channels;
+    if (!sparse && together == 0) width = std::clamp<int64_t>(field_bytes / elements, 1, width);
+    if (sparse) width = std::clamp<int64_t>(plane_bytes / ((run_points << N) * sizeof(A)), 1, width);
+    for (int64_t c = 0; c < problem.channels; c += width)
+      forward<A, N, Index>(problem, input, first, last, c, std::min(width, problem.channels - c), sparse, output);
+  }
 }
 
 Tensor deform_roi_pool(const Tensor& input, const Tensor& rois, const std::optional<Tensor>& offset,
@@ -333,30 +500,8 @@ Tensor deform_roi_pool(const Tensor& input, const Tensor& rois, const std::optio
     std::vector<int64_t> shape{static_cast<int64_t>(problem.rois.size()), problem.channels};
     shape.insert(shape.end(), output_size.begin(), output_size.end());
     output = torch::stable::new_empty(input, shape);
-    const Map map(input);
-    const int64_t positions = problem.positions(), elements = (positions + 1) * problem.channels;
-    const int64_t together = field_bytes / std::max<int64_t>(elements * static_cast<int64_t>(sizeof(A)), 1);
-    for (int64_t first = 0, last; first < problem.batch; first = last) {
-      // Images that have RoIs, as many as may be laid out together.
-      last = first + 1;
-      const int64_t start = problem.first_of[first], number = problem.first_of[last] - start;
-      if (number == 0) continue;
-      double points = 0;
-      for (int64_t r = start; r < start + number; ++r) points += static_cast<double>(problem.rois[r].total);
-      const bool sparse = points * static_cast<double>(problem.bins << N) < static_cast<double>(positions) / 8;
-      if (together == 0 || sparse) {
-        const bool wide = problem.is_wide(positions * map.position_stride);
-        dispatch_dtype(map.dtype(), [&]<typename T>() {
-          if constexpr (std::is_same_v<Sum<T>, A>)
-            wide ? forward<InPlace, T, A, N, int64_t>(problem, map, first, last, Sink(output))
-                 : forward<InPlace, T, A, N, int32_t>(problem, map, first, last, Sink(output));
-        });
-        continue;
-      }
-      while (last < problem.batch && last - first < together && problem.first_of[last + 1] > problem.first_of[last])
-        ++last;
-      forward<LaidOut, A, A, N, int32_t>(problem, map, first, last, Sink(output));
-    }
+    problem.is_wide() ? forward<A, N, int64_t>(problem, Map(input), Sink(output))
+                      : forward<A, N, int32_t>(problem, Map(input), Sink(output));
   });
   return output;
 }
@@ -375,39 +520,21 @@ std::tuple<Tensor, Tensor> deform_roi_pool_backward(const Tensor& grad_output, c
     STD_TORCH_CHECK(sizes_of(grad_output) == shape && grad_output.scalar_type() == input.scalar_type(),
                     "grad_output must have the output's shape and input's dtype");
     const bool by_input = output_mask[0], by_offset = output_mask[1] && offset;
-    const ScalarType sums = sum_dtype(input.scalar_type());
-
-    const int64_t positions = problem.positions(), bytes = (positions + 1) * static_cast<int64_t>(sizeof(A));
-    const bool laid_out = bytes <= plane_bytes;
-    int64_t width = laid_out ? slice_channels : 1;
-    // Few channels: still work for two threads.
-    while (width > 8 && problem.channels < 2 * width) width /= 2;
-    while (width > 1 && width * bytes > plane_bytes) width /= 2;
-
-    grad_input =
-        by_input && !laid_out ? torch::stable::new_zeros(input, sizes_of(input), sums) : empty_like(input, by_input);
+    const std::vector<Slice> slices = slices_of(problem);
+    grad_input = empty_like(input, by_input);
     grad_offset = empty_like(offset ? *offset : input, by_offset);
-    const ScalarType offset_dtype = grad_offset.scalar_type();
+    const ScalarType sums = sum_dtype(input.scalar_type()), offset_dtype = grad_offset.scalar_type();
     // What several slices add to does not pass through a half dtype.
-    if (by_offset && offset_dtype != sums && width < problem.channels)
-      grad_offset = torch::stable::new_empty(grad_offset, sizes_of(grad_offset), sums);
+    if (by_offset && offset_dtype != sums) grad_offset = torch::stable::new_empty(grad_offset, sizes_of(*offset), sums);
     if (by_offset && problem.channels == 0) torch::stable::zero_(grad_offset);
     RoiGradients gradients;
     if (by_input) gradients.input.emplace(grad_input);
     if (by_offset) gradients.offset.emplace(grad_offset);
     const Tensor grad = torch::stable::contiguous(grad_output);
-    if (laid_out) {
-      backward<LaidOut, A, A, N, int32_t>(problem, Map(input), grad, width, gradients);
-    } else {
-      const Map map(by_input ? torch::stable::contiguous(input) : input);
-      const bool wide = problem.is_wide(positions * map.position_stride);
-      dispatch_dtype(map.dtype(), [&]<typename T>() {
-        if constexpr (std::is_same_v<Sum<T>, A>)
-          wide ? backward<InPlace, T, A, N, int64_t>(problem, map, grad, width, gradients)
-               : backward<InPlace, T, A, N, int32_t>(problem, map, grad, width, gradients);
-      });
-    }
-    grad_input = rounded(grad_input, input.scalar_type());
+    const Map map(input);
+    if (by_input || by_offset)
+      problem.is_wide() ? Backward<A, N, int64_t>(problem, map, grad, slices, gradients).run()
+                        : Backward<A, N, int32_t>(problem, map, grad, slices, gradients).run();
     grad_offset = rounded(grad_offset, offset_dtype);
   });
   return {grad_input, grad_offset};

@@ -142,23 +142,27 @@ void gather_as(const Cells<A, N, Index>& cells, int64_t sums, int64_t per, const
     weights[corner] = cells.weight(corner);
     indices[corner] = cells.index(corner);
   }
-  // The channels from c on, as many as some registers hold.
+  // The channels from c on, as many as some registers hold. A sum of many samples is two, of every other corner, so
+  // that an addition does not wait for the one before.
+  constexpr int chains = kOne ? 1 : 2;
   const auto sum_up = [&]<int registers, int width>(int64_t j, int64_t c) {
     typedef typename Lanes<A, width>::type V;
-    V sum[registers];
+    V sum[chains][registers];
+    for (auto& chain : sum)
 #pragma GCC unroll 4
-    for (int r = 0; r < registers; ++r) sum[r] = V{};
+      for (int r = 0; r < registers; ++r) chain[r] = V{};
     for (int64_t i = j * per; i < (kOne ? j + 1 : (j + 1) * per); ++i) {
 #pragma GCC unroll 8
       for (int corner = 0; corner < corners; ++corner) {
         const T* const row = field.row(indices[corner][i]) + c;
         const A weight = weights[corner][i];
 #pragma GCC unroll 4
-        for (int r = 0; r < registers; ++r) sum[r] += weight * load_lanes<V>(row + r * width);
+        for (int r = 0; r < registers; ++r) sum[corner % chains][r] += weight * load_lanes<V>(row + r * width);
       }
     }
 #pragma GCC unroll 4
-    for (int r = 0; r < registers; ++r) write_lanes(columns + j * pitch + c + r * width, sum[r]);
+    for (int r = 0; r < registers; ++r)
+      write_lanes(columns + j * pitch + c + r * width, kOne ? sum[0][r] : sum[0][r] + sum[chains - 1][r]);
   };
   for (int64_t j = 0; j < sums; ++j) {
     // Points read in place are few and far apart: ask for the next sum's rows while this one is added up.
@@ -173,14 +177,11 @@ void gather_as(const Cells<A, N, Index>& cells, int64_t sums, int64_t per, const
     for (; c + most * lanes <= last; c += most * lanes) sum_up.template operator()<most, lanes>(j, c);
     if constexpr (kChannels == 0) {
       for (; c + full <= last; c += full) sum_up.template operator()<1, full>(j, c);
+      // The rest again with some channels before it, so that it fills a register.
+      if (c < last && last >= full) sum_up.template operator()<1, full>(j, last - full), c = last;
       if (c + full / 2 <= last) sum_up.template operator()<1, full / 2>(j, c), c += full / 2;
-      for (; c < last; ++c) {
-        A sum = 0;
-        for (int64_t i = j * per; i < (kOne ? j + 1 : (j + 1) * per); ++i)
-          for (int corner = 0; corner < corners; ++corner)
-            sum += weights[corner][i] * load<A>(field.row(indices[corner][i])[c]);
-        columns[j * pitch + c] = sum;
-      }
+      if (c < last && last >= full / 2) sum_up.template operator()<1, full / 2>(j, last - full / 2), c = last;
+      for (; c < last; ++c) sum_up.template operator()<1, 1>(j, c);
     }
   }
 }
@@ -207,6 +208,17 @@ struct Walk {
   bool by_point() const { return grad_shift[0] || grad_factor; }
 };
 
+// Asks for the rows of a point that is walked over later: read in place, they are few and far apart.
+template <bool kRead, bool kField, typename A, int N, typename Index, template <typename> typename kHeld, typename T>
+void ask_for(const Cells<A, N, Index>& cells, int64_t i, int64_t channels, const Walk<A, N, kHeld, T>& w) {
+  constexpr int64_t line = 64;
+  for (int corner = 0; corner < 1 << N; ++corner) {
+    const int64_t at = cells.index(corner)[i];
+    for (int64_t c = 0; kRead && c < channels; c += line / sizeof(T)) __builtin_prefetch(w.field.row(at) + c);
+    for (int64_t c = 0; kField && c < channels; c += line / sizeof(A)) __builtin_prefetch(w.grad_field.row(at) + c, 1);
+  }
+}
+
 // The one backward walk over the corners: samples again, and the gradient by field, point and factor. kChannels is the
 // number of channels, or 0 for any.
 template <bool kColumns, bool kPoint, bool kField, int kChannels, typename A, int N, typename Index,
@@ -214,18 +226,24 @@ template <bool kColumns, bool kPoint, bool kField, int kChannels, typename A, in
 void walk_as(const Cells<A, N, Index>& cells, int64_t points, const Walk<A, N, kHeld, T>& w) {
   constexpr int corners = 1 << N, most = corners < 4 ? corners : 4, lanes = lanes_for<A>(kChannels);
   typedef typename Lanes<A, lanes>::type V;
+  constexpr int64_t ahead = 4;
   const int64_t channels = kChannels > 0 ? kChannels : w.channels, whole = channels / lanes * lanes;
   A* const dots = cells.dots();
   const A* grad = w.grad_columns;
   for (int64_t i = 0, left = w.per; i < points; ++i) {
     A* const column = w.columns + i * w.pitch;
+    if constexpr (kHeld<A>::in_place) {
+      if (i + ahead < points) ask_for<kColumns || kPoint, kField>(cells, i + ahead, channels, w);
+    }
     if constexpr (kPoint) std::fill_n(dots + i * corners, corners, A(0));
     for (int from = 0; from < corners; from += most) {
-      int64_t at[most];
-      A weight[most];
+      const T* rows[most];
+      A *targets[most], weight[most];
       for (int corner = 0; corner < most; ++corner) {
+        const int64_t at = cells.index(from + corner)[i];
         weight[corner] = cells.weight(from + corner)[i];
-        at[corner] = cells.index(from + corner)[i];
+        if constexpr (kColumns || kPoint) rows[corner] = w.field.row(at);
+        if constexpr (kField) targets[corner] = w.grad_field.row(at);
       }
       V sums[4] = {};
       for (int64_t c = 0; c < whole; c += lanes) {
@@ -234,13 +252,13 @@ void walk_as(const Cells<A, N, Index>& cells, int64_t points, const Walk<A, N, k
         if constexpr (kColumns) sample = from == 0 ? V{} : read_lanes<V>(column + c);
         for (int corner = 0; corner < most; ++corner) {
           if constexpr (kColumns || kPoint) {
-            const V row = load_lanes<V>(w.field.row(at[corner]) + c);
+            const V row = load_lanes<V>(rows[corner] + c);
             if constexpr (kPoint) sums[corner] += g * row;
             if constexpr (kColumns) sample += weight[corner] * row;
           }
           // Corners may share a row (border, outside): one after the other.
           if constexpr (kField) {
-            A* const target = w.grad_field.row(at[corner]) + c;
+            A* const target = targets[corner] + c;
             write_lanes(target, read_lanes<V>(target) + weight[corner] * g);
           }
         }
@@ -259,9 +277,9 @@ void walk_as(const Cells<A, N, Index>& cells, int64_t points, const Walk<A, N, k
       for (int64_t c = whole; c < channels; ++c) {
         A sample = kColumns && from > 0 ? column[c] : A(0);
         for (int corner = 0; corner < most; ++corner) {
-          if constexpr (kPoint) dot[corner] += grad[c] * load<A>(w.field.row(at[corner])[c]);
-          if constexpr (kColumns) sample += weight[corner] * load<A>(w.field.row(at[corner])[c]);
-          if constexpr (kField) w.grad_field.row(at[corner])[c] += weight[corner] * grad[c];
+          if constexpr (kPoint) dot[corner] += grad[c] * load<A>(rows[corner][c]);
+          if constexpr (kColumns) sample += weight[corner] * load<A>(rows[corner][c]);
+          if constexpr (kField) targets[corner][c] += weight[corner] * grad[c];
         }
         if constexpr (kColumns) column[c] = sample;
       }
@@ -273,7 +291,7 @@ void walk_as(const Cells<A, N, Index>& cells, int64_t points, const Walk<A, N, k
 // `factor` is the one that the cells were located with.
 template <typename A, int N, typename Index, template <typename> typename kHeld, typename T>
 void walk(const Cells<A, N, Index>& cells, int64_t points, const A* factor, const Walk<A, N, kHeld, T>& w) {
-  constexpr bool usual = is_usual<A, Index> && !kHeld<A>::in_place;
+  constexpr bool usual = is_usual<A, Index>;
   const int asked = (w.columns ? 4 : 0) + (w.by_point() ? 2 : 0) + (w.grad_field ? 1 : 0);
   const auto as = [&]<bool kColumns, bool kPoint, bool kField, int kChannels>() {
     walk_as<kColumns, kPoint, kField, kChannels>(cells, points, w);
@@ -298,8 +316,8 @@ void walk(const Cells<A, N, Index>& cells, int64_t points, const A* factor, cons
       as.template operator()<true, true, false, 0>();
       break;
     default:
-      dispatch_channels<usual>(w.channels,
-                               [&](auto constant) { as.template operator()<true, true, true, constant.value>(); });
+      dispatch_channels<usual && !kHeld<A>::in_place>(
+          w.channels, [&](auto constant) { as.template operator()<true, true, true, constant.value>(); });
   }
   cells.slopes(points, factor, w.grad_shift, w.grad_factor);
 }

@@ -2,12 +2,29 @@
 #include "sample/heads.h"
 
 #include "sample/field.h"
+#include "sample/touched.h"
 
 namespace deformkit {
 namespace {
 
-constexpr int64_t block_points = 512;      // of one head that are worked on at a time
-constexpr int64_t plane_bytes = 16 * mib;  // of the field that a thread lays out for itself
+// Measured by `python benchmarks/run.py ms_deform_attn deform_aggregate` with other values in their place:
+constexpr int64_t block_points = 512;      // of a head worked on at a time: they cost a block little, and stay in cache
+constexpr int64_t plane_bytes = 16 * mib;  // of a head's field that a thread lays out: twice that with its gradient
+constexpr int64_t seldom = 2;              // positions to a sample up to which a field is laid out
+
+// A row that is laid out is so wide that registers divide it.
+int64_t padded(int64_t channels) {
+  return channels <= 4 ? 4 : ceil_div(channels, 8) * 8;
+}
+
+// Whether a head's field is laid out: it must fit, and be read often. The batch has no say, so that it cannot change a
+// sample's bits.
+template <int N>
+bool is_laid_out(const Heads<N>& call, int64_t positions_to_a_sample) {
+  const int64_t element = sum_dtype(call.value.dtype()) == ScalarType::Double ? 8 : 4;
+  return (call.positions + 1) * padded(call.channels) * element <= plane_bytes &&
+         call.queries * call.points * positions_to_a_sample > call.positions;
+}
 
 // How many queries are worked on at a time.
 template <int N>
@@ -15,10 +32,10 @@ int64_t block_of(const Heads<N>& call) {
   return std::clamp<int64_t>(block_points / call.points, 1, std::max<int64_t>(call.queries, 1));
 }
 
-// Whether the elements of a field whose positions are `pitch` apart take 64-bit indices.
+// Whether points, or the elements of a field whose positions are `pitch` apart, take 64-bit indices.
 template <int N>
 bool is_wide(const Heads<N>& call, int64_t pitch) {
-  int64_t reach = (call.positions + 1) * std::max<int64_t>(pitch, 1);
+  int64_t reach = (call.positions + 1) * std::max<int64_t>(pitch, 4);
   for (int axis = 0; axis < N; ++axis)
     reach = std::max(reach, 4 * (call.out_size[axis] * call.stride[axis] + std::abs(call.padding[axis])));
   return reach >= (int64_t(1) << 31);
@@ -88,20 +105,26 @@ struct QueryPoints {
     const Span& span = plan.span;
     const int64_t points = queries * span.points, capacity = plan.capacity();
     const int64_t place = call.place(b, first, head, call.points) + span.first, pitch = call.heads * call.points;
-    read_rows(call.coordinates, place * N, pitch * N, queries, span.points * N, stored.get());
-    read_rows(call.weights, place, pitch, queries, span.points, factors.get());
+    read_rows(call.coordinates, place * N, pitch * N, queries, span.points * N, stored.get(), span.points * N);
+    read_rows(call.weights, place, pitch, queries, span.points, factors.get(), span.points);
     Index* own[N];
     const Index* origin[N];
     const A* shift[N];
-    const bool moves = std::any_of(call.stride.begin(), call.stride.end(), [](int64_t s) { return s != 0; });
-    for (int axis = 0; axis < N; ++axis) {
-      own[axis] = origins.get() + axis * capacity;
-      origin[axis] = moves ? own[axis] : nullptr;
-      shift[axis] = shifts.get() + axis * capacity;
-      spread(stored.get() + (call.x_first ? N - 1 - axis : axis), plan.scale.get() + axis * capacity,
-             plan.bias.get() + axis * capacity, points, shifts.get() + axis * capacity);
-    }
+    bool moves = std::any_of(call.stride.begin(), call.stride.end(), [](int64_t s) { return s != 0; });
+    for (int axis = 0; axis < N; ++axis) own[axis] = origins.get() + axis * capacity;
     if (moves) fill_origins<N>(call.out_size, call.stride, call.padding, first, queries, span.points, own);
+    for (int axis = 0; axis < N; ++axis) {
+      const A* const from = stored.get() + (call.x_first ? N - 1 - axis : axis);
+      const A *const scale = plan.scale.get() + axis * capacity, *const bias = plan.bias.get() + axis * capacity;
+      if constexpr (sizeof(Index) == 8) {
+        if (!moves) std::fill_n(own[axis], points, Index(0));
+        split(from, scale, bias, points, own[axis], shifts.get() + axis * capacity);
+      } else {
+        spread(from, scale, bias, points, shifts.get() + axis * capacity);
+      }
+      origin[axis] = moves || sizeof(Index) == 8 ? own[axis] : nullptr;
+      shift[axis] = shifts.get() + axis * capacity;
+    }
     cells.locate(plan.lines(), call.boundary, call.nearest, points, origin, shift, factors.get(), outside);
   }
 
@@ -110,136 +133,272 @@ struct QueryPoints {
 #pragma omp simd
     for (int64_t i = 0; i < points; ++i) to[i] = from[i * N] * scale[i] + bias[i];
   }
+
+  // The same for fields so long that a float cannot tell their positions apart: whole cells go to the origin.
+  static void split(const A* from, const A* scale, const A* bias, int64_t points, Index* origin, A* to) {
+    constexpr double far = int64_t(1) << 52;
+    for (int64_t i = 0; i < points; ++i) {
+      const double shift = static_cast<double>(from[i * N]) * scale[i] + bias[i], whole = std::floor(shift);
+      const bool is_near = std::abs(shift) < far;
+      if (is_near) origin[i] += static_cast<Index>(whole);
+      to[i] = static_cast<A>(is_near ? shift - whole : shift);
+    }
+  }
 };
 
-template <typename A, int N, typename Index>
+// Rows of `width` for the positions of a head, padded with zeros, and a row of zeros after them.
+template <typename A>
+void lay_out(const Map& field, int64_t b, int64_t positions, int64_t channels, int64_t width, A* rows) {
+  dispatch_dtype(field.dtype(), [&]<typename T>() {
+    const T* source = field.at<T>(b);
+    for (int64_t p = 0; p < positions; ++p, source += field.position_stride, rows += width) {
+      for (int64_t c = 0; c < channels; c += line<T>)
+        __builtin_prefetch(source + rows_ahead * field.position_stride + c);
+      load_run(source, channels, rows);
+      std::fill(rows + channels, rows + width, A(0));
+    }
+  });
+  std::fill_n(rows, width, A(0));
+}
+
+// The dtype of a gradient that starts at zero: the value's own where the touched rows fit beside it, else that of sums.
+template <int N>
+ScalarType grad_dtype(const Heads<N>& call) {
+  const int64_t touched = std::min(call.positions, call.queries * call.points << N);
+  const ScalarType dtype = call.value.dtype(), sum = sum_dtype(dtype);
+  return touched * call.channels * 4 <= plane_bytes ? dtype : sum;
+}
+
+// Forward: an item is a head of a sample, or some of its queries where it reads the field in place.
+template <template <typename> typename kHeld, typename T, int N, typename Index>
 void attend(const Heads<N>& call, const Sink& output) {
-  const int64_t block = block_of(call), channels = call.channels, plane = (call.positions + 1) * channels;
-  // A head's field is laid out by the item that reads it, if it reads it often enough; where samples and heads are few,
-  // an item is a run of queries.
-  const bool laid_out = plane * static_cast<int64_t>(sizeof(A)) <= plane_bytes && call.batch * call.heads >= 8 &&
-                        call.queries * call.points > 4 * call.positions;
-  const int64_t run = laid_out ? call.queries : 8 * block, runs = ceil_div(call.queries, std::max<int64_t>(run, 1));
+  using A = Sum<T>;
+  constexpr bool kLaidOut = !kHeld<A>::in_place;
+  const int64_t block = block_of(call), channels = call.channels, width = kLaidOut ? padded(channels) : channels;
+  const int64_t run = kLaidOut ? call.queries : 8 * block, runs = ceil_div(call.queries, std::max<int64_t>(run, 1));
   const Plan<A, N, Index> plan(call, {0, call.points, 0, call.positions},
-                               laid_out ? channels : call.value.position_stride);
+                               kLaidOut ? width : call.value.position_stride);
   struct Scratch {
     QueryPoints<A, N, Index> points;
     Buffer<A> sums, rows;
   };
   const auto make = [&] {
-    return Scratch{QueryPoints<A, N, Index>(plan.capacity()), Buffer<A>(block * channels),
-                   Buffer<A>(laid_out ? plane : 1)};
+    return Scratch{QueryPoints<A, N, Index>(plan.capacity()), Buffer<A>(block * width),
+                   Buffer<A>(kLaidOut ? (call.positions + 1) * width : 0)};
   };
-  const auto outside = static_cast<Index>(laid_out ? call.positions * channels : -1);
-  dispatch_dtype(call.value.dtype(), [&]<typename T>() {
-    const std::vector<T> zeros(channels, T(0));
-    each(call.batch * runs * call.heads, make, [&](Scratch& scratch, int64_t item) {
-      const int64_t head = item % call.heads, b = item / call.heads / runs, begin = item / call.heads % runs * run;
-      const Map value = call.value.of_head(head, 0);
-      if (laid_out) {
-        const Window<1> window{{call.positions}, 0, call.positions};
-        pack(value, b, 0, channels, window, 0, call.positions, scratch.rows.get());
-      }
-      A* const sums = scratch.sums.get();
-      for (int64_t first = begin; first < std::min(begin + run, call.queries); first += block) {
-        const int64_t queries = std::min(block, call.queries - first);
-        scratch.points.locate(call, plan, b, head, first, queries, outside);
-        if (laid_out) {
-          const LaidOut<const A> field{scratch.rows.get()};
-          gather<false>(scratch.points.cells, queries, call.points, field, channels, sums, channels);
-        } else if constexpr (std::is_same_v<Sum<T>, A>) {
-          const InPlace<const T> field{value.template at<T>(b), zeros.data()};
-          gather<false>(scratch.points.cells, queries, call.points, field, channels, sums, channels);
-        }
-        output.write_rows(call.place(b, first, head, channels), call.heads * channels, sums, queries, channels);
-      }
-    });
+  const std::vector<T> zeros(channels, T(0));
+  each(call.batch * runs * call.heads, make, [&](Scratch& scratch, int64_t item) {
+    const int64_t head = item % call.heads, b = item / call.heads / runs, begin = item / call.heads % runs * run;
+    const Map value = call.value.of_head(head, 0);
+    kHeld<const T> field;
+    if constexpr (kLaidOut) {
+      lay_out(value, b, call.positions, channels, width, scratch.rows.get());
+      field.first = scratch.rows.get();
+    } else {
+      field = {value.template at<T>(b), zeros.data()};
+    }
+    const auto outside = static_cast<Index>(kLaidOut ? call.positions * width : -1);
+    for (int64_t first = begin; first < std::min(begin + run, call.queries); first += block) {
+      const int64_t queries = std::min(block, call.queries - first);
+      scratch.points.locate(call, plan, b, head, first, queries, outside);
+      gather<false>(scratch.points.cells, queries, call.points, field, width, scratch.sums.get(), width);
+      write_rows(output, call.place(b, first, head, channels), call.heads * channels, scratch.sums.get(), width,
+                 queries, channels);
+    }
   });
 }
 
-// The gradients by value [B, S, H, D], coordinates and weights; an absent one is not asked for.
+// The gradients by value [B, S, H, D], coordinates and weights; an absent one is not asked for. In place, the gradient
+// by value starts at zero.
 struct HeadGradients {
   std::optional<Sink> value, coordinates, weights;
 };
 
-// Held LaidOut, every thread lays out the field, of any type, and its gradient for itself. Held InPlace, both are used
-// where they are, which takes a gradient of the dtype of sums that starts at zero, with the field's strides.
-template <template <typename> typename kHeld, typename T, typename A, int N, typename Index>
-void attend_backward(const Heads<N>& call, const Tensor& grad_output, const std::vector<Span>& spans,
-                     const HeadGradients& gradients) {
-  constexpr bool kLaidOut = !kHeld<A>::in_place;
-  const int64_t block = block_of(call), channels = call.channels, pitch = call.heads * channels;
-  const int64_t span_count = spans.size(), width = kLaidOut ? channels : call.value.position_stride;
-  const bool by_point = gradients.coordinates || gradients.weights;
-  std::vector<Plan<A, N, Index>> plans;
-  int64_t largest = 0, capacity = 1;
-  for (const Span& span : spans) {
-    plans.emplace_back(call, span, width);
-    largest = std::max(largest, span.positions);
-    capacity = std::max(capacity, plans.back().capacity());
+// Backward: an item is a span of a head of a sample, and owns its part of every gradient. Held LaidOut, a thread lays
+// out the field, of any dtype, and its gradient for itself. Held InPlace, both are used where they are; the rows of a
+// gradient of a dtype narrower than that of sums are Touched.
+template <template <typename> typename kHeld, typename T, int N, typename Index>
+class Backward {
+  using A = Sum<T>;
+  static constexpr bool kLaidOut = !kHeld<A>::in_place;
+
+ public:
+  Backward(const Heads<N>& call, const Tensor& grad_output, const std::vector<Span>& spans,
+           const HeadGradients& gradients)
+      : call_(call),
+        grad_output_(grad_output),
+        gradients_(gradients),
+        width_(kLaidOut ? padded(call.channels) : call.channels),
+        by_point_(gradients.coordinates || gradients.weights),
+        apart_(gradients.value && !kLaidOut && gradients.value->dtype() != sum_dtype(gradients.value->dtype())) {
+    for (const Span& span : spans) {
+      plans_.emplace_back(call, span, kLaidOut ? width_ : apart_ ? 1 : call.value.position_stride);
+      positions_ = std::max(positions_, span.positions);
+      capacity_ = std::max(capacity_, plans_.back().capacity());
+    }
   }
+
+  void run() const {
+    const int64_t spans = plans_.size();
+    each(
+        call_.batch * call_.heads * spans, [&] { return Scratch(*this); },
+        [&](Scratch& scratch, int64_t item) {
+          const Item at{plans_[item % spans], item / spans / call_.heads, item / spans % call_.heads};
+          Walk<A, N, kHeld, T> walk = open(scratch, at);
+          for (int64_t first = 0; first < call_.queries; first += at.plan.block)
+            queries(scratch, at, walk, first, std::min(at.plan.block, call_.queries - first));
+          close(scratch, at);
+        });
+  }
+
+ private:
+  struct Item {
+    const Plan<A, N, Index>& plan;
+    int64_t b, head;
+  };
 
   struct Scratch {
     QueryPoints<A, N, Index> points;
     Buffer<T> rows;
     Buffer<A> grad_rows, grads, by_point, stored;
+    std::optional<Touched<A>> touched;
+    Buffer<Index> targets;
+
+    explicit Scratch(const Backward& work)
+        : points(work.capacity_),
+          rows(work.plane()),
+          grad_rows(work.plane()),
+          grads(work.plans_[0].block * work.width_),
+          by_point((N + 1) * work.capacity_),
+          stored(N * work.capacity_) {
+      std::fill_n(rows.get(), work.width_, T(0));
+      std::fill_n(grad_rows.get(), work.width_, A(0));
+      if (!work.apart_) return;
+      touched.emplace(work.most_touched(), work.width_);
+      targets = Buffer<Index>(work.corners * work.capacity_);
+    }
   };
-  const auto make = [&] {
-    const int64_t plane = kLaidOut ? (largest + 1) * channels : channels;
-    Scratch scratch{
-        QueryPoints<A, N, Index>(capacity), Buffer<T>(plane),       Buffer<A>(plane), Buffer<A>(block * channels),
-        Buffer<A>((N + 1) * capacity),      Buffer<A>(N * capacity)};
-    std::fill_n(scratch.rows.get(), channels, T(0));
-    return scratch;
-  };
-  each(call.batch * call.heads * span_count, make, [&](Scratch& scratch, int64_t item) {
-    const Plan<A, N, Index>& plan = plans[item % span_count];
-    const Span& span = plan.span;
-    const int64_t head = item / span_count % call.heads, b = item / span_count / call.heads;
-    const int64_t grad_place = ((b * call.positions + span.start) * call.heads + head) * channels;
-    const Map field = call.value.of_head(head, span.start);
-    Walk<A, N, kHeld, T> walked{};
-    walked.per = span.points, walked.channels = channels, walked.pitch = channels;
-    walked.grad_columns = scratch.grads.get();
-    if (gradients.coordinates)
-      for (int axis = 0; axis < N; ++axis) walked.grad_shift[axis] = scratch.by_point.get() + axis * capacity;
-    if (gradients.weights) walked.grad_factor = scratch.by_point.get() + N * capacity;
+
+  static constexpr int corners = 1 << N;
+
+  int64_t plane() const { return kLaidOut ? (positions_ + 1) * width_ : width_; }
+  int64_t most_touched() const { return std::min(positions_, call_.queries * capacity_ / plans_[0].block * corners); }
+  int64_t grad_place(const Item& at) const {
+    return ((at.b * call_.positions + at.plan.span.start) * call_.heads + at.head) * call_.channels;
+  }
+
+  // The field of an item and its gradient, as they are held.
+  Walk<A, N, kHeld, T> open(Scratch& scratch, const Item& at) const {
+    const Span& span = at.plan.span;
+    const Map field = call_.value.of_head(at.head, span.start);
+    Walk<A, N, kHeld, T> walk{};
+    walk.per = span.points, walk.channels = walk.pitch = width_;
+    walk.grad_columns = scratch.grads.get();
+    for (int axis = 0; axis < N && gradients_.coordinates; ++axis)
+      walk.grad_shift[axis] = scratch.by_point.get() + axis * capacity_;
+    if (gradients_.weights) walk.grad_factor = scratch.by_point.get() + N * capacity_;
     if constexpr (kLaidOut) {
-      const Window<1> window{{span.positions}, 0, span.positions};
-      if (by_point) pack(field, b, 0, channels, window, 0, span.positions, scratch.rows.get());
-      walked.field.first = scratch.rows.get();
-      if (gradients.value) {
-        std::fill_n(scratch.grad_rows.get(), (span.positions + 1) * channels, A(0));
-        walked.grad_field.first = scratch.grad_rows.get();
-      }
+      if (by_point_) lay_out(field, at.b, span.positions, call_.channels, width_, scratch.rows.get());
+      walk.field.first = scratch.rows.get();
+      if (!gradients_.value) return walk;
+      std::fill_n(scratch.grad_rows.get(), (span.positions + 1) * width_, A(0));
+      walk.grad_field.first = scratch.grad_rows.get();
     } else {
-      walked.field = {field.template at<T>(b), scratch.rows.get()};
-      if (gradients.value)
-        walked.grad_field = {gradients.value->template data<A>() + grad_place, scratch.grad_rows.get()};
+      walk.field = {field.template at<T>(at.b), scratch.rows.get()};
+      if (gradients_.value && !apart_)
+        walk.grad_field = {gradients_.value->template data<A>() + grad_place(at), scratch.grad_rows.get()};
     }
-    const auto outside = static_cast<Index>(kLaidOut ? span.positions * channels : -1);
-    for (int64_t first = 0; first < call.queries; first += block) {
-      const int64_t queries = std::min(block, call.queries - first), points = queries * span.points;
-      scratch.points.locate(call, plan, b, head, first, queries, outside);
-      read_rows(grad_output, call.place(b, first, head, channels), pitch, queries, channels, scratch.grads.get());
-      walk(scratch.points.cells, points, scratch.points.factors.get(), walked);
-      const int64_t place = call.place(b, first, head, call.points) + span.first, stored = call.heads * call.points;
-      if (gradients.coordinates) {
-        if (call.nearest) scratch.points.cells.no_slopes(points, walked.grad_shift);
-        for (int axis = 0; axis < N; ++axis) {
-          A* const to = scratch.stored.get() + (call.x_first ? N - 1 - axis : axis);
-          const A* const from = walked.grad_shift[axis];
-          const A* const scale = plan.scale.get() + axis * plan.capacity();
+    return walk;
+  }
+
+  // The gradients of a run of queries.
+  void queries(Scratch& scratch, const Item& at, Walk<A, N, kHeld, T>& walk_on, int64_t first, int64_t queries) const {
+    const int64_t points = queries * at.plan.span.points;
+    const auto outside = static_cast<Index>(kLaidOut ? at.plan.span.positions * width_ : -1);
+    scratch.points.locate(call_, at.plan, at.b, at.head, first, queries, outside);
+    read_rows(grad_output_, call_.place(at.b, first, at.head, call_.channels), call_.heads * call_.channels, queries,
+              call_.channels, scratch.grads.get(), width_);
+    if constexpr (!kLaidOut && !std::is_same_v<T, A>) {
+      if (apart_) find_rows(scratch, points);
+    }
+    walk(scratch.points.cells, points, scratch.points.factors.get(), walk_on);
+    if constexpr (!kLaidOut && !std::is_same_v<T, A>) {
+      if (apart_) add_to_rows(scratch, at, points);
+    }
+    write_by_point(scratch, at, walk_on, first, queries);
+  }
+
+  // From positions to elements of the field, and to those of touched rows.
+  void find_rows(Scratch& scratch, int64_t points) const {
+    const auto pitch = static_cast<Index>(call_.value.position_stride);
+    for (int corner = 0; corner < corners; ++corner) {
+      Index *const index = scratch.points.cells.index(corner), *const target =
+                                                                   scratch.targets.get() + corner * capacity_;
+      std::copy_n(index, points, target);
+      scratch.touched->find(points, target);
 #pragma omp simd
-          for (int64_t i = 0; i < points; ++i) to[i * N] = from[i] * scale[i];
-        }
-        gradients.coordinates->write_rows(place * N, stored * N, scratch.stored.get(), queries, span.points * N);
-      }
-      if (gradients.weights) gradients.weights->write_rows(place, stored, walked.grad_factor, queries, span.points);
+      for (int64_t i = 0; i < points; ++i) index[i] = index[i] < 0 ? -1 : index[i] * pitch;
     }
-    if (kLaidOut && gradients.value)
-      gradients.value->write_rows(grad_place, pitch, scratch.grad_rows.get(), span.positions, channels);
-  });
+  }
+
+  void add_to_rows(Scratch& scratch, const Item& at, int64_t points) const {
+    for (int corner = 0; corner < corners; ++corner)
+      std::copy_n(scratch.targets.get() + corner * capacity_, points, scratch.points.cells.index(corner));
+    Walk<A, N, LaidOut> by_field{};
+    by_field.per = at.plan.span.points, by_field.channels = by_field.pitch = width_;
+    by_field.grad_columns = scratch.grads.get();
+    by_field.grad_field.first = scratch.touched->rows();
+    walk(scratch.points.cells, points, scratch.points.factors.get(), by_field);
+  }
+
+  void write_by_point(Scratch& scratch, const Item& at, const Walk<A, N, kHeld, T>& walked, int64_t first,
+                      int64_t queries) const {
+    const Span& span = at.plan.span;
+    const int64_t points = queries * span.points, pitch = call_.heads * call_.points;
+    const int64_t place = call_.place(at.b, first, at.head, call_.points) + span.first;
+    if (gradients_.weights)
+      write_rows(*gradients_.weights, place, pitch, walked.grad_factor, span.points, queries, span.points);
+    if (!gradients_.coordinates) return;
+    if (call_.nearest) scratch.points.cells.no_slopes(points, walked.grad_shift);
+    for (int axis = 0; axis < N; ++axis) {
+      A* const to = scratch.stored.get() + (call_.x_first ? N - 1 - axis : axis);
+      const A* const from = walked.grad_shift[axis];
+      const A* const scale = at.plan.scale.get() + axis * at.plan.capacity();
+#pragma omp simd
+      for (int64_t i = 0; i < points; ++i) to[i * N] = from[i] * scale[i];
+    }
+    write_rows(*gradients_.coordinates, place * N, pitch * N, scratch.stored.get(), span.points * N, queries,
+               span.points * N);
+  }
+
+  void close(Scratch& scratch, const Item& at) const {
+    const int64_t pitch = call_.heads * call_.channels;
+    if (apart_) {
+      Touched<A>& touched = *scratch.touched;
+      for (int64_t row = 1; row <= touched.count(); ++row)
+        write_rows(*gradients_.value, grad_place(at) + touched.position(row) * pitch, 0, touched.rows() + row * width_,
+                   width_, 1, call_.channels);
+      touched.forget();
+    }
+    if (kLaidOut && gradients_.value)
+      write_rows(*gradients_.value, grad_place(at), pitch, scratch.grad_rows.get(), width_, at.plan.span.positions,
+                 call_.channels);
+  }
+
+  const Heads<N>& call_;
+  const Tensor& grad_output_;
+  const HeadGradients& gradients_;
+  const int64_t width_;
+  const bool by_point_, apart_;
+  std::vector<Plan<A, N, Index>> plans_;
+  int64_t positions_ = 0, capacity_ = 1;
+};
+
+// Calls f<kHeld, T>(): laid out as sums, or where it is as it is.
+template <typename F>
+void dispatch_held(bool laid_out, ScalarType dtype, const F& f) {
+  if (!laid_out) return dispatch_dtype(dtype, [&]<typename T>() { f.template operator()<InPlace, T>(); });
+  dtype == ScalarType::Double ? f.template operator()<LaidOut, double>() : f.template operator()<LaidOut, float>();
 }
 
 }  // namespace
@@ -247,11 +406,12 @@ void attend_backward(const Heads<N>& call, const Tensor& grad_output, const std:
 template <int N>
 Tensor attend(const Heads<N>& call, const Tensor& value) {
   const Tensor output = torch::stable::new_empty(value, call.output_shape);
-  const bool wide = is_wide(call, call.value.position_stride);
-  const auto run = [&]<typename A>() {
-    wide ? attend<A, N, int64_t>(call, Sink(output)) : attend<A, N, int32_t>(call, Sink(output));
-  };
-  value.scalar_type() == ScalarType::Double ? run.template operator()<double>() : run.template operator()<float>();
+  // Where samples and heads are few, the items are runs of queries, in place: that changes no bit of a sum.
+  const bool laid_out = is_laid_out(call, seldom) && call.batch * call.heads >= 8;
+  const bool wide = is_wide(call, laid_out ? padded(call.channels) : call.value.position_stride);
+  dispatch_held(laid_out, value.scalar_type(), [&]<template <typename> typename kHeld, typename T>() {
+    wide ? attend<kHeld, T, N, int64_t>(call, Sink(output)) : attend<kHeld, T, N, int32_t>(call, Sink(output));
+  });
   return output;
 }
 
@@ -263,7 +423,6 @@ std::tuple<Tensor, Tensor, Tensor> attend_backward(Heads<N> call, const Tensor& 
   STD_TORCH_CHECK(sizes_of(grad_output) == call.output_shape && grad_output.scalar_type() == value.scalar_type(),
                   "grad_output must have the output's shape and dtype");
   const Tensor grad = torch::stable::contiguous(grad_output);
-  const ScalarType sum = sum_dtype(value.scalar_type());
   // One item of work for each sample and head; for each level of it, where those are few.
   std::vector<Span> spans{{0, call.points, 0, call.positions}};
   if (call.batch * call.heads < 8 && call.levels.size() > 1) {
@@ -271,33 +430,26 @@ std::tuple<Tensor, Tensor, Tensor> attend_backward(Heads<N> call, const Tensor& 
     for (const Level<N>& level : call.levels)
       spans.push_back({level.first_point, level.points, level.start, level.positions()});
   }
-  int64_t largest = 0;
-  for (const Span& span : spans) largest = std::max(largest, span.positions);
-  const bool laid_out = largest * call.channels * (sum == ScalarType::Double ? 8 : 4) <= plane_bytes;
+  // Where sums have the value's dtype, the gradient in place needs no conversion: that pays a little longer.
+  const bool laid_out = is_laid_out(call, sum_dtype(value.scalar_type()) == value.scalar_type() ? 1 : seldom);
 
   Tensor grad_value, grad_coordinates = empty_like(coordinates, output_mask[1]);
   Tensor grad_weights = empty_like(weights, output_mask[2]);
   if (laid_out || !output_mask[0]) {
     grad_value = empty_like(value, output_mask[0]);
   } else {
-    grad_value = torch::stable::new_zeros(value, sizes_of(value), sum);
+    grad_value = torch::stable::new_zeros(value, sizes_of(value), grad_dtype(call));
     call.value = Map::with_heads(torch::stable::contiguous(value));
   }
   HeadGradients gradients;
   if (output_mask[0]) gradients.value.emplace(grad_value);
   if (output_mask[1]) gradients.coordinates.emplace(grad_coordinates);
   if (output_mask[2]) gradients.weights.emplace(grad_weights);
-  const bool wide = is_wide(call, laid_out ? call.channels : call.value.position_stride);
-  const auto run = [&]<template <typename> typename kHeld, typename T>() {
-    using A = Sum<T>;
-    wide ? attend_backward<kHeld, T, A, N, int64_t>(call, grad, spans, gradients)
-         : attend_backward<kHeld, T, A, N, int32_t>(call, grad, spans, gradients);
-  };
-  if (laid_out) {
-    sum == ScalarType::Double ? run.template operator()<LaidOut, double>() : run.template operator()<LaidOut, float>();
-  } else {
-    dispatch_dtype(value.scalar_type(), [&]<typename T>() { run.template operator()<InPlace, T>(); });
-  }
+  const bool wide = is_wide(call, laid_out ? padded(call.channels) : call.value.position_stride);
+  dispatch_held(laid_out, value.scalar_type(), [&]<template <typename> typename kHeld, typename T>() {
+    wide ? Backward<kHeld, T, N, int64_t>(call, grad, spans, gradients).run()
+         : Backward<kHeld, T, N, int32_t>(call, grad, spans, gradients).run();
+  });
   return {rounded(grad_value, value.scalar_type()), grad_coordinates, grad_weights};
 }
 
