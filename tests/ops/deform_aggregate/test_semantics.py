@@ -1,5 +1,6 @@
 """What deformable aggregation promises at the edges: undefined, infinite and far points, empty and large calls."""
 
+from dataclasses import replace
 from typing import Any
 
 import fuzz
@@ -188,3 +189,21 @@ for axes in (1, 2, 3):
 
 def test_wild_offsets_do_not_crash() -> None:
     check_survives(CRASH)
+
+
+# Weights that are no numbers
+
+
+@boundaries
+@pytest.mark.parametrize("where", [0.3, 90.0, torch.inf], ids=["inside", "outside", "infinite"])
+def test_weight_that_is_no_number(axes: int, boundary: str, where: float) -> None:
+    """It is never silent, though its point is outside."""
+    call = Call(OPERATOR, replace(PLAIN[axes], boundary=boundary))
+    args = call.arguments()
+    place = (0, *[1] * axes, 1, 2)
+    args[1][place] = where
+    args[2][place] = torch.nan
+    output, reference = OPERATOR(*args), OPERATOR.reference(*args)
+    assert_equal(output.isnan(), reference.isnan())
+    assert output[place[:-1]].isnan().all()
+    assert output[1].isfinite().all()

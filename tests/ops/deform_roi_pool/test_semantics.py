@@ -318,3 +318,22 @@ for axes in (1, 2, 3):
 
 def test_wild_corners_and_offsets_do_not_crash() -> None:
     check_survives(CRASH)
+
+
+# Sums of many samples
+
+
+@pytest.mark.parametrize("ratio", [17, 40], ids=str)
+@pytest.mark.parametrize("size", [(64, 64), (400, 400)], ids=["dense", "sparse"])
+def test_mean_of_a_constant_does_not_drift(ratio: int, size: tuple[int, int]) -> None:
+    rois = torch.tensor([[0.0, 3.3, 4.1, 50.7, 61.2], [0.0, 1.2, 7.5, 33.1, 60.9]])
+    output = dk.deform_roi_pool(torch.ones(1, 9, *size), rois, output_size=(2, 3), sampling_ratio=ratio)
+    assert_close(output, torch.ones(2, 9, 2, 3, dtype=torch.float64))
+    assert (output - 1).abs().max() <= 8 * torch.finfo(torch.float32).eps, "samples are added up one by one"
+
+
+def test_infinity_in_a_mean_of_many_samples() -> None:
+    input = torch.ones(1, 2, 64, 64)
+    input[0, 1, 20, 20] = torch.inf
+    output = dk.deform_roi_pool(input, torch.tensor([[0.0, 3.0, 3.0, 60.0, 60.0]]), output_size=1, sampling_ratio=40)
+    assert output[0, 0].isfinite().all() and output[0, 1].isposinf().all()

@@ -2,6 +2,7 @@
 
 from math import prod
 
+import numpy as np
 import pytest
 import torch
 from close import assert_equal
@@ -85,3 +86,33 @@ def test_more_than_2_to_the_31_elements(heads: int, channels: int, sizes: list[t
     assert_equal(weights.grad, torch.full_like(weights, value * channels))
     assert_equal(locations.grad, torch.zeros_like(locations))
     assert peak.so_far() < 300, "memory that grows with the value"
+
+
+@needs_kernel("ms_deform_attn")
+@pytest.mark.parametrize("edge", [-0.01, 1.01, -5.0, 7.0])
+def test_outside_of_a_level_behind_2_to_the_29_elements(edge: float) -> None:
+    """What is outside of the second level must not become a place in the first: pages of zeros that nobody touches."""
+    first, heads, channels = 1449, 8, 32
+    length = first * first + 400
+    value = torch.from_numpy(np.zeros((1, length, heads, channels), np.float16))
+    value[:, : 8 * first] = 1
+    locations = torch.full((1, 3, heads, 2, 1, 2), 0.5)
+    locations[..., 1] = edge
+    weights = torch.ones(1, 3, heads, 2, 1, dtype=torch.float16)
+    weights[:, :, :, 0] = 0
+    locations.requires_grad_(), weights.requires_grad_()
+    output = dk.ms_deform_attn(value, [(first, first), (20, 20)], locations, weights)
+    assert_equal(output, torch.zeros_like(output))
+    output.sum().backward()
+    assert_equal(weights.grad[:, :, :, 1], torch.zeros_like(weights[:, :, :, 1]))
+    assert_equal(locations.grad[:, :, :, 1], torch.zeros_like(locations[:, :, :, 1]))
+
+
+@needs_kernel("ms_deform_attn")
+@pytest.mark.parametrize("exponent", [30, 33, 40])
+def test_end_of_a_long_level_in_float32(exponent: int) -> None:
+    """A location of 1 is half a pixel beyond the last centre, of which a half counts."""
+    value = torch.full((1, 1, 1, 2), 1.5).expand(1, 2**exponent, 1, 2)
+    locations = torch.tensor([1.0, 0.0, 0.5]).reshape(1, 3, 1, 1, 1, 1)
+    output = dk.ms_deform_attn(value, [(2**exponent,)], locations, torch.ones(1, 3, 1, 1, 1))
+    assert output[0, :, 0].tolist() == [0.75, 0.75, 1.5]

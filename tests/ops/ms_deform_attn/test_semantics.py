@@ -301,3 +301,21 @@ for axes in (1, 2, 3):
 
 def test_wild_locations_do_not_crash() -> None:
     check_survives(CRASH)
+
+
+# Weights that are no numbers
+
+
+@modes
+@pytest.mark.parametrize("where", [0.3, 9.0, torch.inf], ids=["inside", "outside", "infinite"])
+def test_weight_that_is_no_number(mode: str, where: float) -> None:
+    """It is never silent, though its point is outside."""
+    case = small(2, mode=mode)
+    call = Call(OURS[0].operator, case)
+    args = call.arguments()
+    args[2][:, 1, :, 2] = where
+    args[3][:, 1, :, 2] = torch.nan
+    output, reference = call.operator(*args), call.operator.reference(*args)
+    assert_equal(output.isnan(), reference.isnan())
+    assert output[:, 1].isnan().all()
+    assert output[:, 0].isfinite().all()
