@@ -160,7 +160,7 @@ def _progress(folder: Path) -> Iterator[None]:
 
     def watch() -> None:
         while not stop.wait(_SECONDS_BETWEEN_LINES):
-            total, done = _counted(folder, start)
+            total, done = _counted(folder)
             if total:
                 say(f"{done} of {total} files compiled, {time.time() - start:.0f} s")
 
@@ -176,8 +176,8 @@ def _progress(folder: Path) -> Iterator[None]:
             terminal.close()
 
 
-def _counted(folder: Path, start: float) -> tuple[int, int]:
-    """How many files ninja compiles in ``folder``, and how many of them are newer than ``start`` or were up to date."""
+def _counted(folder: Path) -> tuple[int, int]:
+    """How many files ninja compiles in ``folder``, and how many of them are there."""
     try:
         rules = (folder / "build.ninja").read_text()
     except OSError:

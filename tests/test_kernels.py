@@ -2,6 +2,7 @@
 
 import os
 import platform
+import shutil
 import subprocess
 import sys
 import warnings
@@ -60,19 +61,55 @@ def test_libraries_in_any_of_the_package_directories(tmp_path: Path, loaded: lis
     assert result.path == tmp_path / "installed" / "lib" / "deformkit_avx2.so"
 
 
-def test_without_a_library_nothing_is_loaded_and_nothing_said(tmp_path: Path) -> None:
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")
+def test_without_a_library_one_warning_says_so_with_the_cure(tmp_path: Path) -> None:
+    with pytest.warns(RuntimeWarning) as caught:
         result = load([tmp_path], "AVX512")
+    (warning,) = caught
+    said = str(warning.message)
+    assert f"uses the slow reference because no library of kernels for this processor is in {tmp_path / 'lib'}" in said
+    assert "run `pip install --force-reinstall --no-deps .`" in said and "g++ >= 12" in said
     assert result.isa is None and result.path is None
     assert set(result.reasons) == set(ISAS)
+
+
+def test_with_a_library_nothing_is_said(tmp_path: Path, loaded: list[str]) -> None:
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        load([make(tmp_path, ["baseline"])], "AVX512")
+    assert loaded == ["deformkit_baseline.so"]
+
+
+def test_import_without_a_library_warns_once(tmp_path: Path) -> None:
+    shutil.copytree(
+        Path(deformkit.__file__).parent, tmp_path / "deformkit", ignore=shutil.ignore_patterns("*.so", "__pycache__")
+    )
+    # -S: without it an editable install would put its own finder first.
+    program = f"""
+import sys
+sys.path[:0] = [{str(tmp_path)!r}, {str(Path(torch.__file__).parents[1])!r}]
+import torch, deformkit
+assert deformkit.__file__.startswith({str(tmp_path)!r})
+for _ in range(3):
+    import importlib
+    importlib.import_module("deformkit.nn")
+    deformkit.deform_conv1d(torch.randn(1, 2, 9), torch.zeros(1, 3, 7), torch.randn(3, 2, 3))
+"""
+    site = {"PYTHONPATH": os.pathsep.join(path for path in sys.path if path)}
+    done = subprocess.run(
+        [sys.executable, "-S", "-W", "always", "-c", program],
+        capture_output=True,
+        text=True,
+        env={**os.environ, **site},
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stderr.count("RuntimeWarning: deformkit uses the slow reference") == 1, done.stderr
 
 
 def test_a_broken_library_is_named_and_the_next_one_loaded(tmp_path: Path, loaded: list[str]) -> None:
     make(tmp_path, ["avx2", "baseline"])
     make(tmp_path, ["avx512"], "broken")
     with pytest.warns(
-        RuntimeWarning, match=r"uses the avx2 library .* deformkit_avx512\.so: undefined symbol"
+        RuntimeWarning, match=r"uses the avx2 library .* deformkit_avx512\.so: undefined symbol.*pip install"
     ) as caught:
         result = load([tmp_path], "AVX512")
     assert len(caught) == 1

@@ -1,7 +1,8 @@
 """Loads the CPU kernels: of the libraries in ``deformkit/lib``, the best one that this processor runs.
 
-Without a library the reference answers every call. A library that is there and does not load is warned about once; what
-was loaded, and why each other library was not, stays in :data:`selection` for ``deformkit doctor``.
+Without a library the reference answers every call, and one warning says so and how to mend it; one also says when a library
+is there and does not load. What was loaded, and why each other library was not, stays in :data:`selection` for
+``deformkit doctor``.
 """
 
 import warnings
@@ -15,6 +16,11 @@ from . import __path__ as _roots
 
 # Best first. What a processor of some capability runs is its own instruction set and all that follow it.
 ISAS = ("avx512", "avx2", "baseline")
+
+_CURE = (
+    "To compile the kernels for this system, run `pip install --force-reinstall --no-deps .` in a copy of the source, with a "
+    "C++ compiler (g++ >= 12 or clang++ >= 15); `deformkit doctor` then says which kernels answer."
+)
 
 
 @dataclass
@@ -58,8 +64,12 @@ def load(roots: Iterable[str | Path], capability: str) -> Selection:
                 selection.isa, selection.path = isa, path
     if failures:
         instead = f"the {selection.isa} library" if selection.isa else "the slow reference"
-        message = f"deformkit uses {instead} because a library of kernels does not load. {'; '.join(failures)}"
+        message = f"deformkit uses {instead} because a library of kernels does not load. {'; '.join(failures)}. {_CURE}"
         warnings.warn(message, RuntimeWarning, stacklevel=2)
+    elif selection.isa is None:
+        searched = " or ".join(map(str, directories))
+        message = f"deformkit uses the slow reference because no library of kernels for this processor is in {searched}."
+        warnings.warn(f"{message} {_CURE}", RuntimeWarning, stacklevel=2)
     return selection
 
 
