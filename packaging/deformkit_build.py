@@ -41,7 +41,9 @@ except ModuleNotFoundError as error:
 Settings = Mapping[str, Any]
 
 OLDEST_TORCH = (2, 10)
-_WHERE_TORCH_IS = "import importlib.util as u; s = u.find_spec('torch'); print(s.submodule_search_locations[0] if s else '')"
+_WHERE_TORCH_IS = (
+    "import importlib.util as u; s = u.find_spec('torch'); print(s.submodule_search_locations[0] if s else '')"
+)
 # What hides an environment's packages from the process that builds in it.
 _ISOLATION = ("PYTHONPATH", "PYTHONNOUSERSITE")
 _SECONDS_BETWEEN_LINES = 5.0
@@ -80,7 +82,9 @@ def find_torch() -> Path | None:
             return folder
     for python in _pythons():
         environment = {name: value for name, value in os.environ.items() if name not in _ISOLATION}
-        found = subprocess.run([python, "-c", _WHERE_TORCH_IS], capture_output=True, text=True, env=environment, cwd="/")
+        found = subprocess.run(
+            [python, "-c", _WHERE_TORCH_IS], capture_output=True, text=True, env=environment, cwd="/"
+        )
         folder = Path(found.stdout.strip() or "missing")
         if found.returncode == 0 and _will_do(folder):
             return folder
@@ -91,7 +95,11 @@ def _pythons() -> Iterator[str]:
     yield sys.executable
     for variable in ("VIRTUAL_ENV", "CONDA_PREFIX"):
         if prefix := os.environ.get(variable):
-            for python in (Path(prefix, "bin", "python"), Path(prefix, "Scripts", "python.exe"), Path(prefix, "python.exe")):
+            for python in (
+                Path(prefix, "bin", "python"),
+                Path(prefix, "Scripts", "python.exe"),
+                Path(prefix, "python.exe"),
+            ):
                 if python.is_file():
                     yield str(python)
 

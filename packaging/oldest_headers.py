@@ -16,7 +16,13 @@ OLDEST_TORCH = "2.10.0"
 def fetch(folder: Path) -> None:
     """Download the wheel with pip, and take the headers out of it."""
     with tempfile.TemporaryDirectory() as scratch:
-        options = ["--quiet", "--no-deps", "--only-binary=:all:", "--platform=macosx_11_0_arm64", "--python-version=3.11"]
+        options = [
+            "--quiet",
+            "--no-deps",
+            "--only-binary=:all:",
+            "--platform=macosx_11_0_arm64",
+            "--python-version=3.11",
+        ]
         command = [sys.executable, "-m", "pip", "download", *options, "--dest", scratch, f"torch=={OLDEST_TORCH}"]
         subprocess.run(command, check=True)
         (wheel,) = Path(scratch).glob("*.whl")

@@ -38,7 +38,10 @@ def test_sources_compile_against_the_oldest_torch(source: Path, oldest_torch: Pa
 
 
 def configure(tmp_path: Path, *options: str, **environment: str) -> subprocess.CompletedProcess[str]:
-    tools = {name: shutil.which(name) or shutil.which(name, path=str(Path(sys.executable).parent)) for name in ("cmake", "ninja")}
+    tools = {
+        name: shutil.which(name) or shutil.which(name, path=str(Path(sys.executable).parent))
+        for name in ("cmake", "ninja")
+    }
     if None in tools.values():
         pytest.skip("needs cmake and ninja")
     command = [str(tools["cmake"]), "-S", str(ROOT), "-B", str(tmp_path / "build"), "-G", "Ninja", *options]
@@ -70,7 +73,9 @@ def test_a_compiler_that_will_not_do_is_named(tmp_path: Path, compiler: str, ver
     done = configure(tmp_path, *known, *forced)
     assert done.returncode != 0
     said = words(done.stderr)
-    assert f"kernels need g++ 12 or newer, or clang++ 15 or newer (on Windows clang-cl); /bin/true is {compiler}" in said
+    assert (
+        f"kernels need g++ 12 or newer, or clang++ 15 or newer (on Windows clang-cl); /bin/true is {compiler}" in said
+    )
     assert version in said and "CXX=g++-12 pip install ." in said
 
 
@@ -117,11 +122,15 @@ import deformkit_build
 
 def test_the_torch_around_an_isolated_build_is_found() -> None:
     """As pip builds: the interpreter of the environment, with its packages out of reach (-S here)."""
-    program = "import importlib.util; assert importlib.util.find_spec('torch') is None\nprint(deformkit_build.find_torch())"
+    program = (
+        "import importlib.util; assert importlib.util.find_spec('torch') is None\nprint(deformkit_build.find_torch())"
+    )
     done = backend(STUB + program, "-S", PYTHONPATH="", PYTHONNOUSERSITE="1")
     assert done.returncode == 0, done.stderr
     assert Path(done.stdout.strip()) == Path(torch.__file__).parent
-    requirements = "print(deformkit_build.get_requires_for_build_wheel(), deformkit_build.get_requires_for_build_editable())"
+    requirements = (
+        "print(deformkit_build.get_requires_for_build_wheel(), deformkit_build.get_requires_for_build_editable())"
+    )
     done = backend(STUB + requirements, "-S", PYTHONPATH="")
     assert done.stdout.strip() == "['cmake'] ['cmake']", done.stderr
 

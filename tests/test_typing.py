@@ -40,4 +40,4 @@ def test_a_program_is_checked_strictly(tmp_path: Path) -> None:
 def test_a_wrong_argument_is_found(tmp_path: Path) -> None:
     done = check(tmp_path, PROGRAM.replace("padding=1))", "padding='one'))"))
     assert done.returncode == 1
-    assert '[arg-type]' in done.stdout, done.stdout
+    assert "[arg-type]" in done.stdout, done.stdout

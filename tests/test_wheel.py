@@ -1,13 +1,18 @@
 """The wheel: one for every Python, and of use where there is no compiler."""
 
 import os
+import platform
+import re
 import subprocess
 import sys
 import zipfile
+from email.parser import Parser
 from pathlib import Path
 
 import pytest
 import torch
+
+import deformkit
 
 ROOT = Path(__file__).parent.parent
 SMOKE = """
@@ -39,6 +44,36 @@ def test_one_wheel_for_every_python(wheel: Path) -> None:
     names = zipfile.ZipFile(wheel).namelist()
     assert "deformkit/lib/deformkit_baseline.so" in names
     assert not [name for name in names if name.endswith((".cpp", ".h"))]
+
+
+def test_the_types_are_in_it(wheel: Path) -> None:
+    assert "deformkit/py.typed" in zipfile.ZipFile(wheel).namelist()
+
+
+def test_its_description_stands_alone(wheel: Path) -> None:
+    """On an index page there is no repository around it for a relative link to lead to."""
+    with zipfile.ZipFile(wheel) as archive:
+        (name,) = [name for name in archive.namelist() if name.endswith(".dist-info/METADATA")]
+        metadata = Parser().parsestr(archive.read(name).decode())
+    assert metadata["Version"] == deformkit.__version__
+    description = metadata.get_payload()
+    assert "deformkit" in description
+    assert not re.findall(r"\]\((?!https?:|#)[^)]*\)", description)
+
+
+@pytest.mark.skipif(platform.system() != "Linux" or platform.machine() != "x86_64", reason="about Linux on x86-64")
+def test_it_runs_on_the_systems_that_torch_runs_on(wheel: Path) -> None:
+    """torch's own wheels are manylinux_2_28. The extension says what a system must have, whoever compiled it."""
+    pytest.importorskip("auditwheel", reason="needs auditwheel")
+    done = subprocess.run([sys.executable, "-m", "auditwheel", "show", str(wheel)], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    needed = {
+        library: max(
+            tuple(map(int, version.split("."))) for version in re.findall(rf"'{library}_([\d.]+)'", done.stdout)
+        )
+        for library in ("GLIBC", "GLIBCXX", "CXXABI")
+    }
+    assert needed["GLIBC"] <= (2, 28) and needed["GLIBCXX"] <= (3, 4, 25) and needed["CXXABI"] <= (1, 3, 11), needed
 
 
 def test_it_serves_without_a_compiler(wheel: Path, tmp_path: Path) -> None:
