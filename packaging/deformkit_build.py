@@ -1,14 +1,14 @@
 """The build backend: scikit-build-core, told which torch to compile against.
 
-pip compiles in an empty environment. The headers are nevertheless those of the torch beside which deformkit is being
-installed: the interpreter that runs this file is the one of that environment, and finds its packages as soon as the
-variables are gone through which pip hides them. Where there is no torch, one is asked for as a requirement of the build;
-pip installs one as a requirement of deformkit in any case.
+pip compiles in an empty environment. The headers are still those of the torch beside which deformkit is being installed:
+the interpreter that runs this file is the one of that environment, and finds its packages once the variables are gone
+with which pip hides them. Where there is no torch, the build requires one; pip has to install one for deformkit in any
+case.
 """
 
 import sys
 
-if sys.version_info < (3, 10):
+if sys.version_info < (3, 10):  # noqa: UP036 -- pip runs this file before it reads requires-python
     sys.exit("deformkit needs Python 3.10 or newer; %s is Python %d.%d." % (sys.executable, *sys.version_info[:2]))  # noqa: UP031
 
 import hashlib
@@ -74,7 +74,7 @@ def build_editable(
 
 
 def find_torch() -> Path | None:
-    """The folder of a torch whose headers will do: imported here, installed around this build, or in the active environment."""
+    """The folder of a torch with headers that will do: of this process, of its environment, or of the active one."""
     spec = importlib.util.find_spec("torch")
     if spec and spec.submodule_search_locations:
         folder = Path(spec.submodule_search_locations[0])
@@ -151,11 +151,11 @@ def _build_directory(torch: str) -> str:
 
 @contextmanager
 def _progress(folder: Path) -> Iterator[None]:
-    """Say every few seconds how much is compiled: on standard output, and on the terminal where pip keeps that to itself."""
+    """Say every few seconds how much is compiled: on standard output, and on the terminal if pip hides that."""
     terminal = None
     if not (sys.stdout.isatty() or "PIP_VERBOSE" in os.environ or "CI" in os.environ):
         try:
-            terminal = open("/dev/tty", "w")  # noqa: SIM115
+            terminal = open("/dev/tty", "w")
         except OSError:
             pass  # no terminal, or Windows
 

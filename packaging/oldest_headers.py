@@ -1,7 +1,7 @@
-"""Fetch the headers of the oldest torch that deformkit serves into a folder: ``python packaging/oldest_headers.py FOLDER``.
+"""Fetch the headers of the oldest torch that deformkit serves: ``python packaging/oldest_headers.py FOLDER``.
 
-They come out of torch's wheel for macOS, a tenth of the size of the others; the headers that the kernels include are the
-same in all of them. What stays on disk is ``FOLDER/include``, and nothing is installed.
+They come out of torch's wheel for macOS, a tenth of the size of the others; the headers that the kernels include are
+the same in all of them. What stays on disk is ``FOLDER/include``, and nothing is installed.
 """
 
 import subprocess

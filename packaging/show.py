@@ -1,7 +1,7 @@
 """Run pip and show what it is at, a line at least every five seconds: ``python packaging/show.py install ...``.
 
-pip says either nothing for minutes or hundreds of lines. This shows what is fetched, installed and compiled, and everything
-if it fails.
+By itself pip prints either nothing for minutes or hundreds of lines. This shows what is fetched, installed and
+compiled, and everything if it fails.
 """
 
 import os

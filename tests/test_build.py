@@ -1,4 +1,4 @@
-"""Building from source: compilers, headers of every torch that is served, and what is said where something is missing."""
+"""Building from source: compilers, headers of the oldest torch, and the messages where something is missing."""
 
 import os
 import shutil

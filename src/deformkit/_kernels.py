@@ -1,6 +1,6 @@
 """Loads the CPU kernels: of the libraries in ``deformkit/lib``, the best one that this processor runs.
 
-Without a library the reference answers every call, and one warning says so and how to mend it; one also says when a library
+Without a library the reference answers every call, and one warning says so and names the cure; so does one if a library
 is there and does not load. What was loaded, and why each other library was not, stays in :data:`selection` for
 ``deformkit doctor``.
 """
@@ -18,8 +18,8 @@ from . import __path__ as _roots
 ISAS = ("avx512", "avx2", "baseline")
 
 _CURE = (
-    "To compile the kernels for this system, run `pip install --force-reinstall --no-deps .` in a copy of the source, with a "
-    "C++ compiler (g++ >= 12 or clang++ >= 15); `deformkit doctor` then says which kernels answer."
+    "To compile the kernels for this system, run `pip install --force-reinstall --no-deps .` in a copy of the source, "
+    "with a C++ compiler (g++ >= 12 or clang++ >= 15); `deformkit doctor` then says which kernels answer."
 )
 
 
@@ -68,7 +68,9 @@ def load(roots: Iterable[str | Path], capability: str) -> Selection:
         warnings.warn(message, RuntimeWarning, stacklevel=2)
     elif selection.isa is None:
         searched = " or ".join(map(str, directories))
-        message = f"deformkit uses the slow reference because no library of kernels for this processor is in {searched}."
+        message = (
+            f"deformkit uses the slow reference because no library of kernels for this processor is in {searched}."
+        )
         warnings.warn(f"{message} {_CURE}", RuntimeWarning, stacklevel=2)
     return selection
 
