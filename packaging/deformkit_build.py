@@ -1,8 +1,8 @@
 """The build backend: scikit-build-core, told which torch to compile against.
 
-pip compiles in an empty environment. The headers are still those of the torch beside which deformkit is being installed:
-the interpreter that runs this file is the one of that environment, and finds its packages once the variables are gone
-with which pip hides them. Where there is no torch, the build requires one; pip has to install one for deformkit in any
+pip compiles in an empty environment. The headers are still those of the torch beside which deformkit is installed: the
+interpreter that runs this file is the one of that environment, and finds its packages once the variables are gone with
+which pip hides them. Where there is no torch, the build requires one; pip has to install one for deformkit in any
 case.
 """
 
@@ -33,7 +33,7 @@ except ModuleNotFoundError as error:
     if (error.name or "").split(".")[0] != "scikit_build_core":
         raise
     sys.exit(
-        "deformkit: --no-build-isolation takes the build tools from this environment, and it has no scikit-build-core.\n"
+        "deformkit: --no-build-isolation takes the build tools from this environment, which has no scikit-build-core.\n"
         "Leave the option out: `pip install .` brings the tools and compiles against the torch that is installed.\n"
         "Or install them first: pip install scikit-build-core hatch-fancy-pypi-readme cmake ninja"
     )
@@ -133,8 +133,8 @@ def _build(
     torch = settings.get("cmake.define.DEFORMKIT_TORCH") or find_torch()
     if torch is None:
         sys.exit(
-            f"deformkit compiles against the headers of torch >= {'.'.join(map(str, OLDEST_TORCH))}, and {sys.executable} "
-            "has no such torch. Install one first (pip install torch), then deformkit."
+            f"deformkit compiles against the headers of torch >= {'.'.join(map(str, OLDEST_TORCH))}, and "
+            f"{sys.executable} has no such torch. Install one first (pip install torch), then deformkit."
         )
     settings["cmake.define.DEFORMKIT_TORCH"] = Path(torch).as_posix()
     folder = settings.setdefault("build-dir", _build_directory(str(torch)))
