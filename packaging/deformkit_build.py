@@ -46,7 +46,7 @@ _WHERE_TORCH_IS = (
 )
 # What hides an environment's packages from the process that builds in it.
 _ISOLATION = ("PYTHONPATH", "PYTHONNOUSERSITE")
-_SECONDS_BETWEEN_LINES = 5.0
+_SECONDS_BETWEEN_LINES = 4.0
 
 
 def get_requires_for_build_wheel(config_settings: Settings | None = None) -> list[str]:
