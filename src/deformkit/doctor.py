@@ -19,6 +19,7 @@ from torch import Tensor
 from . import __version__, _kernels
 from .ops import gpu
 from .ops._library import NAMESPACE, Operator, operators
+from .ops._torch import has_kernel
 
 DTYPES = (torch.float32, torch.bfloat16)
 
@@ -90,7 +91,7 @@ def devices() -> list[str]:
 def kernel(operator: str, device: str) -> str:
     """What answers a call of ``operator``, by name, with tensors on ``device``."""
     key = {"cpu": "CPU", "cuda": "CUDA"}.get(device)
-    if key is None or not torch._C._dispatch_has_kernel_for_dispatch_key(f"{NAMESPACE}::{operator}", key):
+    if key is None or not has_kernel(f"{NAMESPACE}::{operator}", key):
         return "reference"
     return "Triton" if key == "CUDA" else f"C++ {_kernels.selection.isa or 'from elsewhere'}"
 

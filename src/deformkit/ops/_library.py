@@ -12,32 +12,22 @@ From a forward reference written in tensor operations and a function for the out
 A kernel is then only ``STABLE_TORCH_LIBRARY_IMPL(deformkit, CPU, m)`` in C++ or ``torch.library.register_kernel``.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch._C import DispatchKey, DispatchKeySet
-from torch.autograd import forward_ad
 
-from ._shape import CHOICES, code_of, name_of
+from . import _torch
+from ._shape import CHOICES, check_alike, check_stored, code_of, name_of
 
 NAMESPACE = "deformkit"
 library = torch.library.Library(NAMESPACE, "DEF")
 operators: dict[str, "Operator"] = {}
 
 _TAGS = (torch.Tag.pt2_compliant_tag, torch.Tag.needs_fixed_stride_order)
-_AUTOCAST = {"cpu": DispatchKey.AutocastCPU, "cuda": DispatchKey.AutocastCUDA}
-_AUTOGRAD_KEYS = (
-    DispatchKeySet(DispatchKey.AutogradCPU)
-    | DispatchKeySet(DispatchKey.AutogradCUDA)
-    | DispatchKeySet(DispatchKey.AutogradOther)
-    | DispatchKeySet(DispatchKey.AutogradMPS)
-    | DispatchKeySet(DispatchKey.AutogradXPU)
-    | DispatchKeySet(DispatchKey.AutogradFunctionality)
-    | DispatchKeySet(DispatchKey.ADInplaceOrView)
-)
+_AUTOCAST = {"cpu": _torch.DispatchKey.AutocastCPU, "cuda": _torch.DispatchKey.AutocastCUDA}
 
 
 class Operator:
@@ -47,9 +37,12 @@ class Operator:
         self,
         schema: str,
         *,
+        gpu: str,
         reference: Callable[..., Any],
+        check: Callable[..., Any],
         fake: Callable[..., Any],
         differentiable: Sequence[str],
+        coordinates: Sequence[str],
         batched: Sequence[str],
         batched_result: Callable[..., bool],
         gradient: Callable[..., Sequence[Tensor | None]],
@@ -57,33 +50,37 @@ class Operator:
         library.define(schema, tags=_TAGS)
         self.name = schema[: schema.index("(")]
         self.overload = getattr(getattr(torch.ops, NAMESPACE), self.name).default
-        self.arguments = [argument.name for argument in self.overload._schema.arguments]
-        self.reference = reference
-        self.fake = fake
-        self.tensors = [
-            i for i, argument in enumerate(self.overload._schema.arguments) if "Tensor" in str(argument.type)
-        ]
+        arguments = _torch.arguments(self.overload)
+        self.arguments = [name for name, _ in arguments]
+        self.tensors = [i for i, (_, kind) in enumerate(arguments) if "Tensor" in kind]
         self.differentiable = [self.arguments.index(name) for name in differentiable]
-        self.coordinates: list[int] = []
+        self.coordinates = [self.arguments.index(name) for name in coordinates]
         self.batched = {self.arguments.index(name) for name in batched}
+        self.gpu = gpu
+        self.reference = reference
+        self.check = check
         self._batched_result = batched_result
         self._gradient = gradient
         self._function = _function(self)
 
         qualified = f"{NAMESPACE}::{self.name}"
-        library.impl(self.name, self._contiguous_reference, "CompositeExplicitAutograd")
+        library.impl(self.name, self.fallback, "CompositeExplicitAutograd")
         torch.library.register_fake(qualified, fake, lib=library)
         torch.library.register_autograd(qualified, self._backward, setup_context=self._save, lib=library)
         torch.library.register_vmap(qualified, partial(self._vmap, self.overload), lib=library)
         operators[self.name] = self
 
     def __call__(self, *args: Any) -> Any:
-        """Run the operator: through the dispatcher, or through an autograd.Function where a transform needs one."""
-        # A custom operator raises under torch.func.grad and returns zeros under torch.func.jvp; a Function does
-        # neither. But the compiler rejects a Function with a forward-mode rule: there a transform takes the reference.
-        if torch.compiler.is_compiling():
-            return self.reference(*args) if _differentiating() else self.overload(*args)
-        if _transforming():
+        """Run the operator: through the dispatcher, or by another way where a transform or an exporter needs one."""
+        if torch.compiler.is_compiling() or _torch.tracing():
+            # The compiler rejects a Function with a forward-mode rule, and other runtimes know no operator of ours.
+            return (self.reference if _torch.differentiating() or _torch.exporting_to_onnx() else self.overload)(*args)
+        if _torch.transforming():
+            levels = _torch.levels()
+            if levels["Jvp"] > 1 or levels["Functionalize"]:
+                # A Function loses the tangent of an outer level, and cannot be functionalized.
+                return self.reference(*args)
+            # A custom operator raises under torch.func.grad and returns zeros under torch.func.jvp.
             return self._function.apply(*args)
         return self.overload(*args)
 
@@ -91,7 +88,15 @@ class Operator:
         """The operator's arguments from those of the public function: in order, and codes instead of names."""
         return [code_of(name, named[name]) if name in CHOICES else named[name] for name in self.arguments]
 
-    def _contiguous_reference(self, *args: Any) -> Any:
+    def checked(self, *args: Any) -> None:
+        """Raise unless a kernel can trust the arguments."""
+        self.check(*args)
+        for i in self.tensors:
+            check_stored(self.arguments[i], args[i])
+
+    def fallback(self, *args: Any) -> Any:
+        """The reference as a kernel."""
+        self.checked(*args)
         return _each(self.reference(*args), Tensor.contiguous)
 
     def _save(self, ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
@@ -116,55 +121,70 @@ class Operator:
         return tuple(result)
 
     def _vmap(self, call: Callable[..., Any], info: Any, in_dims: Sequence[Any], *args: Any) -> tuple[Any, Any]:
-        mapped = {i for i in self.tensors if in_dims[i] is not None}
+        mapped, count = {i for i in self.tensors if in_dims[i] is not None}, info.batch_size
         moved = [args[i].movedim(in_dims[i], 0) if i in mapped else value for i, value in enumerate(args)]
-        if mapped <= self.batched and self._batched_result(*args):
-            count = info.batch_size
+        if count and mapped <= self.batched and self._batched_result(*args):
             for i in self.batched:
                 if moved[i] is not None:
                     whole = moved[i] if i in mapped else moved[i].unsqueeze(0).expand(count, *moved[i].shape)
                     moved[i] = whole.flatten(0, 1)
             return _each(call(*moved), lambda t: t.unflatten(0, (count, -1)) if t.dim() > 1 else t.expand(count, 0)), 0
-        slices = [call(*(v[n] if i in mapped else v for i, v in enumerate(moved))) for n in range(info.batch_size)]
-        if isinstance(slices[0], Tensor):
-            return torch.stack(slices), 0
-        return tuple(torch.stack(parts) for parts in zip(*slices, strict=True)), (0,) * len(slices[0])
+        # Of none, the shape is that of one: of zeros, to which the gradients' graph leads.
+        each = [[v.sum(0) if i in mapped else v for i, v in enumerate(moved)]] if not count else []
+        each += [[v[n] if i in mapped else v for i, v in enumerate(moved)] for n in range(count)]
+        results = [call(*one) for one in each]
+        if isinstance(results[0], Tensor):
+            return torch.stack(results)[:count], 0
+        return tuple(torch.stack(parts)[:count] for parts in zip(*results, strict=True)), (0,) * len(results[0])
 
 
 def define(
     schema: str,
     *,
+    gpu: str,
     reference: Callable[..., Tensor],
-    fake: Callable[..., Tensor],
+    check: Callable[..., list[int]],
     differentiable: Sequence[str],
-    coordinates: Sequence[str] = (),
-    batched: Sequence[str] = (),
+    coordinates: Sequence[str],
+    batched: Sequence[str],
+    rows: Mapping[str, int],
 ) -> Operator:
     """Register ``deformkit::<name>`` and ``deformkit::<name>_backward``; return the forward operator.
 
     Args:
         schema: ``"name(Tensor input, ..., int boundary) -> Tensor"``, without namespace and without defaults.
+        gpu: the module of the Triton launchers ``forward`` and ``backward``; imported with the first call on a GPU.
         reference: the operator in differentiable tensor operations, arguments as in the schema, but the name of a
             choice instead of its code.
-        fake: an empty output of the right shape, from the same arguments.
+        check: raises unless the arguments fit; returns the output's shape. Dtype and device are the first tensor's.
         differentiable: the tensors that have a gradient. The backward returns one tensor for each, in this order;
             one that its ``output_mask`` does not ask for comes back as an empty tensor.
         coordinates: the tensors that autocast leaves alone.
         batched: the tensors whose first axis is the batch; the output's is too.
+        rows: an axis along which the output can be computed in parts, and the same axis of the tensors that have it.
     """
     name, rest = schema.split("(", 1)
     arguments, _ = rest.rsplit(") ->", 1)
-    choices = [(i, key) for i, key in enumerate(a.split()[-1] for a in arguments.split(", ")) if key in CHOICES]
-    reference = _of_codes(reference, choices)
+    names = [argument.split()[-1] for argument in arguments.split(", ")]
+    reference = _of_codes(reference, names)
+
+    def fake(*args: Any) -> Tensor:
+        return args[0].new_empty(check(*args))
+
+    def check_backward(grad_output: Tensor, *args: Any) -> None:
+        *inputs, output_mask = args
+        shape = check(*inputs)
+        check_alike("grad_output", grad_output, names[0], inputs[0])
+        if list(grad_output.shape) != shape:
+            raise ValueError(f"grad_output has shape {list(grad_output.shape)}; it must be {shape}")
+        if len(output_mask) != len(differentiable):
+            raise ValueError(f"output_mask is {output_mask}; it needs {len(differentiable)} values")
 
     def fake_backward(grad_output: Tensor, *args: Any) -> tuple[Tensor, ...]:
+        check_backward(grad_output, *args)
         *inputs, output_mask = args
         return tuple(
-            torch.empty_like(inputs[i], memory_format=torch.contiguous_format)
-            if asked
-            else inputs[i].new_empty(0)
-            if inputs[i] is not None
-            else grad_output.new_empty(0)
+            torch.empty_like(inputs[i], memory_format=torch.contiguous_format) if asked else grad_output.new_empty(0)
             for i, asked in zip(forward.differentiable, output_mask, strict=True)
         )
 
@@ -183,16 +203,33 @@ def define(
         op: Operator, args: list[Any], grads: Sequence[Tensor | None], wanted: list[bool]
     ) -> Sequence[Any]:
         asked = [i for i, yes in zip(op.differentiable, wanted, strict=True) if yes]
-        outputs, pull_back = _vjp(_at(reference_backward, args, asked), *(args[i] for i in asked))
-        cotangents = tuple(torch.zeros_like(o) if g is None else g for o, g in zip(outputs, grads, strict=True))
-        results = iter(pull_back(cotangents))
-        return [next(results) if yes else None for yes in wanted]
+        axes = [rows.get(argument) for argument in op.arguments]
+        found: list[list[Tensor]] = [[] for _ in asked]
+        for start, count in _parts(op, args, axes):
+            part = _cut(args, axes, start, count)
+            if "padding" in op.arguments:
+                # The positions of the part are stride * (start + o) - padding.
+                stride, padding = (op.arguments.index(step) for step in ("stride", "padding"))
+                part[padding] = [args[padding][0] - args[stride][0] * start, *args[padding][1:]]
+            outputs, pull_back = _vjp(_at(reference_backward, part, asked), *(part[i] for i in asked))
+            some = _cut(grads, [axes[i] for i in op.differentiable[1:]], start, count)
+            cotangents = tuple(torch.zeros_like(o) if g is None else g for o, g in zip(outputs, some, strict=True))
+            for kept, new, i in zip(found, pull_back(cotangents), asked, strict=True):
+                kept[:] = [*kept, new] if axes[i] is not None or not kept else [kept[0] + new]
+        whole = iter(
+            kept[0] if axis is None else torch.cat(kept, axis)
+            for kept, axis in zip(found, [axes[i] for i in asked], strict=True)
+        )
+        return [next(whole) if yes else None for yes in wanted]
 
     forward = Operator(
         schema,
+        gpu=gpu,
         reference=reference,
+        check=check,
         fake=fake,
         differentiable=differentiable,
+        coordinates=coordinates,
         batched=batched,
         batched_result=lambda *args: True,
         gradient=gradient,
@@ -201,31 +238,49 @@ def define(
     results = ", ".join(["Tensor"] * len(differentiable))
     backward = Operator(
         f"{name}_backward(Tensor grad_output, {arguments}, bool[] output_mask) -> ({results})",
+        gpu=gpu,
         reference=reference_backward,
+        check=check_backward,
         fake=fake_backward,
         differentiable=["grad_output", *differentiable],
+        coordinates=coordinates,
         batched=["grad_output", *batched],
         batched_result=lambda *args: not any(args[-1][i] for i in without_batch),
         gradient=double_gradient,
     )
-    forward.coordinates = [forward.arguments.index(name) for name in coordinates]
-    _register_autocast(forward)
+    for device_type, key in _AUTOCAST.items():
+        library.impl(name, partial(_autocast, forward, device_type, _torch.DispatchKeySet(key)), key.name)
     return forward
 
 
-def _register_autocast(op: Operator) -> None:
-    for device_type, key in _AUTOCAST.items():
-        library.impl(op.name, partial(_autocast, op, device_type, DispatchKeySet(key)), key.name)
+# A part of a double backward reads about so many numbers; the reference keeps some dozens of times as many.
+_PART, _MOST_PARTS = 2**18, 64
 
 
-def _autocast(op: Operator, device_type: str, keys: DispatchKeySet, *args: Any) -> Tensor:
+def _parts(op: Operator, args: Sequence[Any], axes: Sequence[int | None]) -> Iterator[tuple[int, int]]:
+    """Where the parts of a double backward start, and how many rows each has: so that its memory stays bounded."""
+    rows = args[0].shape[axes[0]]
+    numbers = sum(args[i].numel() for i in op.tensors if args[i] is not None)
+    step = -(-rows // min(numbers // _PART + 1, _MOST_PARTS))
+    for start in range(0, max(rows, 1), max(step, 1)):
+        yield start, min(step, rows - start)
+
+
+def _cut(values: Sequence[Any], axes: Sequence[int | None], start: int, count: int) -> list[Any]:
+    return [
+        value if value is None or axis is None else value.narrow(axis, start, count)
+        for value, axis in zip(values, axes, strict=True)
+    ]
+
+
+def _autocast(op: Operator, device_type: str, key: Any, *args: Any) -> Tensor:
+    op.check(*args)
     cast = [i for i in op.tensors if i not in op.coordinates and args[i] is not None]
     values = list(args)
-    if all(args[i].dtype != torch.float64 for i in cast):
+    if args[cast[0]].dtype != torch.float64:
         for i in cast:
-            if args[i].is_floating_point():
-                values[i] = args[i].to(torch.get_autocast_dtype(device_type))
-    with torch._C._ExcludeDispatchKeyGuard(keys):
+            values[i] = args[i].to(torch.get_autocast_dtype(device_type))
+    with _torch.without_keys(key):
         return op.overload(*values)
 
 
@@ -263,24 +318,9 @@ def _function(op: Operator) -> type[torch.autograd.Function]:
     return Function
 
 
-def _transforming() -> bool:
-    return torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0
-
-
-def _differentiating() -> bool:
-    """Whether a transform other than vmap is active; asked while the compiler traces, which enters them as it goes."""
-    levels = torch._C._functorch.get_interpreter_stack() or []
-    return forward_ad._current_level >= 0 or any(
-        level.key() != torch._C._functorch.TransformType.Vmap for level in levels
-    )
-
-
-# What torch.compiler.assume_constant_result does, which would import the whole compiler for it, a second and more.
-_differentiating._dynamo_marked_constant = True  # type: ignore[attr-defined]
-
-
-def _of_codes(function: Callable[..., Tensor], choices: Sequence[tuple[int, str]]) -> Callable[..., Tensor]:
-    """``function``, which takes the names of ``choices``, of their codes."""
+def _of_codes(function: Callable[..., Tensor], arguments: Sequence[str]) -> Callable[..., Tensor]:
+    """``function``, which takes the names of choices, of their codes."""
+    choices = [(i, argument) for i, argument in enumerate(arguments) if argument in CHOICES]
 
     def of_codes(*args: Any) -> Tensor:
         values = list(args)
@@ -313,10 +353,8 @@ def _vjp(function: Callable[..., Any], *values: Any) -> tuple[Any, Callable[...,
 
 def _pull_back(function: Callable[..., Tensor], values: Sequence[Tensor], cotangent: Tensor) -> Sequence[Tensor]:
     """The gradients of ``function`` at ``values``; differentiable again inside a transform of torch.func."""
-    if torch._C._are_functorch_transforms_active():
+    if _torch.transforms_active():
         return _vjp(function, *values)[1](cotangent)
-    # As a kernel: the dispatcher has switched autograd off on the way here.
-    included, excluded = torch._C._dispatch_tls_local_include_set(), torch._C._dispatch_tls_local_exclude_set()
-    with torch._C._ForceDispatchKeyGuard(included, excluded - _AUTOGRAD_KEYS), torch.enable_grad():
+    with _torch.with_autograd():
         leaves = [value.detach().requires_grad_() for value in values]
         return torch.autograd.grad(function(*leaves), leaves, cotangent)

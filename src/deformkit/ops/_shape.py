@@ -7,6 +7,8 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
+from ._torch import has_storage
+
 Boundary = Literal["zeros", "border"]
 
 # The operators take the index of a name: each string that passes torch's stable ABI allocates memory that nobody frees.
@@ -86,12 +88,24 @@ def check_alike(name: str, value: Any, leader_name: str, leader: Tensor, dtype: 
     check_tensor(name, value)
     if value.device != leader.device:
         raise ValueError(f"{name} is on {value.device}; it must be on {leader.device}, as {leader_name} is")
-    if dtype and value.dtype != leader.dtype and not _autocasting(leader.device.type):
+    if dtype and value.dtype != leader.dtype and not (_autocast(value) and _autocast(leader)):
         raise TypeError(f"{name} has dtype {value.dtype}; it must be {leader.dtype}, as {leader_name}'s")
 
 
-def _autocasting(device_type: str) -> bool:
-    return torch.amp.is_autocast_available(device_type) and torch.is_autocast_enabled(device_type)
+def _autocast(value: Tensor) -> bool:
+    """Whether autocast is about to change the dtype of ``value``: it leaves float64 alone."""
+    kind = value.device.type
+    castable = value.dtype in FLOATING and value.dtype != torch.float64
+    return castable and torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind)
+
+
+def check_stored(name: str, value: Tensor | None) -> None:
+    """Raise a ValueError if the memory of ``value`` was freed, as sharding and offloading do with its storage."""
+    if value is not None and value.numel() and has_storage(value):
+        last = value.storage_offset() + sum((s - 1) * step for s, step in zip(value.shape, value.stride(), strict=True))
+        found, needed = value.untyped_storage().nbytes(), (last + 1) * value.element_size()
+        if found < needed:
+            raise ValueError(f"{name} has a storage of {found} bytes; it must have {needed}: it was freed or cut")
 
 
 def check_offset_dtype(offset: Tensor, beside: str, dtype: torch.dtype) -> None:
@@ -160,6 +174,7 @@ __all__ = [
     "check_count",
     "check_floating",
     "check_offset_dtype",
+    "check_stored",
     "check_tensor",
     "checked_output_size",
     "code_of",

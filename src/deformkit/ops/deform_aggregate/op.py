@@ -86,9 +86,10 @@ def deform_aggregate(
     strides = ntuple(stride, axes, "stride", 1)
     paddings = ntuple(padding, axes, "padding", 0)
     dilations = ntuple(dilation, axes, "dilation", 1)
-    code = code_of("boundary", boundary)
-    _check(value, offset, weight, kernel, strides, paddings, dilations, offset_scale, remove_center, code)
-    return _operator(value, offset, weight, kernel, strides, paddings, dilations, offset_scale, remove_center, code)
+    steps = (kernel, strides, paddings, dilations)
+    args = (value, offset, weight, *steps, offset_scale, remove_center, code_of("boundary", boundary))
+    _check(*args)
+    return _operator(*args)
 
 
 def _axes(value: Tensor, offset: Tensor) -> int:
@@ -114,7 +115,7 @@ def _check(
     remove_center: bool,
     boundary: int,
 ) -> list[int]:
-    """Check every argument; return the output's spatial size."""
+    """Check every argument; return the output's shape."""
     axes = _axes(value, offset)
     check_floating("value", value)
     for name, tensor, dim in (("value", value, axes + 3), ("offset", offset, axes + 4), ("weight", weight, axes + 3)):
@@ -144,7 +145,7 @@ def _check(
         if tensor.shape[head_axis + 1] != taps:
             kernel = f"{times(kernel_size)} kernel{' without its centre' if remove_center else ''}"
             raise ValueError(f"{name} has {tensor.shape[head_axis + 1]} taps; a {kernel} has {taps}")
-    return out_size
+    return [batch, *out_size, heads, channels]
 
 
 def check_offset_scale(offset_scale: float) -> None:
@@ -168,30 +169,14 @@ def tap_count(kernel_size: Sequence[int], remove_center: bool) -> int:
     return prod(kernel_size) - 1
 
 
-def _output(
-    value: Tensor,
-    offset: Tensor,
-    weight: Tensor,
-    kernel_size: list[int],
-    stride: list[int],
-    padding: list[int],
-    dilation: list[int],
-    offset_scale: float,
-    remove_center: bool,
-    boundary: int,
-) -> Tensor:
-    """An empty output: its shape without its values."""
-    steps = (kernel_size, stride, padding, dilation)
-    out_size = _check(value, offset, weight, *steps, offset_scale, remove_center, boundary)
-    return value.new_empty(value.shape[0], *out_size, *value.shape[-2:])
-
-
 _operator = define(
     "deform_aggregate(Tensor value, Tensor offset, Tensor weight, int[] kernel_size, int[] stride, int[] padding, "
     "int[] dilation, float offset_scale, bool remove_center, int boundary) -> Tensor",
+    gpu=f"{__package__}.gpu",
     reference=reference.deform_aggregate,
-    fake=_output,
+    check=_check,
     differentiable=("value", "offset", "weight"),
     coordinates=("offset",),
     batched=("value", "offset", "weight"),
+    rows={"grad_output": 1, "offset": 1, "weight": 1},
 )

@@ -144,13 +144,12 @@ def _deform_conv(
     strides = ntuple(stride, axes, "stride", 1)
     paddings = ntuple(padding, axes, "padding", 0)
     dilations = ntuple(dilation, axes, "dilation", 1)
-    code = code_of("boundary", boundary)
-    _check(axes, input, offset, weight, bias, strides, paddings, dilations, mask, code)
-    return _operator(input, offset, weight, bias, strides, paddings, dilations, mask, code)
+    args = (input, offset, weight, bias, strides, paddings, dilations, mask, code_of("boundary", boundary))
+    _check(*args, axes=axes)
+    return _operator(*args)
 
 
 def _check(
-    axes: int,
     input: Tensor,
     offset: Tensor,
     weight: Tensor,
@@ -160,9 +159,11 @@ def _check(
     dilation: list[int],
     mask: Tensor | None,
     boundary: int,
+    axes: int | None = None,
 ) -> list[int]:
-    """Check every argument; return the output's spatial size."""
+    """Check every argument; return the output's shape."""
     check_floating("input", input)
+    axes = min(max(input.dim() - 2, 1), 3) if axes is None else axes
     tensors = {"input": input, "offset": offset, "weight": weight, "bias": bias, "mask": mask}
     for name, value in tensors.items():
         if value is None and name in ("bias", "mask"):
@@ -212,7 +213,7 @@ def _check(
                 f"needs {offset_groups * taps} = {offset_groups} groups x {taps} taps"
             )
         _check_map("mask", mask, [batch, mask.shape[1], *out_size])
-    return out_size
+    return [batch, out_channels, *out_size]
 
 
 def _check_map(name: str, value: Tensor, expected: list[int]) -> None:
@@ -222,28 +223,14 @@ def _check_map(name: str, value: Tensor, expected: list[int]) -> None:
         raise ValueError(f"{name} has spatial size {times(value.shape[2:])}; the output has {times(expected[2:])}")
 
 
-def _output(
-    input: Tensor,
-    offset: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    stride: list[int],
-    padding: list[int],
-    dilation: list[int],
-    mask: Tensor | None,
-    boundary: int,
-) -> Tensor:
-    """An empty output: its shape without its values."""
-    out_size = _check(input.dim() - 2, input, offset, weight, bias, stride, padding, dilation, mask, boundary)
-    return input.new_empty(input.shape[0], weight.shape[0], *out_size)
-
-
 _operator = define(
     "deform_conv(Tensor input, Tensor offset, Tensor weight, Tensor? bias, int[] stride, int[] padding, "
     "int[] dilation, Tensor? mask, int boundary) -> Tensor",
+    gpu=f"{__package__}.gpu",
     reference=reference.deform_conv,
-    fake=_output,
+    check=_check,
     differentiable=("input", "offset", "weight", "bias", "mask"),
     coordinates=("offset",),
     batched=("input", "offset", "mask"),
+    rows={"grad_output": 2, "offset": 2, "mask": 2},
 )

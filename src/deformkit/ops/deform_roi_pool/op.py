@@ -9,6 +9,7 @@ from torch import Tensor
 
 from .._library import define
 from .._shape import check_alike, check_floating, check_offset_dtype, compute_dtype, ntuple, times
+from .._torch import wrapped
 from . import reference
 
 
@@ -101,7 +102,8 @@ def _check(
     spatial_scale: float,
     sampling_ratio: int,
     gamma: float,
-) -> None:
+) -> list[int]:
+    """Check every argument; return the output's shape."""
     axes = _check_input(input)
     check_alike("rois", rois, "input", input, dtype=False)
     if rois.dtype != compute_dtype(input.dtype):
@@ -124,6 +126,7 @@ def _check(
                 f"{rois.shape[0]} RoIs, {axes} coordinates, {times(output_size)} bins"
             )
     check_numbers(spatial_scale, sampling_ratio, gamma)
+    return [rois.shape[0], input.shape[1], *output_size]
 
 
 def check_numbers(spatial_scale: float, sampling_ratio: int, gamma: float) -> None:
@@ -147,10 +150,7 @@ def _check_number(
 def _readable(rois: Tensor) -> bool:
     """Whether the values are at hand: not on another device, and not only traced or transformed."""
     return (
-        not torch.compiler.is_compiling()
-        and rois.device.type == "cpu"
-        and type(rois) is Tensor
-        and not torch._C._functorch.is_functorch_wrapped_tensor(rois)
+        not torch.compiler.is_compiling() and rois.device.type == "cpu" and type(rois) is Tensor and not wrapped(rois)
     )
 
 
@@ -167,26 +167,14 @@ def _check_batch_index(rois: Tensor, batch: int) -> None:
         )
 
 
-def _output(
-    input: Tensor,
-    rois: Tensor,
-    offset: Tensor | None,
-    output_size: list[int],
-    spatial_scale: float,
-    sampling_ratio: int,
-    gamma: float,
-) -> Tensor:
-    """An empty output: its shape without its values."""
-    _check(input, rois, offset, output_size, spatial_scale, sampling_ratio, gamma)
-    return input.new_empty(rois.shape[0], input.shape[1], *output_size)
-
-
 _operator = define(
     "deform_roi_pool(Tensor input, Tensor rois, Tensor? offset, int[] output_size, float spatial_scale, "
     "int sampling_ratio, float gamma) -> Tensor",
+    gpu=f"{__package__}.gpu",
     reference=reference.deform_roi_pool,
-    fake=_output,
+    check=_check,
     differentiable=("input", "offset"),
     coordinates=("rois", "offset"),
     batched=("rois", "offset"),
+    rows={"grad_output": 0, "rois": 0, "offset": 0},
 )

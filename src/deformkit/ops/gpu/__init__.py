@@ -12,9 +12,6 @@ import torch
 from torch import Tensor
 
 from .._library import NAMESPACE, Operator, operators
-from .._shape import check_alike
-
-_PARENT = __package__.rpartition(".")[0]
 
 
 def available() -> bool:
@@ -28,24 +25,14 @@ def launcher(operator: Operator) -> Callable[..., Any]:
     That is float64, and 2^31 positions in one image, which 32-bit coordinates cannot tell apart.
     """
     backward = operator.name.endswith("_backward")
-    forward = operators[operator.name.removesuffix("_backward")]
-    room = f"{_PARENT}.{forward.name}.gpu"
 
     def launch(*args: Any) -> Any:
-        inputs = args[1:-1] if backward else args
         # A kernel trusts its arguments: this checks them all, also for those who call the operator itself.
-        output = forward.fake(*inputs)
-        if backward:
-            check_alike("grad_output", args[0], forward.arguments[0], output)
-            if args[0].shape != output.shape:
-                raise ValueError(f"grad_output has shape {list(args[0].shape)}; it must be {list(output.shape)}")
-            if len(args[-1]) != len(forward.differentiable):
-                raise ValueError(f"output_mask is {args[-1]}; it needs {len(forward.differentiable)} values")
-        del output
-        kernels = importlib.import_module(room)
+        operator.checked(*args)
+        kernels = importlib.import_module(operator.gpu)
         double = any(isinstance(value, Tensor) and value.dtype == torch.float64 for value in args)
-        if double or kernels.extent(*inputs) >= 2**31:
-            return operator._contiguous_reference(*args)
+        if double or kernels.extent(*(args[1:-1] if backward else args)) >= 2**31:
+            return operator.fallback(*args)
         return kernels.backward(*args) if backward else kernels.forward(*args)
 
     return launch

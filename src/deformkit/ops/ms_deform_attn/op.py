@@ -163,8 +163,8 @@ def _check(
     attention_weights: Tensor,
     num_points: Sequence[int],
     mode: int,
-) -> None:
-    """Check every argument, in the form that the operator takes."""
+) -> list[int]:
+    """Check every argument, in the form that the operator takes; return the output's shape."""
     check_floating("value", value)
     for name, tensor, dim in (
         ("value", value, 4),
@@ -212,6 +212,7 @@ def _check(
             f"num_points is {list(num_points)}, {sum(num_points)} in all; "
             f"sampling_locations has {sampling_locations.shape[3]} points"
         )
+    return [batch, sampling_locations.shape[1], heads * channels]
 
 
 def _check_location_dtype(sampling_locations: Tensor, value: Tensor) -> None:
@@ -228,26 +229,14 @@ def _check_location_dtype(sampling_locations: Tensor, value: Tensor) -> None:
         )
 
 
-def _output(
-    value: Tensor,
-    spatial_shapes: Sequence[int],
-    sampling_locations: Tensor,
-    attention_weights: Tensor,
-    num_points: Sequence[int],
-    mode: int,
-) -> Tensor:
-    """An empty output: its shape without its values."""
-    _check(value, spatial_shapes, sampling_locations, attention_weights, num_points, mode)
-    batch, _, heads, channels = value.shape
-    return value.new_empty(batch, sampling_locations.shape[1], heads * channels)
-
-
 _operator = define(
     "ms_deform_attn(Tensor value, SymInt[] spatial_shapes, Tensor sampling_locations, Tensor attention_weights, "
     "int[] num_points, int mode) -> Tensor",
+    gpu=f"{__package__}.gpu",
     reference=reference.ms_deform_attn,
-    fake=_output,
+    check=_check,
     differentiable=("value", "sampling_locations", "attention_weights"),
     coordinates=("sampling_locations",),
     batched=("value", "sampling_locations", "attention_weights"),
+    rows={"grad_output": 1, "sampling_locations": 1, "attention_weights": 1},
 )

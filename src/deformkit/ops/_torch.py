@@ -1,0 +1,73 @@
+"""Every private symbol of torch that the operators use, each with the releases on which it was tried."""
+
+import sys
+from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch.autograd import forward_ad
+
+DispatchKey = torch._C.DispatchKey  # 2.13
+DispatchKeySet = torch._C.DispatchKeySet  # 2.13
+has_kernel = torch._C._dispatch_has_kernel_for_dispatch_key  # 2.13
+has_storage = torch._C._has_storage  # 2.13: whether a tensor lies in memory that torch manages
+tracing = torch._C._is_tracing  # 2.13
+transforms_active = torch._C._are_functorch_transforms_active  # 2.13
+without_keys = torch._C._ExcludeDispatchKeyGuard  # 2.13
+wrapped = torch._C._functorch.is_functorch_wrapped_tensor  # 2.13: whether torch.func hides a tensor's values
+
+_AUTOGRAD_KEYS = (
+    DispatchKeySet(DispatchKey.AutogradCPU)
+    | DispatchKeySet(DispatchKey.AutogradCUDA)
+    | DispatchKeySet(DispatchKey.AutogradOther)
+    | DispatchKeySet(DispatchKey.AutogradMPS)
+    | DispatchKeySet(DispatchKey.AutogradXPU)
+    | DispatchKeySet(DispatchKey.AutogradFunctionality)
+    | DispatchKeySet(DispatchKey.ADInplaceOrView)
+)
+
+
+def arguments(overload: Any) -> list[tuple[str, str]]:
+    """The name and the type of each argument of an operator. ``OpOverload._schema``: 2.13."""
+    return [(argument.name, str(argument.type)) for argument in overload._schema.arguments]
+
+
+def transforming() -> bool:
+    """Whether a transform of torch.func or forward-mode differentiation is active. All: 2.13."""
+    return transforms_active() or forward_ad._current_level >= 0
+
+
+def levels() -> Counter[str]:
+    """How many levels of each transform are active: ``Vmap``, ``Grad``, ``Jvp``, ``Functionalize``. All: 2.13."""
+    found = Counter(level.key().name for level in torch._C._functorch.get_interpreter_stack() or [])
+    if forward_ad._current_level >= 0 and not found["Jvp"]:
+        found["Jvp"] = 1
+    return found
+
+
+def constant(function: Any) -> Any:
+    """What torch.compiler.assume_constant_result does without importing the compiler, a second and more: 2.13."""
+    function._dynamo_marked_constant = True
+    return function
+
+
+@constant
+def differentiating() -> bool:
+    """Whether a transform other than vmap is active; asked while the compiler traces, which enters them as it goes."""
+    return bool(levels().keys() - {"Vmap"})
+
+
+@constant
+def exporting_to_onnx() -> bool:
+    """Whether torch.onnx.export is at work; it does not look before somebody has imported the exporter."""
+    return "torch.onnx" in sys.modules and torch.onnx.is_in_onnx_export()
+
+
+@contextmanager
+def with_autograd() -> Iterator[None]:
+    """Within, a kernel, on the way to which the dispatcher has excluded autograd, records a graph. All: 2.13."""
+    included, excluded = torch._C._dispatch_tls_local_include_set(), torch._C._dispatch_tls_local_exclude_set()
+    with torch._C._ForceDispatchKeyGuard(included, excluded - _AUTOGRAD_KEYS), torch.enable_grad():
+        yield
