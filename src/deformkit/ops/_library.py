@@ -254,7 +254,7 @@ def define(
 
 
 # A part of a double backward reads about so many numbers; the reference keeps some dozens of times as many.
-_PART, _MOST_PARTS = 2**18, 64
+_PART, _MOST_PARTS = 2**17, 64
 
 
 def _parts(op: Operator, args: Sequence[Any], axes: Sequence[int | None]) -> Iterator[tuple[int, int]]:

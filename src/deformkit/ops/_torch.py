@@ -9,6 +9,10 @@ from typing import Any
 import torch
 from torch.autograd import forward_ad
 
+# What TorchScript calls a list that may be given as one number: 2.13.
+BroadcastingList1, BroadcastingList2, BroadcastingList3 = (
+    getattr(torch._jit_internal, f"BroadcastingList{axes}") for axes in (1, 2, 3)
+)
 DispatchKey = torch._C.DispatchKey  # 2.13
 DispatchKeySet = torch._C.DispatchKeySet  # 2.13
 has_kernel = torch._C._dispatch_has_kernel_for_dispatch_key  # 2.13

@@ -5,7 +5,9 @@ from math import inf
 
 from torch import Tensor
 
+from .. import _script
 from .._library import define
+from .._script import scripts_as
 from .._shape import (
     Boundary,
     check_alike,
@@ -22,6 +24,7 @@ from .._shape import (
 from . import reference
 
 
+@scripts_as(_script.deform_aggregate)
 def deform_aggregate(
     value: Tensor,
     offset: Tensor,

@@ -40,11 +40,13 @@ def points(
     remove_center: bool,
 ) -> tuple[Tensor, Tensor]:
     """Where the taps read: integers ``[*out, 1, 1, N]``, and what is to be added to them, shaped as ``offset``."""
-    *out_size, _, taps, axes = offset.shape[1:]
+    *out_size, _, taps, _ = offset.shape[1:]
+    axes = len(kernel_size)
     ones = [1] * axes
-    centre = torch.tensor([d * (k - 1) // 2 for d, k in zip(dilation, kernel_size, strict=True)], device=offset.device)
-    base = tap_grid(ones, out_size, stride, padding, ones, offset.device).squeeze(0) + centre
-    from_centre = tap_grid(kernel_size, ones, ones, [0] * axes, dilation, offset.device).reshape(-1, axes) - centre
+    centre = [d * (k - 1) // 2 for d, k in zip(dilation, kernel_size, strict=True)]
+    before = [p - c for p, c in zip(padding, centre, strict=True)]
+    base = tap_grid(ones, out_size, stride, before, ones, offset.device).squeeze(0)
+    from_centre = tap_grid(kernel_size, ones, ones, centre, dilation, offset.device).reshape(-1, axes)
     if remove_center:
         from_centre = torch.cat([from_centre[: taps // 2], from_centre[taps // 2 + 1 :]])
     return base.unsqueeze(-2).unsqueeze(-2), offset_scale * (from_centre + offset)

@@ -4,7 +4,9 @@ from collections.abc import Sequence
 
 from torch import Tensor
 
+from .. import _script
 from .._library import define
+from .._script import scripts_as
 from .._shape import (
     Boundary,
     check_alike,
@@ -20,6 +22,7 @@ from .._shape import (
 from . import reference
 
 
+@scripts_as(_script.deform_conv1d)
 def deform_conv1d(
     input: Tensor,
     offset: Tensor,
@@ -45,6 +48,7 @@ def deform_conv1d(
     return _deform_conv(1, input, offset, weight, bias, stride, padding, dilation, mask, boundary)
 
 
+@scripts_as(_script.deform_conv2d)
 def deform_conv2d(
     input: Tensor,
     offset: Tensor,
@@ -103,6 +107,7 @@ def deform_conv2d(
     return _deform_conv(2, input, offset, weight, bias, stride, padding, dilation, mask, boundary)
 
 
+@scripts_as(_script.deform_conv3d)
 def deform_conv3d(
     input: Tensor,
     offset: Tensor,

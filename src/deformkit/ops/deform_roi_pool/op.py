@@ -7,12 +7,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .. import _script
 from .._library import define
+from .._script import scripts_as
 from .._shape import check_alike, check_floating, check_offset_dtype, compute_dtype, ntuple, times
 from .._torch import wrapped
 from . import reference
 
 
+@scripts_as(_script.deform_roi_pool)
 def deform_roi_pool(
     input: Tensor,
     rois: Tensor,

@@ -53,13 +53,13 @@ def adaptive_samples(length: Tensor, output_size: Sequence[int]) -> Tensor:
     counts = torch.stack([length[:, axis] / bins for axis, bins in enumerate(output_size)], 1).ceil()
     # One sample shows what a corner that is no number does; none would hide it.
     unknown = ~length.isfinite().all(1, keepdim=True)
-    return torch.where(unknown, 1.0, counts.clamp(0, MOST_SAMPLES)).to(torch.int64)
+    return counts.clamp(0, MOST_SAMPLES).masked_fill(unknown, 1.0).to(torch.int64)
 
 
 def _image_index(index: Tensor, batch: int) -> Tensor:
     known = (index == index.floor()) & (index.abs() < 2**31)
     # gather refuses what is out of range, where a plain index would count -1 from the end.
-    return torch.arange(batch, device=index.device).gather(0, torch.where(known, index, -1.0).to(torch.int64))
+    return torch.arange(batch, device=index.device).gather(0, index.masked_fill(~known, -1.0).to(torch.int64))
 
 
 def _pool(
@@ -87,9 +87,9 @@ def _pool(
     points = torch.stack(torch.broadcast_tensors(*coordinates), -1).expand(count, *output_size, *samples, axes)
 
     undefined = points.isnan().any(-1, keepdim=True)
-    limit = torch.tensor(size, dtype=points.dtype, device=points.device)
-    outside = ((points < -1) | (points > limit)).any(-1, keepdim=True) & ~undefined
-    points = torch.where(outside, 0.0, points)
+    beyond = torch.stack([points[..., axis] > size[axis] for axis in range(axes)], -1)
+    outside = (points < -1).logical_or(beyond).any(-1, keepdim=True) & ~undefined
+    points = points.masked_fill(outside, 0.0)
 
     # One field of all images, one after the other along the first axis; each ends in its last row twice, so that
     # the cell of a point on that row does not reach into the next image.
@@ -98,5 +98,5 @@ def _pool(
     first = torch.where(undefined[..., 0], points[..., 0], points[..., 0].clamp(0, size[0] - 1))
     points = torch.cat([first.unsqueeze(-1), points[..., 1:]], -1)
     values = sample(field, base, points.unsqueeze(0), "border")[0]
-    values = torch.where(outside.squeeze(-1), 0.0, values).transpose(0, 1)
+    values = values.masked_fill(outside.squeeze(-1), 0.0).transpose(0, 1)
     return values.sum(list(range(-axes, 0))) / max(prod(samples), 1)

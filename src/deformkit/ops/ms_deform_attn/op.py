@@ -6,7 +6,9 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
+from .. import _script
 from .._library import define
+from .._script import scripts_as
 from .._shape import check_alike, check_floating, check_tensor, code_of, name_of, prod, times
 from . import reference
 
@@ -16,6 +18,7 @@ SpatialShapes = Tensor | Sequence[Sequence[int]] | Sequence[int]
 _INTEGERS = (torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64)
 
 
+@scripts_as(_script.ms_deform_attn)
 def ms_deform_attn(
     value: Tensor,
     spatial_shapes: SpatialShapes,

@@ -40,16 +40,17 @@ def ms_deform_attn(
     # Per sample and head: [B*H, Q, P, N], in tensor-axis order, and [B*H, Q, P].
     locations = sampling_locations.flip(-1).to(dtype).transpose(1, 2).flatten(0, 1).split(list(num_points), 2)
     weights = attention_weights.to(dtype).transpose(1, 2).flatten(0, 1).split(list(num_points), 2)
-    base = torch.zeros(axes, dtype=torch.int64, device=value.device)
-
     output = torch.zeros(batch * heads, channels, queries, dtype=dtype, device=value.device)
     for size, field, location, weight in zip(sizes, fields, locations, weights, strict=True):
         point = torch.stack([location[..., axis] * size[axis] for axis in range(axes)], -1)
+        # Half a pixel less than a large number may be that number again: its whole part stays apart.
+        whole = torch.stack([point[..., axis].detach().clamp(0, size[axis]) for axis in range(axes)], -1).floor()
+        base, shift = whole.nan_to_num(0.0).to(torch.int64), point - whole
         field = field.unflatten(-1, size)
         if mode == "nearest":
             # Half a pixel up, and rounded by the sampler: the published rule, floor(location * size + 1/2).
-            samples = sample(field, base, point, "border", "nearest")
+            samples = sample(field, base, shift, "border", "nearest")
         else:
-            samples = sample(field, base, point - 0.5, "zeros")
+            samples = sample(field, base, shift - 0.5, "zeros")
         output = output + (samples * weight.unsqueeze(1)).sum(-1)
     return output.unflatten(0, (batch, heads)).permute(0, 3, 1, 2).flatten(2).to(value.dtype)

@@ -38,7 +38,7 @@ def sample(field: Tensor, base: Tensor, shift: Tensor, boundary: str, mode: str 
         # Two cells beyond the field nothing changes any more; the clamp keeps infinity out of the arithmetic.
         least, most = (0, length - 1) if boundary == "border" else (-2, length)
         first = base[..., axis]
-        distance = torch.where(undefined, 0.0, shift[..., axis])
+        distance = shift[..., axis].masked_fill(undefined, 0.0)
         low, high = (least - first).to(distance.dtype), (most - first).to(distance.dtype)
         distance = torch.where(distance < low, low, torch.where(distance > high, high, distance))
         if mode == "nearest":
@@ -47,8 +47,8 @@ def sample(field: Tensor, base: Tensor, shift: Tensor, boundary: str, mode: str 
         lower.append(first + whole.to(torch.int64))
         fraction.append(distance - whole)
 
-    mark = torch.where(undefined, torch.nan, 0.0).unsqueeze(-1)
-    result = (torch.where(undefined.unsqueeze(-1), shift, 0.0) * mark).sum(-1).unsqueeze(1)
+    mark = torch.zeros_like(shift[..., :1]).masked_fill(undefined.unsqueeze(-1), torch.nan)
+    result = (shift.masked_fill(~undefined.unsqueeze(-1), 0.0) * mark).sum(-1).unsqueeze(1)
     for corner in product((0,) if mode == "nearest" else (0, 1), repeat=len(size)):
         weight = torch.ones_like(fraction[0])
         index = torch.zeros_like(lower[0])
@@ -62,8 +62,7 @@ def sample(field: Tensor, base: Tensor, shift: Tensor, boundary: str, mode: str 
             index = index * length + coordinate.clamp(0, length - 1)
         where = index.flatten(1).unsqueeze(1).expand(-1, channels, -1)
         value = flat.gather(2, where).reshape(groups, channels, *points)
-        inside = inside.unsqueeze(1)
-        result = result + torch.where(inside, value, 0.0) * weight.unsqueeze(1)
+        result = result + value.masked_fill(~inside.unsqueeze(1), 0.0) * weight.unsqueeze(1)
     return result
 
 
@@ -77,6 +76,6 @@ def tap_grid(
 ) -> Tensor:
     """Where an undeformed convolution reads: ``stride * o - padding + dilation * k``, as ``[K, *out, N]`` integers."""
     steps = [torch.arange(n, device=device) * s - p for n, s, p in zip(out_size, stride, padding, strict=True)]
-    origin = torch.stack(torch.meshgrid(*steps, indexing="ij"), -1)
-    taps = list(product(*(range(0, d * k, d) for k, d in zip(kernel_size, dilation, strict=True))))
-    return origin + torch.tensor(taps, device=device).reshape(-1, *[1] * len(out_size), len(out_size))
+    taps = [torch.arange(k, device=device) * d for k, d in zip(kernel_size, dilation, strict=True)]
+    origin, tap = (torch.stack(torch.meshgrid(*axes, indexing="ij"), -1) for axes in (steps, taps))
+    return origin + tap.reshape(-1, *[1] * len(out_size), len(out_size))

@@ -1,0 +1,164 @@
+"""The public functions as ``torch.jit.script`` compiles them: typed for TorchScript, and checked by the kernels alone.
+
+A scripted function knows no union of a number and a sequence, and no keyword-only argument with a default.
+"""
+
+from collections.abc import Callable
+from typing import Optional, TypeVar
+
+import torch
+from torch import Tensor
+
+from ._library import NAMESPACE, library
+from ._shape import code_of
+from ._torch import BroadcastingList1, BroadcastingList2, BroadcastingList3
+
+Function = TypeVar("Function", bound=Callable[..., Tensor])
+
+library.define("code_of(str argument, str name) -> int")
+torch.library.impl(f"{NAMESPACE}::code_of", "CompositeImplicitAutograd", code_of, lib=library)
+
+
+def scripts_as(scripted: Callable[..., Tensor]) -> Callable[[Function], Function]:
+    """Decorates a public function that TorchScript shall compile as ``scripted``."""
+
+    def decorate(function: Function) -> Function:
+        function.__prepare_scriptable__ = lambda: scripted  # type: ignore[attr-defined]
+        return function
+
+    return decorate
+
+
+def _each(value: list[int] | None, default: int, axes: int) -> list[int]:
+    return [default for _ in range(axes)] if value is None else value
+
+
+def _deform_conv(
+    input: Tensor,
+    offset: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    stride: list[int] | None,
+    padding: list[int] | None,
+    dilation: list[int] | None,
+    mask: Tensor | None,
+    boundary: str,
+) -> Tensor:
+    axes = input.dim() - 2
+    return torch.ops.deformkit.deform_conv(
+        input,
+        offset,
+        weight,
+        bias,
+        _each(stride, 1, axes),
+        _each(padding, 0, axes),
+        _each(dilation, 1, axes),
+        mask,
+        torch.ops.deformkit.code_of("boundary", boundary),
+    )
+
+
+def deform_conv1d(
+    input: Tensor,
+    offset: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    stride: Optional[BroadcastingList1[int]] = None,
+    padding: Optional[BroadcastingList1[int]] = None,
+    dilation: Optional[BroadcastingList1[int]] = None,
+    mask: Tensor | None = None,
+    boundary: str = "zeros",
+) -> Tensor:
+    """See :func:`deformkit.deform_conv1d`."""
+    return _deform_conv(input, offset, weight, bias, stride, padding, dilation, mask, boundary)
+
+
+def deform_conv2d(
+    input: Tensor,
+    offset: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    stride: Optional[BroadcastingList2[int]] = None,
+    padding: Optional[BroadcastingList2[int]] = None,
+    dilation: Optional[BroadcastingList2[int]] = None,
+    mask: Tensor | None = None,
+    boundary: str = "zeros",
+) -> Tensor:
+    """See :func:`deformkit.deform_conv2d`."""
+    return _deform_conv(input, offset, weight, bias, stride, padding, dilation, mask, boundary)
+
+
+def deform_conv3d(
+    input: Tensor,
+    offset: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    stride: Optional[BroadcastingList3[int]] = None,
+    padding: Optional[BroadcastingList3[int]] = None,
+    dilation: Optional[BroadcastingList3[int]] = None,
+    mask: Tensor | None = None,
+    boundary: str = "zeros",
+) -> Tensor:
+    """See :func:`deformkit.deform_conv3d`."""
+    return _deform_conv(input, offset, weight, bias, stride, padding, dilation, mask, boundary)
+
+
+def deform_aggregate(
+    value: Tensor,
+    offset: Tensor,
+    weight: Tensor,
+    kernel_size: list[int],
+    stride: list[int] | None = None,
+    padding: list[int] | None = None,
+    dilation: list[int] | None = None,
+    offset_scale: float = 1.0,
+    remove_center: bool = False,
+    boundary: str = "zeros",
+) -> Tensor:
+    """See :func:`deformkit.deform_aggregate`; every size has as many numbers as there are spatial axes."""
+    return torch.ops.deformkit.deform_aggregate(
+        value,
+        offset,
+        weight,
+        kernel_size,
+        _each(stride, 1, len(kernel_size)),
+        _each(padding, 0, len(kernel_size)),
+        _each(dilation, 1, len(kernel_size)),
+        offset_scale,
+        remove_center,
+        torch.ops.deformkit.code_of("boundary", boundary),
+    )
+
+
+def ms_deform_attn(
+    value: Tensor,
+    spatial_shapes: list[list[int]],
+    sampling_locations: Tensor,
+    attention_weights: Tensor,
+    num_points: list[int] | None = None,
+    mode: str = "linear",
+) -> Tensor:
+    """See :func:`deformkit.ms_deform_attn`; the sizes are lists, and ``num_points`` too."""
+    sizes: list[int] = []
+    for size in spatial_shapes:
+        sizes.extend(size)
+    if sampling_locations.dim() == 6:
+        points = [sampling_locations.shape[4] for _ in spatial_shapes]
+        sampling_locations, attention_weights = sampling_locations.flatten(3, 4), attention_weights.flatten(3, 4)
+    else:
+        points = [sampling_locations.shape[3]] if num_points is None else num_points
+    code = torch.ops.deformkit.code_of("mode", mode)
+    return torch.ops.deformkit.ms_deform_attn(value, sizes, sampling_locations, attention_weights, points, code)
+
+
+def deform_roi_pool(
+    input: Tensor,
+    rois: Tensor,
+    offset: Tensor | None,
+    output_size: list[int],
+    spatial_scale: float = 1.0,
+    sampling_ratio: int = 0,
+    gamma: float = 0.1,
+) -> Tensor:
+    """See :func:`deformkit.deform_roi_pool`; ``output_size`` has as many numbers as there are spatial axes."""
+    return torch.ops.deformkit.deform_roi_pool(input, rois, offset, output_size, spatial_scale, sampling_ratio, gamma)
