@@ -13,6 +13,7 @@ import torch
 from close import assert_close, assert_equal
 from torch import Tensor
 
+import deformkit
 import deformkit.ops
 from deformkit.ops._library import Operator, operators
 
@@ -119,6 +120,15 @@ def representatives(each_axes: bool = True) -> list[Call]:
     for call in CALLS:
         first.setdefault((call.operator.name, call.case.axes if each_axes else 0), call)
     return list(first.values())
+
+
+def public(call: Call) -> tuple[Any, dict[str, Any]]:
+    """The public function of a case and its arguments, in the types that TorchScript takes."""
+    name, axes, named = call.operator.name, call.case.axes, call.case.arguments()
+    if "spatial_shapes" in named:
+        flat = named["spatial_shapes"]
+        named["spatial_shapes"] = [flat[i : i + axes] for i in range(0, len(flat), axes)]
+    return getattr(deformkit, f"{name}{axes}d" if name == "deform_conv" else name), named
 
 
 def _transposed(t: Tensor) -> Tensor:

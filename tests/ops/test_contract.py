@@ -324,3 +324,99 @@ def test_one_gradient_alone(call: Call) -> None:
     for i in call.positions(args):
         alone = evaluate(call.operator, args, [i], torch.float64)
         assert_all_close(alone, evaluate(call.operator.reference, double(args), [i], torch.float64))
+
+
+one_each = pytest.mark.parametrize("call", representatives(each_axes=False), ids=str)
+
+
+def scaled(call: Call, args: list[Any]) -> Any:
+    """A number that depends on all coordinates through another one."""
+
+    def function(factor: Tensor) -> Tensor:
+        values = list(args)
+        for i in call.operator.coordinates:
+            values[i] = None if args[i] is None else args[i] * factor
+        return call.operator(*values).square().sum()
+
+    return function
+
+
+@one_each
+def test_two_forward_levels(call: Call) -> None:
+    """torch loses the outer tangent of a Function's own jvp."""
+    function, at = scaled(call, call.arguments(torch.float64)), torch.ones((), dtype=torch.float64)
+    expected = torch.func.jacfwd(torch.func.jacrev(function))(at)
+    assert expected.abs() > 1e-3
+    assert_close(torch.func.jacfwd(torch.func.jacfwd(function))(at), expected)
+
+
+@one_each
+def test_functionalize(call: Call) -> None:
+    args = call.arguments()
+    function = of(call.operator, args, [0])
+    assert torch.equal(torch.func.functionalize(function)(args[0]), function(args[0]))
+    gradient = torch.func.grad(lambda value: function(value).sum())
+    assert_close(torch.func.functionalize(gradient)(args[0]), gradient(args[0]).double())
+
+
+@one_each
+def test_vmap_of_none(call: Call) -> None:
+    args = call.arguments()
+    for i in call.positions(args):
+        none = args[i].unsqueeze(0)[:0].requires_grad_()
+        found = torch.func.vmap(of(call.operator, args, [i]))(none)
+        assert found.shape == (0, *call.operator(*args).shape)
+        [grad] = torch.autograd.grad(found.sum(), none)
+        assert grad.shape == none.shape
+
+
+@one_each
+def test_under_another_default_dtype(call: Call) -> None:
+    args = call.arguments()
+    function = of(call.operator, args, [0])
+    expected = torch.func.jvp(function, (args[0],), (args[0],))[1]
+    torch.set_default_dtype(torch.float64)
+    try:
+        assert torch.equal(torch.func.jvp(function, (args[0],), (args[0],))[1], expected)
+        leaf = args[0].requires_grad_()
+        [grad] = torch.autograd.grad(call.operator(*args).square().sum(), leaf, create_graph=True)
+        assert torch.autograd.grad(grad.sum(), leaf)[0].dtype == torch.float32
+    finally:
+        torch.set_default_dtype(torch.float32)
+
+
+@every_call
+@pytest.mark.parametrize("dtype", [torch.int64, torch.complex64, torch.float64])
+def test_autocast_names_a_wrong_dtype(call: Call, dtype: torch.dtype) -> None:
+    args = call.arguments()
+    for i in call.operator.tensors[1:]:
+        if args[i] is not None:
+            wrong = [value.to(dtype) if i == n else value for n, value in enumerate(args)]
+            name = call.operator.arguments[i]
+            with torch.autocast("cpu", torch.bfloat16), pytest.raises(TypeError, match=f"^{name} has dtype {dtype}"):
+                call.operator.overload(*wrong)
+
+
+@one_each
+def test_a_cotangent_on_another_device_raises(call: Call) -> None:
+    grad, *args = call.backward_arguments(call.arguments())
+    with pytest.raises((ValueError, RuntimeError), match="grad_output is on meta"):
+        call.backward_operator.overload(grad.to("meta"), *args)
+
+
+@one_each
+def test_the_fallback_checks(call: Call) -> None:
+    """On a device without a kernel the reference answers, also those who call the operator itself."""
+    args = call.arguments()
+    for i in call.operator.tensors:
+        if args[i] is not None:
+            with pytest.raises((TypeError, ValueError), match=f"^{call.operator.arguments[i]} "):
+                call.operator.fallback(*(value.to(torch.int16) if i == n else value for n, value in enumerate(args)))
+            backward = call.backward_arguments(args)
+            freed = args[i].clone()
+            freed.untyped_storage().resize_(0)
+            message = f"^{call.operator.arguments[i]} has a storage of 0 bytes; it must have {args[i].numel() * 4}"
+            with pytest.raises(ValueError, match=message):
+                call.operator.fallback(*args[:i], freed, *args[i + 1 :])
+            with pytest.raises(ValueError, match=message):
+                call.backward_operator.fallback(*backward[: i + 1], freed, *backward[i + 2 :])

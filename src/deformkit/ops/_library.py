@@ -79,7 +79,7 @@ class Operator:
             levels = _torch.levels()
             if levels["Jvp"] > 1 or levels["Functionalize"]:
                 # A Function loses the tangent of an outer level, and cannot be functionalized.
-                return self.reference(*args)
+                return (self.reference if levels["Jvp"] or levels["Grad"] else self.overload)(*args)
             # A custom operator raises under torch.func.grad and returns zeros under torch.func.jvp.
             return self._function.apply(*args)
         return self.overload(*args)

@@ -3,6 +3,7 @@
 import os
 import subprocess
 import sys
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -140,3 +141,29 @@ def test_workspace_does_not_grow_with_the_image() -> None:
     grads = backward(output, *args, [True, True, True, False, False])
     kept = sum(t.numel() * t.element_size() for t in (output, *grads)) // 2**20
     assert peak.so_far() - kept < 150
+
+
+@pytest.mark.slow
+def test_double_backward_takes_bounded_memory() -> None:
+    """It goes through the reference, which keeps some dozens of the columns, in parts."""
+    code = """
+import torch, deformkit as dk
+from peak import Peak
+
+def second(size):
+    shapes = (1, 16, size, size), (1, 18, size, size), (16, 16, 3, 3), (1, 9, size, size)
+    leaves = [torch.randn(shape, requires_grad=True) for shape in shapes]
+    output = dk.deform_conv2d(*leaves[:3], padding=1, mask=leaves[3])
+    first = torch.autograd.grad(output.square().sum(), leaves, create_graph=True)
+    torch.autograd.grad(sum(grad.square().sum() for grad in first), leaves)
+
+second(20)
+peak = Peak()
+second(300)
+print(peak.so_far())
+"""
+    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[2])}
+    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment)
+    assert run.returncode == 0, run.stderr
+    # The columns are 49 MiB.
+    assert int(run.stdout) < 8 * 49

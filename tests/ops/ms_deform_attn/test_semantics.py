@@ -319,3 +319,10 @@ def test_weight_that_is_no_number(mode: str, where: float) -> None:
     assert_equal(output.isnan(), reference.isnan())
     assert output[:, 1].isnan().all()
     assert output[:, 0].isfinite().all()
+
+
+def test_the_last_half_pixel_of_a_very_long_level() -> None:
+    """At 2^40 pixels float32 knows no half one: location 1 is half a pixel behind the last one all the same."""
+    value = torch.ones(1, 1, 1, 1).expand(1, 2**40, 1, 1)
+    location, weight = torch.ones(1, 1, 1, 1, 1), torch.ones(1, 1, 1, 1)
+    assert dk.reference.ms_deform_attn(value, [2**40], location, weight, [1], "linear").item() == 0.5
