@@ -264,8 +264,7 @@ def spoil(draw: random.Random, args: list[Any]) -> list[Any]:
 
 def run_one(seed: int, compare: bool, refuse: bool = True) -> str:
     """One random call; returns what became of it. Raises an AssertionError if a result is wrong."""
-    from close import assert_close
-
+    from deformkit._testing import assert_close
     from deformkit.ops._library import operators
 
     draw = random.Random(seed)

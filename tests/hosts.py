@@ -9,8 +9,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from close import assert_close, assert_equal
 from torch import Tensor, nn
+
+from deformkit._testing import assert_close, assert_equal
 
 
 def run_elsewhere(variable: str, program: str, calls: Any, folder: Path) -> Any:

@@ -10,11 +10,11 @@ from typing import Any
 
 import pytest
 import torch
-from close import assert_close, assert_equal
 from torch import Tensor
 
 import deformkit
 import deformkit.ops
+from deformkit._testing import assert_close, assert_equal, evaluate
 from deformkit.ops._library import Operator, operators
 
 WILD = ["nan", "inf", "-inf", 1e38, -1e38, 2.0**31, -(2.0**31), 2.0**63, -(2.0**63), -1.0, 1e5, -1e5]
@@ -47,22 +47,6 @@ class Call:
     def positions(self, args: Sequence[Any]) -> list[int]:
         """The arguments that have a gradient and are there."""
         return [i for i in self.operator.differentiable if args[i] is not None]
-
-
-def evaluate(
-    function: Any, args: Sequence[Any], positions: Sequence[int], cotangent_dtype: torch.dtype
-) -> list[Tensor]:
-    """The value of ``function`` at ``args``, then the gradients at ``positions`` for a random cotangent.
-
-    The cotangent is rounded to ``cotangent_dtype``, so that one in float64 can be the same as one in half precision.
-    """
-    values = [v.detach() if isinstance(v, Tensor) else v for v in args]
-    for i in positions:
-        values[i] = values[i].requires_grad_()
-    output = function(*values)
-    cotangent = torch.randn(output.shape, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
-    grads = torch.autograd.grad(output, [values[i] for i in positions], cotangent.to(cotangent_dtype).to(output))
-    return [output.detach(), *grads]
 
 
 def check(call: Call, args: Sequence[Any]) -> None:

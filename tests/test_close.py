@@ -2,7 +2,8 @@
 
 import pytest
 import torch
-from close import FLOOR, assert_close, assert_equal
+
+from deformkit._testing import FLOOR, assert_close, assert_equal
 
 TRUTH = torch.linspace(-3, 5, 100, dtype=torch.float64)
 

@@ -5,10 +5,10 @@ from pathlib import Path
 
 import pytest
 import torch
-from close import assert_close, assert_equal
 from torch import nn
 
 from deformkit import demo
+from deformkit._testing import assert_close, assert_equal
 from deformkit.nn import PackedDeformConv2d
 
 pytest.importorskip("sklearn")

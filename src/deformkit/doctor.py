@@ -7,7 +7,7 @@ import importlib
 import os
 import platform
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
@@ -17,14 +17,12 @@ import torch
 from torch import Tensor
 
 from . import __version__, _kernels
+from ._testing import FLOOR, evaluate
 from .ops import gpu
 from .ops._library import NAMESPACE, Operator, operators
 from .ops._torch import has_kernel
 
 DTYPES = (torch.float32, torch.bfloat16)
-
-# What rounding alone may cost, relative to the largest value of a result.
-_FLOOR = {torch.float32: 4e-6, torch.bfloat16: 1.6e-2}
 _FAILURES_SHOWN = 12
 _SPEAKING_VARIABLES = ("ATEN_CPU_CAPABILITY", "MKL_NUM_THREADS", "OMP_NUM_THREADS", "TRITON_INTERPRET")
 
@@ -118,31 +116,27 @@ def _check(operator: Operator, case: Any, dtype: torch.dtype, device: str) -> Ch
     about = (operator.name, case.axes, device, dtype, case.name)
     try:
         args = operator.ordered(case.arguments(dtype=dtype))
-        truth = _evaluate(operator, operator.reference, _moved(args, dtype=torch.float64))
-        reference = _evaluate(operator, operator.reference, args)
-        actual = _evaluate(operator, operator, _moved(args, device=device))
+        positions = [i for i in operator.differentiable if args[i] is not None]
+        truth, reference, actual = (
+            evaluate(function, _moved(args, **to), positions, torch.bfloat16)
+            for function, to in (
+                (operator.reference, {"dtype": torch.float64}),
+                (operator.reference, {}),
+                (operator, {"device": device}),
+            )
+        )
     except Exception as failure:  # whatever a broken installation raises is what the report is for
         return Check(*about, float("nan"), f"{type(failure).__name__}: {failure}")
     worst, problems = 0.0, []
-    for part, true in truth.items():
+    parts = ["output", *(f"gradient of {operator.arguments[i]}" for i in positions)]
+    for part, true, middle, found in zip(parts, truth, reference, actual, strict=True):
         scale = true.abs().max().item()
-        error = (actual[part].cpu().double() - true).abs().max().item()
-        allowed = 2 * (reference[part].double() - true).abs().max().item() + _FLOOR[dtype] * scale
+        error = (found.cpu().double() - true).abs().max().item()
+        allowed = 2 * (middle.double() - true).abs().max().item() + FLOOR[dtype] * scale
         if not error <= allowed:
             problems.append(f"{part} is off by {error:.2g} at values up to {scale:.2g}; allowed are {allowed:.2g}")
         worst = max(worst, error / scale if scale else error, key=_badness)
     return Check(*about, worst, "; ".join(problems) or None)
-
-
-def _evaluate(operator: Operator, function: Callable[..., Tensor], args: Sequence[Any]) -> dict[str, Tensor]:
-    """The value of ``function`` at the operator's arguments, and the gradients for one fixed cotangent."""
-    leaves = {i: args[i].detach().requires_grad_() for i in operator.differentiable if args[i] is not None}
-    output = function(*(leaves.get(i, value) for i, value in enumerate(args)))
-    # Rounded to bfloat16, so that it is the same in every dtype.
-    cotangent = torch.linspace(-1, 1, output.numel()).to(torch.bfloat16).reshape(output.shape)
-    grads = torch.autograd.grad(output, list(leaves.values()), cotangent.to(output))
-    names = [f"gradient of {operator.arguments[i]}" for i in leaves]
-    return {"output": output.detach(), **dict(zip(names, grads, strict=True))}
 
 
 def _moved(args: Sequence[Any], **to: Any) -> list[Any]:

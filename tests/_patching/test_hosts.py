@@ -10,11 +10,11 @@ from typing import Any
 import pytest
 import stand_ins
 import torch
-from close import assert_close, assert_equal
 from patched import SHAPES, doubled, ours
 from torch import Tensor, nn
 
 import deformkit as dk
+from deformkit._testing import assert_close, assert_equal
 
 # Other hosts themselves, where somebody has them
 

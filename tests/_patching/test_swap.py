@@ -12,11 +12,11 @@ from typing import Any
 
 import pytest
 import torch
-from close import assert_equal
 from patched import attention, ours
 from torch import Tensor, nn
 
 import deformkit as dk
+from deformkit._testing import assert_equal
 
 
 def test_copies(layer: tuple[nn.Module, dict[str, Any]]) -> None:

@@ -11,12 +11,12 @@ from typing import Any
 
 import pytest
 import torch
-from close import assert_close, assert_equal
 from patched import LAYERS, SHAPES, attention, doubled, ours, tensors
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map
 
 import deformkit as dk
+from deformkit._testing import assert_close, assert_equal
 
 MODELS = [
     "deformable_detr",

@@ -4,10 +4,10 @@ from typing import Any
 
 import pytest
 import torch
-from close import assert_close, assert_equal
 from torch import Tensor, nn
 
 import deformkit as dk
+from deformkit._testing import assert_close, assert_equal
 from deformkit.compat import convert, mmcv, torchvision
 
 PACKS = {"DCN": mmcv.DeformConv2dPack, "DCNv2": mmcv.ModulatedDeformConv2dPack}

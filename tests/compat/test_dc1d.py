@@ -6,12 +6,11 @@ from typing import Any
 
 import pytest
 import torch
-from close import assert_close, assert_equal
 from hosts import assert_copied_compiled_and_halved
-from rooms import evaluate
 from torch import Tensor, nn
 
 import deformkit as dk
+from deformkit._testing import assert_close, assert_equal, evaluate
 from deformkit.compat import dc1d as ours
 
 theirs = pytest.importorskip("dc1d")

@@ -6,11 +6,10 @@ from typing import Any
 import drawn
 import pytest
 import torch
-from close import assert_close, assert_equal
-from rooms import evaluate
 from torch import Tensor, nn
 
 import deformkit as dk
+from deformkit._testing import assert_close, assert_equal, evaluate
 from deformkit.compat import deformable_detr as compat
 
 modeling = pytest.importorskip("transformers.models.deformable_detr.modeling_deformable_detr")

@@ -8,12 +8,12 @@ from typing import Any
 
 import pytest
 import torch
-from close import assert_close, assert_equal
 from hosts import assert_copied_compiled_and_halved, run_elsewhere
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 import deformkit as dk
+from deformkit._testing import assert_close, assert_equal
 from deformkit.compat.deformops import nn as old
 from deformkit.compat.deformops.v3 import nn as v3
 

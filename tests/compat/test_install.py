@@ -13,12 +13,11 @@ import drawn
 import published
 import pytest
 import torch
-from close import assert_close, assert_equal
-from rooms import evaluate
 from torch import Tensor, nn
 
 from deformkit import compat
 from deformkit import nn as layers
+from deformkit._testing import assert_close, assert_equal, evaluate
 
 NAMES = ("MultiScaleDeformableAttention", "groundingdino._C", "DCNv3", "DCNv4", "_ext", "dcn_v2")
 

@@ -9,12 +9,11 @@ import drawn
 import published
 import pytest
 import torch
-from close import assert_close, assert_equal
-from rooms import evaluate
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 import deformkit as dk
+from deformkit._testing import assert_close, assert_equal, evaluate
 from deformkit.compat import convert
 from deformkit.compat import mmcv as compat
 from deformkit.ops.deform_roi_pool.cases import CASES

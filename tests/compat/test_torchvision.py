@@ -8,12 +8,11 @@ from typing import Any
 import drawn
 import pytest
 import torch
-from close import assert_close, assert_equal
 from hosts import run_elsewhere
-from rooms import evaluate
 from torch import Tensor, nn
 
 import deformkit as dk
+from deformkit._testing import assert_close, assert_equal, evaluate
 from deformkit.compat import torchvision as compat
 
 SEEDS = range(24)

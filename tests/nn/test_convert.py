@@ -4,10 +4,10 @@ from typing import Any
 
 import pytest
 import torch
-from close import assert_equal
 from torch import nn
 
 import deformkit as dk
+from deformkit._testing import assert_equal
 
 LAYERS = {"DCNv3": dk.nn.DCNv3, "DCNv4": dk.nn.DCNv4}
 CONVERT = {"DCNv3": dk.nn.dcnv3_state_dict, "DCNv4": dk.nn.dcnv4_state_dict}

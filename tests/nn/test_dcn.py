@@ -11,11 +11,11 @@ from typing import Any
 
 import pytest
 import torch
-from close import assert_close, assert_equal
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 import deformkit as dk
+from deformkit._testing import assert_close, assert_equal
 
 LAYERS = {"DCNv3": dk.nn.DCNv3, "DCNv4": dk.nn.DCNv4}
 CONVERT = {"DCNv3": dk.nn.dcnv3_state_dict, "DCNv4": dk.nn.dcnv4_state_dict}

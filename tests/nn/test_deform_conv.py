@@ -9,11 +9,11 @@ from typing import Any
 
 import pytest
 import torch
-from close import assert_close, assert_equal
 from torch import Tensor, nn
 
 import deformkit as dk
 import deformkit.nn.deform_conv as module
+from deformkit._testing import assert_close, assert_equal
 
 PLAIN = {1: nn.Conv1d, 2: nn.Conv2d, 3: nn.Conv3d}
 GIVEN = {1: dk.nn.DeformConv1d, 2: dk.nn.DeformConv2d, 3: dk.nn.DeformConv3d}

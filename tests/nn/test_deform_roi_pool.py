@@ -7,10 +7,10 @@ from typing import Any
 
 import pytest
 import torch
-from close import assert_close, assert_equal
 from torch import Tensor, nn
 
 import deformkit as dk
+from deformkit._testing import assert_close, assert_equal
 
 SIZE = (9, 8, 7)
 BINS = (3, 2, 2)

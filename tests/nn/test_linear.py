@@ -5,12 +5,12 @@ from typing import Any
 
 import pytest
 import torch
-from close import assert_close
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.nn.utils import parametrizations, prune
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from deformkit._testing import assert_close
 from deformkit.nn import _linear
 from deformkit.nn._linear import linear
 

@@ -8,10 +8,10 @@ from typing import Any
 
 import pytest
 import torch
-from close import assert_close, assert_equal
 from torch import Tensor, nn
 
 import deformkit as dk
+from deformkit._testing import assert_close, assert_equal
 from deformkit.nn import MSDeformAttn
 
 SHAPES = {1: [(9,), (4,)], 2: [(5, 7), (3, 2)], 3: [(3, 4, 5), (2, 2, 3)]}

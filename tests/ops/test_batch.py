@@ -4,7 +4,7 @@ from typing import Any
 
 import pytest
 import torch
-from close import assert_equal
+from deformkit._testing import assert_equal
 from rooms import Call, needs_kernel
 from torch import Tensor
 

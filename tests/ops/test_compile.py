@@ -5,9 +5,10 @@ from typing import Any
 import pytest
 import torch
 import torch._dynamo.testing
-from close import assert_close
-from rooms import CALLS, Call, double, evaluate, representatives
+from rooms import CALLS, Call, double, representatives
 from torch import Tensor
+
+from deformkit._testing import assert_close, evaluate
 
 every_call = pytest.mark.parametrize("call", CALLS, ids=str)
 one_call_each = pytest.mark.parametrize("call", representatives(), ids=str)

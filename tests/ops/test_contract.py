@@ -5,11 +5,11 @@ from typing import Any
 
 import pytest
 import torch
-from close import assert_close
-from rooms import CALLS, Call, double, evaluate, representatives
+from rooms import CALLS, Call, double, representatives
 from torch import Tensor
 from torch.autograd import forward_ad
 
+from deformkit._testing import assert_close, evaluate
 from deformkit.ops._library import operators
 
 every_call = pytest.mark.parametrize("call", CALLS, ids=str)

@@ -4,11 +4,11 @@ from typing import Any
 
 import pytest
 import torch
-from close import assert_close, assert_equal
-from rooms import CALLS, Call, double, evaluate, representatives
+from rooms import CALLS, Call, double, representatives
 from torch import Tensor
 
 import deformkit
+from deformkit._testing import assert_close, assert_equal, evaluate
 
 one_call_each = pytest.mark.parametrize("call", representatives(), ids=str)
 flat_call_each = pytest.mark.parametrize("call", [c for c in representatives() if c.case.axes == 2], ids=str)

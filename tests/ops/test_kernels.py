@@ -5,9 +5,10 @@ from typing import Any
 
 import pytest
 import torch
-from close import assert_close, assert_equal
 from rooms import CALLS, LAYOUTS, Call, check, check_bits, double, representatives
 from torch import Tensor
+
+from deformkit._testing import assert_close, assert_equal
 
 every_call = pytest.mark.parametrize("call", CALLS, ids=str)
 one_call_each = pytest.mark.parametrize("call", representatives(), ids=str)

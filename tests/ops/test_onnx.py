@@ -5,11 +5,11 @@ from typing import Any
 
 import pytest
 import torch
-from close import assert_close
 from rooms import Call, public, representatives
 from torch import Tensor, nn
 
 import deformkit as dk
+from deformkit._testing import assert_close
 
 onnxruntime = pytest.importorskip("onnxruntime")
 pytest.importorskip("onnx")

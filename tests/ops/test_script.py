@@ -2,10 +2,11 @@
 
 import pytest
 import torch
-from rooms import Call, evaluate, public, representatives
+from rooms import Call, public, representatives
 from torch import Tensor, nn
 
 import deformkit as dk
+from deformkit._testing import evaluate
 from deformkit.ops.deform_conv.cases import Case
 
 CASE = Case("2d", 2, 4, (7, 8), 6, (3, 3), padding=1, offset_groups=2)

@@ -9,10 +9,10 @@ from typing import Any
 import fuzz
 import pytest
 import torch
-from close import assert_close, assert_equal
-from rooms import CALLS, LAYOUTS, Call, check, double, evaluate, representatives
+from rooms import CALLS, LAYOUTS, Call, check, double, representatives
 from torch import Tensor
 
+from deformkit._testing import assert_close, assert_equal, evaluate
 from deformkit.ops._library import operators
 
 pytest.importorskip("triton")

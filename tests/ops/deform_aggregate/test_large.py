@@ -2,11 +2,11 @@
 
 import pytest
 import torch
-from close import assert_equal
 from peak import Peak
 from rooms import Call, check, check_bits
 
 import deformkit as dk
+from deformkit._testing import assert_equal
 from deformkit.ops._library import operators
 from deformkit.ops._shape import code_of
 from deformkit.ops.deform_aggregate.cases import Case

@@ -4,13 +4,12 @@ from typing import Any
 
 import hypothesis.strategies as st
 import torch
-from close import assert_close, assert_equal
 from hypothesis import given, settings
-from rooms import evaluate
 from torch import Tensor
 from torch.nn import functional as F
 
 import deformkit as dk
+from deformkit._testing import assert_close, assert_equal, evaluate
 from deformkit.ops._library import operators
 from deformkit.ops.deform_aggregate.cases import Case
 

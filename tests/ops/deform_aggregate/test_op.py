@@ -5,11 +5,10 @@ from typing import Any
 
 import pytest
 import torch
-from close import assert_close
-from rooms import evaluate
 from torch import Tensor
 
 import deformkit as dk
+from deformkit._testing import assert_close, evaluate
 from deformkit.ops.deform_aggregate.cases import Case
 
 

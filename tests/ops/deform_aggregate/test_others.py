@@ -11,12 +11,11 @@ from typing import Any
 
 import pytest
 import torch
-from close import assert_close
-from rooms import evaluate
 from torch import Tensor
 from torch.nn import functional as F
 
 import deformkit as dk
+from deformkit._testing import assert_close, evaluate
 from deformkit.ops._shape import prod
 from deformkit.ops.deform_aggregate.cases import CASES, Case
 

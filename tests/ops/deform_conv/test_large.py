@@ -8,12 +8,12 @@ from typing import Any
 
 import pytest
 import torch
-from close import assert_equal
 from peak import Peak
 from rooms import Call, check, check_bits
 
 import deformkit as dk
 from deformkit import _kernels
+from deformkit._testing import assert_equal
 from deformkit.ops._library import operators
 from deformkit.ops._shape import code_of
 from deformkit.ops.deform_conv.cases import Case
@@ -99,9 +99,10 @@ def test_more_than_2_to_the_31_elements(channels: int, size: tuple[int, ...], st
 
 WITH_ISA = """
 import sys, torch
-from close import assert_close
+from deformkit._testing import assert_close
 from deformkit import _kernels
-from rooms import CALLS, double, evaluate
+from rooms import CALLS, double
+from deformkit._testing import evaluate
 assert _kernels.selection.isa == sys.argv[1], _kernels.selection
 for call in CALLS:
     for dtype in (torch.float32, torch.float64, torch.float16, torch.bfloat16):

@@ -4,11 +4,10 @@ from typing import Any
 
 import pytest
 import torch
-from close import assert_close
-from rooms import evaluate
 from torch import Tensor
 
 import deformkit as dk
+from deformkit._testing import assert_close, evaluate
 from deformkit.ops.deform_conv.cases import Case
 
 FUNCTIONS = {1: dk.deform_conv1d, 2: dk.deform_conv2d, 3: dk.deform_conv3d}

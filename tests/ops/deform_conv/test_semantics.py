@@ -5,11 +5,11 @@ from typing import Any
 import fuzz
 import pytest
 import torch
-from close import assert_close, assert_equal
-from rooms import CALLS, Call, check, check_survives, evaluate
+from rooms import CALLS, Call, check, check_survives
 from torch import Tensor
 
 import deformkit as dk
+from deformkit._testing import assert_close, assert_equal, evaluate
 from deformkit.ops._library import operators
 from deformkit.ops.deform_conv.cases import CASES, Case
 

@@ -2,11 +2,11 @@
 
 import pytest
 import torch
-from close import assert_equal
 from peak import Peak
 from rooms import Call, check, check_bits, needs_kernel
 
 import deformkit as dk
+from deformkit._testing import assert_equal
 from deformkit.ops._library import operators
 from deformkit.ops.deform_roi_pool.cases import Case
 

@@ -4,13 +4,13 @@ from typing import Any
 
 import hypothesis.strategies as st
 import torch
-from close import assert_close, assert_equal
 from hypothesis import given, settings
-from rooms import double, evaluate, needs_kernel
+from rooms import double, needs_kernel
 from torch import Tensor
 from torch.nn import functional as F
 
 import deformkit as dk
+from deformkit._testing import assert_close, assert_equal, evaluate
 from deformkit.ops._library import operators
 from deformkit.ops.deform_roi_pool.cases import Case
 

@@ -4,12 +4,11 @@ from typing import Any
 
 import pytest
 import torch
-from close import assert_close
-from rooms import evaluate
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 import deformkit as dk
+from deformkit._testing import assert_close, evaluate
 from deformkit.ops.deform_roi_pool.cases import Case
 
 

@@ -6,12 +6,11 @@ from typing import Any
 
 import pytest
 import torch
-from close import assert_close
-from rooms import evaluate
 from torch import Tensor
 from torch.nn import functional as F
 
 import deformkit as dk
+from deformkit._testing import assert_close, evaluate
 from deformkit.ops.deform_roi_pool.cases import CASES, Case
 
 every_case = pytest.mark.parametrize("case", CASES, ids=lambda c: c.name)

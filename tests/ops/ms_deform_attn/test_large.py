@@ -5,11 +5,11 @@ from math import prod
 import numpy as np
 import pytest
 import torch
-from close import assert_equal
 from peak import Peak
 from rooms import Call, check, check_bits, needs_kernel
 
 import deformkit as dk
+from deformkit._testing import assert_equal
 from deformkit.ops._library import operators
 from deformkit.ops.ms_deform_attn.cases import Case
 

@@ -5,12 +5,12 @@ from typing import Any
 
 import hypothesis.strategies as st
 import torch
-from close import assert_close, assert_equal
 from hypothesis import given, settings
-from rooms import evaluate, needs_kernel
+from rooms import needs_kernel
 from torch import Tensor
 
 import deformkit as dk
+from deformkit._testing import assert_close, assert_equal, evaluate
 from deformkit.ops._shape import code_of
 from deformkit.ops.ms_deform_attn.cases import Case
 

@@ -5,12 +5,11 @@ from typing import Any
 
 import pytest
 import torch
-from close import assert_close, assert_equal
-from rooms import evaluate
 from torch import Tensor
 from torch.nn import functional as F
 
 import deformkit as dk
+from deformkit._testing import assert_close, assert_equal, evaluate
 from deformkit.ops.ms_deform_attn.cases import Case
 
 NAMES = ("output", "value", "sampling_locations", "attention_weights")

@@ -2,10 +2,10 @@
 
 import pytest
 import torch
-from close import assert_close, assert_equal
 from torch import Tensor
 from torch.nn import functional as F
 
+from deformkit._testing import assert_close, assert_equal
 from deformkit.ops.sample.reference import sample
 
 SIZES = {1: (7,), 2: (5, 8), 3: (4, 6, 3)}

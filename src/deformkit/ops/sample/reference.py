@@ -6,6 +6,7 @@ A point is kept as ``base + shift``: an integer and a real number. Its cell is `
 
 from collections.abc import Sequence
 from itertools import product
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -47,11 +48,11 @@ def sample(field: Tensor, base: Tensor, shift: Tensor, boundary: str, mode: str 
         lower.append(first + whole.to(torch.int64))
         fraction.append(distance - whole)
 
-    mark = torch.zeros_like(shift[..., :1]).masked_fill(undefined.unsqueeze(-1), torch.nan)
+    mark = undefined.to(shift.dtype).masked_fill(undefined, torch.nan).unsqueeze(-1)
     result = (shift.masked_fill(~undefined.unsqueeze(-1), 0.0) * mark).sum(-1).unsqueeze(1)
     for corner in product((0,) if mode == "nearest" else (0, 1), repeat=len(size)):
-        weight = torch.ones_like(fraction[0])
-        index = torch.zeros_like(lower[0])
+        weight: Any = 1.0
+        index: Any = 0
         inside = ~undefined
         for axis, (upper, length) in enumerate(zip(corner, size, strict=True)):
             coordinate = lower[axis] + upper

@@ -1,0 +1,6 @@
+"""What the self-test of an installation, the tests and the benchmarks share."""
+
+from .evaluate import evaluate as evaluate
+from .tolerance import FLOOR as FLOOR
+from .tolerance import assert_close as assert_close
+from .tolerance import assert_equal as assert_equal
