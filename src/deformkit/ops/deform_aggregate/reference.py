@@ -24,10 +24,14 @@ def deform_aggregate(
     """Deformable aggregation; see :func:`deformkit.deform_aggregate` for the formula and the shapes."""
     dtype = compute_dtype(value.dtype)
     base, shift = points(offset.to(dtype), kernel_size, stride, padding, dilation, offset_scale, remove_center)
-    field = value.movedim(-2, 1).movedim(-1, 2).flatten(0, 1)
-    columns = sample(field, base.squeeze(-3), shift.movedim(-3, 1).flatten(0, 1), boundary)
-    output = (columns * weight.to(dtype).movedim(-2, 1).flatten(0, 1).unsqueeze(1)).sum(-1)
-    return output.unflatten(0, (value.shape[0], value.shape[-2])).movedim(2, -1).movedim(1, -2).to(value.dtype)
+    axes = len(kernel_size)
+    positions = list(range(1, axes + 1))
+    field = value.permute(0, axes + 1, axes + 2, *positions).flatten(0, 1)
+    columns = sample(
+        field, base.squeeze(-3), shift.permute(0, axes + 1, *positions, axes + 2, axes + 3).flatten(0, 1), boundary
+    )
+    output = (columns * weight.to(dtype).permute(0, axes + 1, *positions, axes + 2).flatten(0, 1).unsqueeze(1)).sum(-1)
+    return output.unflatten(0, (value.shape[0], value.shape[-2])).permute(0, *range(3, axes + 3), 1, 2).to(value.dtype)
 
 
 def points(
