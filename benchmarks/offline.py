@@ -116,7 +116,7 @@ def compiled(job: Job) -> list[dict[str, Any]]:
             **about,
             "target": job.target,
             "kernel": kernel,
-            "blocks": config.blocks,
+            "blocks": config.kwargs,
             "warps": config.num_warps,
             **look(built),
         }
@@ -126,17 +126,16 @@ def compiled(job: Job) -> list[dict[str, Any]]:
 
 def build(
     name: str, named: dict[str, Any], target: GPUTarget, deterministic: bool
-) -> list[tuple[str, Any, launch.Config]]:
+) -> list[tuple[str, Any, triton.Config]]:
     """Compile what a call of an operator would start, forward and backward; Triton's cache keeps it."""
     driver.set_active(Driver(target))
     launch._target.cache_clear()
     built = []
 
-    def start(kernel: Any, count: int, args: Sequence[Any], constants: dict[str, Any], config: launch.Config) -> None:
+    def start(kernel: Any, programs: Any, arguments: dict[str, Any], config: triton.Config) -> None:
         # What was compiled for another target is kept by device alone.
         kernel.device_caches.clear()
-        options = {"num_warps": config.num_warps, "num_stages": config.num_stages}
-        found = kernel.warmup(*args, **constants, **config.blocks, **options, grid=(1,))
+        found = kernel.warmup(**arguments, **config.all_kwargs(), grid=(1,))
         built.append((kernel.__name__, found, config))
 
     operator, room = operators[name], importlib.import_module(f"deformkit.ops.{name}.gpu")

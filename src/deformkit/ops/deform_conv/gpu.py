@@ -7,11 +7,14 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+from triton import Config
 
 from .._shape import name_of, prod
-from ..gpu.launch import Config, launch, row_configs, target
-from ..sample.gpu import FieldGradient, largest, lifted
+from ..gpu.launch import Blocks, launch, row_configs, target
+from ..sample.gpu import FieldGradient, Rule, largest, largest_index, packed, steps, strided
 from .gpu_kernels import (
+    Groups,
+    Inputs,
     deform_conv_backward_data,
     deform_conv_backward_weight,
     deform_conv_forward,
@@ -21,17 +24,8 @@ from .gpu_kernels import (
 # A program for each processor of a large GPU.
 _PROCESSORS = 132
 # Tiles of the kernels with products: rows, filters, columns, parts, warps, stages. By architecture, kernel and whether
-# the operands are half; "exact" is the data kernel where it adds whole units, which are 64 bits wide. Of those tried,
-# the ones that spill nothing, best first by the instructions they take.
+# the operands are half. Of those tried, the ones that spill nothing, best first by the instructions they take.
 _TILES = {
-    ("sm_80", "exact", True): [(32, 32, 16, 1, 8, 1)],
-    ("sm_80", "exact", False): [(32, 32, 16, 1, 8, 1)],
-    ("sm_90", "exact", True): [(64, 32, 16, 1, 8, 1)],
-    ("sm_90", "exact", False): [(64, 32, 16, 1, 8, 1)],
-    ("sm_100", "exact", True): [(64, 32, 16, 1, 8, 1)],
-    ("sm_100", "exact", False): [(64, 32, 16, 1, 8, 1)],
-    ("hip", "exact", True): [(64, 32, 16, 1, 8, 1)],
-    ("hip", "exact", False): [(64, 32, 16, 1, 8, 1)],
     ("sm_80", "forward", True): [(128, 128, 16, 4, 8, 1), (64, 128, 16, 4, 4, 1), (64, 64, 16, 4, 4, 1)],
     ("sm_80", "forward", False): [(128, 64, 16, 4, 8, 1), (64, 64, 16, 4, 4, 1)],
     ("sm_80", "data", True): [(64, 32, 16, 1, 4, 1), (64, 64, 16, 1, 4, 1), (128, 64, 16, 1, 8, 1)],
@@ -57,6 +51,8 @@ _TILES = {
     ("hip", "weight", True): [(64, 128, 16, 4, 4, 1), (64, 64, 16, 4, 4, 1)],
     ("hip", "weight", False): [(64, 64, 16, 4, 4, 1), (64, 64, 32, 1, 4, 1)],
 }
+# The tile of the data kernel where it adds whole units, which are 64 bits wide.
+_EXACT_TILES = {"sm_80": (32, 32, 16, 1, 8, 1)} | dict.fromkeys(("sm_90", "sm_100", "hip"), (64, 32, 16, 1, 8, 1))
 # How much memory the parts of a weight gradient may take before they are added up, in bytes.
 _WORKSPACE = 2**25
 
@@ -71,82 +67,58 @@ def extent(
     *_: object,
 ) -> int:
     """The largest number that kernels have to keep in 32 bits."""
-    size = input.shape[2:]
-    return max(prod(size), prod(offset.shape[2:]), *(s + 2 * p for s, p in zip(size, padding, strict=True)))
+    return largest_index(input.shape[2:], offset.shape[2:], padding)
 
 
-def forward(
-    input: Tensor,
-    offset: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    stride: Sequence[int],
-    padding: Sequence[int],
-    dilation: Sequence[int],
-    mask: Tensor | None,
-    boundary: int,
-) -> Tensor:
+def forward(input: Tensor, offset: Tensor, weight: Tensor, bias: Tensor | None, *how: Any) -> Tensor:
     """Launch the kernel; arguments as in the schema."""
-    problem = _Problem(input, offset, weight, stride, padding, dilation, mask, boundary)
+    problem = _Problem(input, offset, weight, *how)
     output = input.new_empty(len(input), len(weight), *offset.shape[2:])
-    constants = problem.constants | {"BIASED": bias is not None}
     if problem.depthwise:
-        kernel, filters, configs = deform_conv_forward_depthwise, weight, problem.row_configs(16 // input.itemsize)
-        constants |= {"OFFSET_CHANNELS": problem.offset_channels}
+        kernel, filters = deform_conv_forward_depthwise, weight
+        configs = problem.row_configs(16 // input.itemsize)
+        arguments = problem.arguments(by_points=True)
     else:
-        kernel, filters, configs = (
-            deform_conv_forward,
-            weight.flatten(2).permute(2, 1, 0),
-            problem.product_configs("forward"),
-        )
-        constants |= problem.products | problem.pieces(problem.group_channels, problem.offset_channels)
-    args = [
-        *problem.tensors[:2],
-        filters.contiguous(),
-        bias if bias is None else bias.contiguous(),
-        problem.tensors[2],
-        output,
-        *problem.numbers,
-    ]
-    launch(kernel, problem.forward_programs, args, constants, configs)
+        kernel, filters = deform_conv_forward, weight.flatten(2).permute(2, 1, 0)
+        configs = problem.product_configs("forward")
+        arguments = problem.arguments(by_points=False) | problem.operands
+    launch(
+        kernel,
+        input.device,
+        problem.forward_programs,
+        configs,
+        weight=filters.contiguous(),
+        bias=None if bias is None else bias.contiguous(),
+        output=output,
+        **arguments,
+    )
     return output
 
 
 def backward(
-    grad_output: Tensor,
-    input: Tensor,
-    offset: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    stride: Sequence[int],
-    padding: Sequence[int],
-    dilation: Sequence[int],
-    mask: Tensor | None,
-    boundary: int,
-    output_mask: Sequence[bool],
+    grad_output: Tensor, input: Tensor, offset: Tensor, weight: Tensor, bias: Tensor | None, *how: Any
 ) -> tuple[Tensor, ...]:
     """Launch the kernels; arguments as in the schema."""
-    problem = _Problem(input, offset, weight, stride, padding, dilation, mask, boundary)
+    *how, output_mask = how
+    problem = _Problem(input, offset, weight, *how)
     by_input, by_offset, by_weight, by_bias, by_mask = output_mask
-    nothing = grad_output.new_empty(0)
-    grads = dict.fromkeys(("input", "offset", "weight", "bias", "mask"), nothing)
     rows = grad_output.flatten(2)
+    grad_input = grad_offset = grad_weight = grad_bias = grad_mask = None
     if by_input or by_offset or by_mask:
-        found = _backward_data(problem, rows, weight, by_input, by_offset or by_mask)
-        for name, grad, asked in zip(("input", "offset", "mask"), found, (by_input, by_offset, by_mask), strict=True):
-            grads[name] = grad if asked else nothing
+        grad_input, grad_offset, grad_mask = _backward_data(problem, rows, weight, by_input, by_offset or by_mask)
     if by_weight:
-        grads["weight"] = _backward_weight(problem, rows, weight)
+        grad_weight = _backward_weight(problem, rows, weight)
     if by_bias:
-        grads["bias"] = rows.sum((0, 2), dtype=torch.float32).to(grad_output.dtype)
-    return tuple(grads.values())
+        grad_bias = rows.sum((0, 2), dtype=torch.float32).to(grad_output.dtype)
+    grads = (grad_input, grad_offset, grad_weight, grad_bias, grad_mask)
+    return tuple(g if asked else input.new_empty(0) for g, asked in zip(grads, output_mask, strict=True))
 
 
 def _backward_data(
     problem: "_Problem", grad_output: Tensor, weight: Tensor, by_input: bool, by_points: bool
-) -> tuple[Tensor, ...]:
+) -> tuple[Tensor | None, ...]:
     """The gradients by input, offset and mask."""
-    input, offset, mask = problem.arguments
+    input, offset, mask = problem.tensors
 
     def most() -> Tensor:
         # Of what the output's gradient gives to one column, times the columns that may read one position.
@@ -156,26 +128,26 @@ def _backward_data(
     size, channels = input.shape[2:], input.shape[1]
     shape = (len(input), channels, *size) if problem.planar else (len(input), *size, channels)
     grad_input = FieldGradient(input, shape, by_input, most)
-    grad_offset = offset.new_empty(offset.shape if by_points else 0)
-    grad_mask = grad_offset if mask is None else mask.new_empty(mask.shape if by_points else 0)
+    grad_offset, grad_mask = (t.new_empty(t.shape) if by_points and t is not None else None for t in (offset, mask))
+    filters = weight if problem.depthwise else weight.flatten(2).permute(2, 0, 1)
     if problem.depthwise:
-        filters = weight
-        pieces = problem.pieces(problem.offset_channels, problem.offset_channels)
+        configs = problem.depthwise_configs(grad_input.vector)
     else:
-        filters = weight.flatten(2).permute(2, 0, 1)
-        pieces = problem.pieces(problem.offset_channels, problem.group_channels)
-    kernel = "exact" if grad_input.exact else "data"
+        configs = problem.product_configs("exact" if grad_input.exact else "data")
     launch(
         deform_conv_backward_data,
-        lambda config: problem.tiles(config) * problem.offset_groups * problem.taps,
-        [grad_output, *problem.tensors[:2], filters.contiguous(), problem.tensors[2], grad_input.argument]
-        + [grad_offset, grad_mask, grad_output.stride(), *problem.numbers],
-        problem.constants
-        | problem.products
-        | pieces
-        | {"DEPTHWISE": problem.depthwise, "PLANAR": problem.planar}
-        | {"FIELD": by_input, "POINTS": by_points, "EXACT": grad_input.exact},
-        problem.depthwise_configs(grad_input.vector) if problem.depthwise else problem.product_configs(kernel),
+        input.device,
+        lambda blocks: problem.tiles(blocks) * problem.offset_groups * problem.taps,
+        configs,
+        grad_output=strided(grad_output),
+        weight=filters.contiguous(),
+        grad_input=grad_input.sums,
+        grad_offset=grad_offset,
+        grad_mask=grad_mask,
+        DEPTHWISE=problem.depthwise,
+        PLANAR=problem.planar,
+        **problem.arguments(by_points=True),
+        **problem.operands,
     )
     result = grad_input.result()
     return result.movedim(-1, 1).contiguous() if by_input and not problem.planar else result, grad_offset, grad_mask
@@ -183,27 +155,28 @@ def _backward_data(
 
 def _backward_weight(problem: "_Problem", grad_output: Tensor, weight: Tensor) -> Tensor:
     """The gradient by the weight: parts of it, each from some of the positions, added up in order."""
-    if problem.depthwise:
-        pieces = problem.pieces(problem.offset_channels, problem.offset_channels)
-    else:
-        pieces = problem.pieces(problem.group_channels, problem.offset_channels)
-    vector = 16 // problem.arguments[0].itemsize
+    arguments = problem.arguments(by_points=False)
+    vector = 16 // weight.itemsize
     configs = problem.depthwise_configs(vector) if problem.depthwise else problem.product_configs("weight")
-    each = problem.weight_programs(configs[0], pieces)
     splits = min(
-        triton.cdiv(2 * _PROCESSORS, each),
+        triton.cdiv(2 * _PROCESSORS, problem.weight_programs(configs[0].kwargs, arguments["GROUPS"])),
         _WORKSPACE // (4 * weight.numel()),
         triton.cdiv(problem.batch * problem.positions, 256),
     )
     splits = max(splits, 1)
     partial = weight.new_empty(splits, problem.taps, weight.shape[1], len(weight), dtype=torch.float32)
-    input, offset, mask = problem.tensors
     launch(
         deform_conv_backward_weight,
-        lambda config: problem.weight_programs(config, pieces) * splits,
-        [grad_output, input, offset, mask, partial, grad_output.stride(), *problem.numbers, problem.batch, splits],
-        problem.constants | problem.products | pieces | {"DEPTHWISE": problem.depthwise},
+        weight.device,
+        lambda blocks: problem.weight_programs(blocks, arguments["GROUPS"]) * splits,
         configs,
+        grad_output=strided(grad_output),
+        partial=partial,
+        batch=problem.batch,
+        splits=splits,
+        DEPTHWISE=problem.depthwise,
+        **arguments,
+        **problem.operands,
     )
     return partial.sum(0).permute(2, 1, 0).reshape(weight.shape).to(weight.dtype)
 
@@ -224,7 +197,7 @@ class _Problem:
     ) -> None:
         size, out_size, kernel_size = input.shape[2:], offset.shape[2:], weight.shape[2:]
         axes = len(size)
-        self.arguments = (input, offset, mask)
+        self.tensors = (input, offset, mask)
         self.taps = prod(kernel_size)
         self.filters, self.group_channels = weight.shape[:2]
         self.channels = input.shape[1]
@@ -235,75 +208,63 @@ class _Problem:
         # Too few channels share their points to be read side by side.
         self.planar = self.depthwise and self.offset_channels < 8
         self.batch, self.positions = len(input), prod(out_size)
-        self.half = input.dtype != torch.float32
 
         field = input if self.planar else input.movedim(1, -1).contiguous().movedim(-1, 1)
-        self.tensors = [t if t is None else t.flatten(2) for t in (field, offset, mask)]
-        strides = [(0, 0, 0) if t is None else t.stride() for t in self.tensors]
-        sizes = [*lifted(size, 1), *lifted(out_size, 1)[1:]]
-        self.numbers = [*strides, self.positions, *sizes]
-        self.constants = {
-            "FILTERS": self.filters,
-            "GROUPS": self.groups,
-            "TAPS": self.taps,
-            "KERNEL": lifted(kernel_size, 1),
-            "STRIDE": lifted(stride, 1),
-            "PADDING": lifted(padding, 0),
-            "DILATION": lifted(dilation, 1),
-            "AXES": axes,
-            "BORDER": name_of("boundary", boundary) == "border",
-            "MODULATED": mask is not None,
+        tensors = (None if t is None else strided(t.flatten(2)) for t in (field, offset, mask))
+        self._shared = {
+            "inputs": Inputs(*tensors, packed(size), packed(out_size)),
+            "STEPS": steps(kernel_size, stride, padding, dilation),
+            "RULE": Rule(axes, name_of("boundary", boundary) == "border"),
         }
-        self.products = {"PRECISION": _precision(), "OPERAND": _operand(input.dtype)}
+        self.operands = {"PRECISION": _precision(), "OPERAND": _operand(input.dtype)}
 
-    def pieces(self, channels: int, others: int) -> dict[str, Any]:
-        """How groups of ``channels`` channels fall into pieces, each of which is in one group of the other kind."""
+    def arguments(self, by_points: bool) -> dict[str, Any]:
+        """What all kernels are given, whose programs take an offset group each, or else a group of the weight."""
+        channels, others = self.group_channels, self.offset_channels
+        if self.depthwise:
+            channels = others
+        elif by_points:
+            channels, others = others, channels
         even = channels % others == 0 or others % channels == 0
         most = max(
             (first + channels - 1) // others - first // others + 1 for first in range(0, self.channels, channels)
         )
-        constants = {"PIECES": most, "PIECE": min(channels, others), "EVEN": even}
-        return constants | {"GROUP_CHANNELS": self.group_channels, "OFFSET_CHANNELS": self.offset_channels}
-
-    def tiles(self, config: Config) -> int:
-        """How many tiles of positions there are."""
-        return self.batch * triton.cdiv(self.positions, config.blocks["ROWS"])
-
-    def forward_programs(self, config: Config) -> int:
-        """How many programs a forward kernel has."""
-        tiles, columns = (
-            self.tiles(config),
-            config.blocks["COLUMNS"] * config.blocks["PARTS"],
+        groups = Groups(
+            self.filters, self.groups, self.group_channels, self.offset_channels, most, min(channels, others), even
         )
-        if self.depthwise:
-            copies = self.filters // self.groups
-            return tiles * self.offset_groups * triton.cdiv(self.offset_channels, columns) * copies
-        return tiles * self._products(config)
+        return self._shared | {"GROUPS": groups}
 
-    def weight_programs(self, config: Config, pieces: dict[str, Any]) -> int:
+    def tiles(self, blocks: Blocks) -> int:
+        """How many tiles of positions there are."""
+        return self.batch * triton.cdiv(self.positions, blocks["ROWS"])
+
+    def forward_programs(self, blocks: Blocks) -> int:
+        """How many programs a forward kernel has."""
+        if self.depthwise:
+            chunks = triton.cdiv(self.offset_channels, blocks["COLUMNS"] * blocks["PARTS"])
+            return self.tiles(blocks) * self.offset_groups * chunks * (self.filters // self.groups)
+        return self.tiles(blocks) * self.groups * triton.cdiv(self.filters // self.groups, blocks["OUTPUTS"])
+
+    def weight_programs(self, blocks: Blocks, groups: Groups) -> int:
         """How many programs each part of the gradient by the weight has."""
-        chunks = triton.cdiv(pieces["PIECE"], config.blocks["COLUMNS"] * config.blocks["PARTS"]) * self.taps
+        chunks = triton.cdiv(groups.piece, blocks["COLUMNS"] * blocks["PARTS"]) * self.taps
         filters = self.filters // self.groups
         if self.depthwise:
             return chunks * self.offset_groups * filters
-        return chunks * self.groups * pieces["PIECES"] * triton.cdiv(filters, config.blocks["OUTPUTS"])
+        return chunks * self.groups * groups.pieces * triton.cdiv(filters, blocks["OUTPUTS"])
 
     def row_configs(self, vector: int) -> list[Config]:
         """Candidates for the kernels without products."""
         if not self.planar:
             return row_configs(self.positions, self.batch * self.offset_groups, self.offset_channels, vector)
         rows = 1024 if target().backend == "interpreter" else 128
-        return [Config({"ROWS": rows, "COLUMNS": 1, "PARTS": 1, "UNROLL": 1})]
+        return [Config({"ROWS": rows, "COLUMNS": 1, "PARTS": 1, "UNROLL": 1}, 4, 1)]
 
     def product_configs(self, kernel: str) -> list[Config]:
         """Candidates for a kernel with products, those first that give every processor a program."""
         filters, piece = self.filters // self.groups, min(self.group_channels, self.offset_channels)
-        if target().backend == "interpreter":
-            table = [(64, 64, 64, 1, 4, 1)]
-        else:
-            table = _TILES[_architecture(), kernel, self.half]
         configs = []
-        for rows, outputs, columns, parts, warps, stages in table:
+        for rows, outputs, columns, parts, warps, stages in _tiles(kernel, self.tensors[0].dtype != torch.float32):
             columns = min(columns, max(triton.next_power_of_2(piece), 16))
             blocks = {
                 "ROWS": min(rows, max(triton.next_power_of_2(self.positions), 16)),
@@ -312,26 +273,26 @@ class _Problem:
                 "PARTS": min(parts, triton.cdiv(piece, columns)),
             }
             configs.append(Config(blocks, warps, stages))
-        return sorted(configs, key=lambda config: self.tiles(config) * self._products(config) < _PROCESSORS)
-
-    def _products(self, config: Config) -> int:
-        """How many programs a forward kernel has for each tile of positions."""
-        return self.groups * triton.cdiv(self.filters // self.groups, config.blocks["OUTPUTS"])
+        return sorted(configs, key=lambda config: self.forward_programs(config.kwargs) < _PROCESSORS)
 
     def depthwise_configs(self, vector: int) -> list[Config]:
         """Candidates for the backward kernels where there are no products."""
         keys = ("ROWS", "COLUMNS", "PARTS")
         return [
-            Config({"OUTPUTS": 16} | {key: config.blocks[key] for key in keys}, config.num_warps)
+            Config({"OUTPUTS": 16} | {key: config.kwargs[key] for key in keys}, config.num_warps, 1)
             for config in self.row_configs(vector)
         ]
 
 
-def _architecture() -> str:
+def _tiles(kernel: str, half: bool) -> list[tuple[int, ...]]:
     backend, arch = target()
+    if backend == "interpreter":
+        return [(64, 64, 64, 1, 4, 1)]
     if backend == "hip":
-        return "hip"
-    return "sm_80" if int(arch) < 90 else "sm_90" if int(arch) < 100 else "sm_100"
+        arch = "hip"
+    else:
+        arch = "sm_80" if int(arch) < 90 else "sm_90" if int(arch) < 100 else "sm_100"
+    return [_EXACT_TILES[arch]] if kernel == "exact" else _TILES[arch, kernel, half]
 
 
 def _precision() -> str:

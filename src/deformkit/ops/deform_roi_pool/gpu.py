@@ -16,20 +16,28 @@ import triton.language as tl
 from torch import Tensor
 
 from .._shape import prod
-from ..gpu.launch import Config, launch, row_configs
+from ..gpu.launch import Blocks, launch, row_configs
 from ..sample.gpu import (
+    Columns,
+    Field,
     FieldGradient,
+    Gradient,
+    Rule,
     coordinates,
     defined,
     differentiate,
     follows,
     interpolate,
     largest,
-    lifted,
+    largest_index,
     load_parts,
     locate,
+    packed,
+    positions_of,
+    read_size,
     store_coordinates,
     store_parts,
+    strided,
     unravel,
     zeros,
 )
@@ -47,38 +55,37 @@ def tile_bins(program, bins, ROWS: tl.constexpr):
 
 
 @triton.jit
-def read_roi(
-    roi, roi_stride, offset, offset_stride, exists, batch, out_size, spatial_scale, sampling_ratio, gamma,
-    AXES: tl.constexpr,
-):  # fmt: skip
-    """The RoI at the pointer ``roi``, whose bins have their offsets at the pointers ``offset``.
+def read_roi(rois, offset, roi, place, exists, images, out_size, scale, sampling_ratio, gamma, RULE: tl.constexpr):
+    """A RoI, whose bins are ``place``.
 
     One of an image that there is not counts as one whose corners are NaN: it reads nothing, and that shows.
     """
-    index = tl.load(roi)
-    known = (index >= 0) & (index < batch) & (index == tl.floor(index))
+    pointer, stride = rois.data + roi * rois.strides[0], rois.strides[1]
+    index = tl.load(pointer)
+    known = (index >= 0) & (index < images) & (index == tl.floor(index))
     image = tl.where(known, index, 0.0).to(tl.int64)
-    spatial_scale = tl.where(known, spatial_scale, float("nan"))
-    lz, ly, lx = coordinates(roi + roi_stride, roi_stride, True, AXES, True)
-    hz, hy, hx = coordinates(roi + (1 + AXES) * roi_stride, roi_stride, True, AXES, True)
-    length = ((hz - lz) * spatial_scale, (hy - ly) * spatial_scale, (hx - lx) * spatial_scale)
-    z, y, x = lz * spatial_scale - 0.5, ly * spatial_scale - 0.5, lx * spatial_scale - 0.5
+    scale = tl.where(known, scale, float("nan"))
+    lz, ly, lx = coordinates(pointer + stride, stride, True, RULE, True)
+    hz, hy, hx = coordinates(pointer + (1 + RULE.axes) * stride, stride, True, RULE, True)
+    length = ((hz - lz) * scale, (hy - ly) * scale, (hx - lx) * scale)
+    z, y, x = lz * scale - 0.5, ly * scale - 0.5, lx * scale - 0.5
     if offset is not None:
-        oz, oy, ox = coordinates(offset, offset_stride, exists, AXES, True)
+        pointers = offset.data + (roi * offset.strides[0] + place.to(tl.int64) * offset.strides[2])
+        oz, oy, ox = coordinates(pointers, offset.strides[1], exists, RULE, True)
         z, y, x = z + gamma * length[0] * oz, y + gamma * length[1] * oy, x + gamma * length[2] * ox
-    return image, (z, y, x), length, samples_in_bin(length, out_size, sampling_ratio, AXES)
+    return image, (z, y, x), length, samples_in_bin(length, out_size, sampling_ratio, RULE)
 
 
 @triton.jit
-def samples_in_bin(length, out_size, sampling_ratio, AXES: tl.constexpr):
+def samples_in_bin(length, out_size, sampling_ratio, RULE: tl.constexpr):
     """How many samples a bin has, as (z, y, x)."""
     infinite = float("inf")
     finite = (tl.abs(length[0]) < infinite) & (tl.abs(length[1]) < infinite) & (tl.abs(length[2]) < infinite)
     x = samples_along(length[2], out_size[2], finite, sampling_ratio)
     z, y = tl.full(x.shape, 1, tl.int32), tl.full(x.shape, 1, tl.int32)
-    if AXES > 1:
+    if RULE.axes > 1:
         y = samples_along(length[1], out_size[1], finite, sampling_ratio)
-    if AXES > 2:
+    if RULE.axes > 2:
         z = samples_along(length[0], out_size[0], finite, sampling_ratio)
     return z, y, x
 
@@ -95,14 +102,14 @@ def samples_along(length, bins, finite, sampling_ratio):
 
 
 @triton.jit
-def sample_shift(sample, place, out_size, origin, length, samples, AXES: tl.constexpr):
+def sample_shift(sample, place, out_size, origin, length, samples, RULE: tl.constexpr):
     """Where a sample of each bin lies, as (z, y, x)."""
-    bz, by, bx = unravel(place, out_size, AXES)
+    bz, by, bx = unravel(place, out_size, RULE)
     x = shift_along(origin[2], bx, sample % samples[2], samples[2], length[2], out_size[2])
     z, y = tl.zeros_like(x), tl.zeros_like(x)
-    if AXES > 1:
+    if RULE.axes > 1:
         y = shift_along(origin[1], by, sample // samples[2] % samples[1], samples[1], length[1], out_size[1])
-    if AXES > 2:
+    if RULE.axes > 2:
         z = shift_along(origin[0], bz, sample // (samples[2] * samples[1]), samples[0], length[0], out_size[0])
     return z, y, x
 
@@ -114,200 +121,144 @@ def shift_along(origin, place, sample, samples, length, bins):
 
 
 @triton.jit
-def near(shift, size, AXES: tl.constexpr):
+def near(shift, size, RULE: tl.constexpr):
     """Rows at most one pixel outside of the field."""
     z, y, x = shift
     result = (x >= -1) & (x <= size[2])
-    if AXES > 1:
+    if RULE.axes > 1:
         result &= (y >= -1) & (y <= size[1])
-    if AXES > 2:
+    if RULE.axes > 2:
         result &= (z >= -1) & (z <= size[0])
     return result
 
 
-@triton.jit(do_not_specialize=["batch", "bins", "D", "H", "W", "out_d", "out_h", "out_w", "sampling_ratio"])
+@triton.jit(do_not_specialize=["images", "sampling_ratio"])
 def deform_roi_pool_forward(
-    input,
-    rois,
-    offset,
-    output,
-    input_strides,
-    rois_strides,
-    offset_strides,
-    batch,
-    bins,
-    D,
-    H,
-    W,
-    out_d,
-    out_h,
-    out_w,
-    spatial_scale,
-    sampling_ratio,
-    gamma,
-    CHANNELS: tl.constexpr,
-    AXES: tl.constexpr,
-    ROWS: tl.constexpr,
-    COLUMNS: tl.constexpr,
-    PARTS: tl.constexpr,
-    UNROLL: tl.constexpr,
-):
+    input, rois, offset, output, size, out_size, images, scale, sampling_ratio, gamma,
+    CHANNELS: tl.constexpr, RULE: tl.constexpr,
+    ROWS: tl.constexpr, COLUMNS: tl.constexpr, PARTS: tl.constexpr, UNROLL: tl.constexpr,
+):  # fmt: skip
     SPLITS: tl.constexpr = (CHANNELS + COLUMNS * PARTS - 1) // (COLUMNS * PARTS)
-    WHOLE: tl.constexpr = CHANNELS % (COLUMNS * PARTS) == 0
+    END: tl.constexpr = None if CHANNELS % (COLUMNS * PARTS) == 0 else CHANNELS
     split, program = tl.program_id(0) % SPLITS, tl.program_id(0) // SPLITS
+    size, out_size = read_size(size), read_size(out_size)
+    bins = positions_of(out_size)
     roi, place, exists = tile_bins(program, bins, ROWS)
-    tile = (split * COLUMNS * PARTS + tl.arange(0, COLUMNS), input_strides[2], CHANNELS)
-    size, out_size = (D, H, W), (out_d, out_h, out_w)
-    if offset is not None:
-        offset += roi * offset_strides[0] + place.to(tl.int64) * offset_strides[2]
+    columns = split * COLUMNS * PARTS + tl.arange(0, COLUMNS)
     image, origin, length, samples = read_roi(
-        rois + roi * rois_strides[0], rois_strides[1], offset, offset_strides[1], exists, batch, out_size,
-        spatial_scale, sampling_ratio, gamma, AXES,
+        rois, offset, roi, place, exists, images, out_size, scale, sampling_ratio, gamma, RULE
     )  # fmt: skip
 
-    field = input + image * input_strides[0]
-    total = samples[0] * samples[1] * samples[2]
+    field = Field(input.data + image * input.strides[0], input.strides[1], size)
+    count = positions_of(samples)
     result = zeros(ROWS, COLUMNS, PARTS)
-    for sample in tl.range(0, total, loop_unroll_factor=UNROLL):
-        shift = sample_shift(sample, place, out_size, origin, length, samples, AXES)
+    for sample in tl.range(0, count, loop_unroll_factor=UNROLL):
+        shift = sample_shift(sample, place, out_size, origin, length, samples, RULE)
         result = interpolate(
-            result, field, input_strides[1], tile, size, locate((0, 0, 0), shift, size, AXES, True),
-            tl.where(defined(shift), 1.0 / total, float("nan")), near(shift, size, AXES) & exists,
-            AXES, True, False, PARTS, WHOLE,
+            result, field, Columns(columns, input.strides[2], END), locate((0, 0, 0), shift, size, RULE),
+            tl.where(defined(shift), 1.0 / count, float("nan")), near(shift, size, RULE) & exists, RULE,
         )  # fmt: skip
     # Neighbours in the output are bins: the parts of a tile are written channel by channel.
-    store_parts(
-        output + (roi * CHANNELS * bins + place), (tile[0], bins.to(tl.int64), CHANNELS), result, exists, PARTS, WHOLE
-    )
+    store_parts(output + (roi * CHANNELS * bins + place), Columns(columns, bins.to(tl.int64), END), result, exists)
 
 
-@triton.jit(
-    do_not_specialize=["batch", "bins", "D", "H", "W", "out_d", "out_h", "out_w", "sampling_ratio", "bin_stride"]
-)
+@triton.jit(do_not_specialize=["images", "sampling_ratio", "bin_stride"])
 def deform_roi_pool_backward(
-    grad_output,
-    input,
-    rois,
-    offset,
-    grad_input,
-    grad_offset,
-    grad_output_strides,
-    input_strides,
-    rois_strides,
-    offset_strides,
-    batch,
-    bins,
-    D,
-    H,
-    W,
-    out_d,
-    out_h,
-    out_w,
-    spatial_scale,
-    sampling_ratio,
-    gamma,
-    bin_stride,
-    CHANNELS: tl.constexpr,
-    AXES: tl.constexpr,
-    FIELD: tl.constexpr,
-    POINTS: tl.constexpr,
-    EXACT: tl.constexpr,
-    ROWS: tl.constexpr,
-    COLUMNS: tl.constexpr,
-    PARTS: tl.constexpr,
-    UNROLL: tl.constexpr,
-):
-    SPLITS: tl.constexpr = (CHANNELS + COLUMNS * PARTS - 1) // (COLUMNS * PARTS)
-    WHOLE: tl.constexpr = CHANNELS % (COLUMNS * PARTS) == 0
+    grad_output, bin_stride, input, rois, offset, grad_input, grad_offset, size, out_size, images, scale,
+    sampling_ratio, gamma,
+    CHANNELS: tl.constexpr, RULE: tl.constexpr,
+    ROWS: tl.constexpr, COLUMNS: tl.constexpr, PARTS: tl.constexpr, UNROLL: tl.constexpr,
+):  # fmt: skip
+    BY_POINT: tl.constexpr = grad_offset is not None
+    END: tl.constexpr = None if CHANNELS % (COLUMNS * PARTS) == 0 else CHANNELS
+    size, out_size = read_size(size), read_size(out_size)
+    bins = positions_of(out_size)
     roi, place, exists = tile_bins(tl.program_id(0), bins, ROWS)
-    size, out_size = (D, H, W), (out_d, out_h, out_w)
-    if offset is not None:
-        offset += roi * offset_strides[0] + place.to(tl.int64) * offset_strides[2]
     image, origin, length, samples = read_roi(
-        rois + roi * rois_strides[0], rois_strides[1], offset, offset_strides[1], exists, batch, out_size,
-        spatial_scale, sampling_ratio, gamma, AXES,
+        rois, offset, roi, place, exists, images, out_size, scale, sampling_ratio, gamma, RULE
     )  # fmt: skip
 
-    field = input + image * input_strides[0]
-    first = image * (D.to(tl.int64) * H * W) * CHANNELS
+    field = Field(input.data + image * input.strides[0], input.strides[1], size)
+    first = image * (size[0].to(tl.int64) * size[1] * size[2]) * CHANNELS
     # Where the compiler knows that bins are neighbours, it reads them in that order, and turns every corner's amounts.
-    grad_output += roi * grad_output_strides[0] + place.to(tl.int64) * bin_stride
-    total = samples[0] * samples[1] * samples[2]
+    rows = grad_output.data + (roi * grad_output.strides[0] + place.to(tl.int64) * bin_stride)
+    count = positions_of(samples)
     z = tl.zeros((ROWS,), tl.float32)
     y, x = z, z
-    for split in range(SPLITS):
-        columns = split * COLUMNS * PARTS + tl.arange(0, COLUMNS)
-        strided = (columns.to(tl.int64), grad_output_strides[1], CHANNELS)
-        cotangent = load_parts(grad_output, strided, exists, PARTS, WHOLE)
-        for sample in tl.range(0, total, loop_unroll_factor=UNROLL):
-            shift = sample_shift(sample, place, out_size, origin, length, samples, AXES)
+    for start in range(0, CHANNELS, COLUMNS * PARTS):
+        columns = start + tl.arange(0, COLUMNS)
+        cotangent = load_parts(rows, Columns(columns.to(tl.int64), grad_output.strides[1], END), exists, PARTS)
+        for sample in tl.range(0, count, loop_unroll_factor=UNROLL):
+            shift = sample_shift(sample, place, out_size, origin, length, samples, RULE)
             _, by_z, by_y, by_x = differentiate(
-                cotangent, field, input_strides[1], grad_input, first, CHANNELS, (columns, input_strides[2], CHANNELS),
-                size, locate((0, 0, 0), shift, size, AXES, True), 1.0 / total, near(shift, size, AXES) & exists,
-                AXES, True, False, PARTS, WHOLE, FIELD, POINTS, EXACT,
+                cotangent, field, Gradient(grad_input, first, CHANNELS), Columns(columns, input.strides[2], END),
+                locate((0, 0, 0), shift, size, RULE), 1.0 / count, near(shift, size, RULE) & exists, RULE, BY_POINT,
             )  # fmt: skip
             undefined = tl.where(defined(shift), 0.0, float("nan"))
-            z += by_z * follows(0, shift[0], D, True) + undefined
-            y += by_y * follows(0, shift[1], H, True) + undefined
-            x += by_x * follows(0, shift[2], W, True) + undefined
-    if POINTS:
-        factor = gamma / tl.where(total > 0, total, 1)
+            z += by_z * follows(0, shift[0], size[0], RULE) + undefined
+            y += by_y * follows(0, shift[1], size[1], RULE) + undefined
+            x += by_x * follows(0, shift[2], size[2], RULE) + undefined
+    if BY_POINT:
+        factor = gamma / tl.where(count > 0, count, 1)
         slopes = (z * (factor * length[0]), y * (factor * length[1]), x * (factor * length[2]))
-        store_coordinates(grad_offset + roi * AXES * bins + place, bins, slopes, exists, AXES, True)
+        store_coordinates(grad_offset + roi * RULE.axes * bins + place, bins, slopes, exists, RULE, True)
 
 
 def extent(input: Tensor, rois: Tensor, offset: Tensor | None, output_size: Sequence[int], *_: object) -> int:
     """The largest number that kernels have to keep in 32 bits."""
-    return max(prod(input.shape[2:]), prod(output_size))
+    return largest_index(input.shape[2:], output_size)
 
 
-def forward(input: Tensor, rois: Tensor, offset: Tensor | None, *steps: Any) -> Tensor:
+def forward(input: Tensor, rois: Tensor, offset: Tensor | None, *how: Any) -> Tensor:
     """Launch the kernel; arguments as in the schema."""
-    tensors, strides, numbers, constants = _problem(input, rois, offset, *steps)
-    output_size, channels = steps[0], input.shape[1]
+    output_size, channels = how[0], input.shape[1]
     output = input.new_empty(len(rois), channels, *output_size)
-
-    def programs(config: Config) -> int:
-        return _tiles(output, config) * triton.cdiv(channels, config.blocks["COLUMNS"] * config.blocks["PARTS"])
-
-    configs = row_configs(prod(output_size), len(rois), channels, 16 // input.itemsize, most_parts=2)
-    launch(deform_roi_pool_forward, programs, [*tensors, output, *strides, *numbers], constants, configs)
+    launch(
+        deform_roi_pool_forward,
+        input.device,
+        lambda blocks: _tiles(output, blocks) * triton.cdiv(channels, blocks["COLUMNS"] * blocks["PARTS"]),
+        row_configs(prod(output_size), len(rois), channels, 16 // input.itemsize, most_parts=2),
+        output=output,
+        **_arguments(input, rois, offset, *how),
+    )
     return output
 
 
-def backward(
-    grad_output: Tensor, input: Tensor, rois: Tensor, offset: Tensor | None, *steps: Any
-) -> tuple[Tensor, Tensor]:
+def backward(grad_output: Tensor, input: Tensor, rois: Tensor, offset: Tensor | None, *how: Any) -> tuple[Tensor, ...]:
     """Launch the kernel; arguments as in the schema."""
-    *steps, output_mask = steps
-    tensors, strides, numbers, constants = _problem(input, rois, offset, *steps)
+    *how, output_mask = how
+    bins = prod(grad_output.shape[2:])
 
     def most() -> Tensor:
-        return largest(grad_output) * max(len(rois) * prod(grad_output.shape[2:]), 1)
+        return largest(grad_output) * max(len(rois) * bins, 1)
 
-    shape = input.movedim(1, -1).shape
-    grad_input = FieldGradient(input, shape, output_mask[0], most)
-    by_offset = output_mask[1] and offset is not None
-    grad_offset = (input if offset is None else offset).new_empty(offset.shape if by_offset else 0)
-    constants |= {"FIELD": grad_input.wanted, "POINTS": by_offset, "EXACT": grad_input.exact}
-    if by_offset or grad_input.wanted:
-        flat = grad_output.flatten(2)
+    grad_input = FieldGradient(input, input.movedim(1, -1).shape, output_mask[0], most)
+    grad_offset = offset.new_empty(offset.shape) if output_mask[1] and offset is not None else None
+    if grad_input.sums or grad_offset is not None:
+        rows = grad_output.flatten(2)
         launch(
             deform_roi_pool_backward,
-            lambda config: _tiles(grad_output, config),
-            [flat, *tensors, grad_input.argument, grad_offset, flat.stride(), *strides, *numbers, flat.stride(2)],
-            constants,
-            row_configs(prod(grad_output.shape[2:]), len(rois), input.shape[1], grad_input.vector, most_parts=4),
+            input.device,
+            lambda blocks: _tiles(grad_output, blocks),
+            row_configs(bins, len(rois), input.shape[1], grad_input.vector, most_parts=4),
+            grad_output=strided(rows),
+            bin_stride=rows.stride(2),
+            grad_input=grad_input.sums,
+            grad_offset=grad_offset,
+            **_arguments(input, rois, offset, *how),
         )
     by_input = grad_input.result()
-    return by_input.movedim(-1, 1).contiguous() if grad_input.wanted else by_input, grad_offset
+    nothing = input.new_empty(0)
+    return by_input.movedim(-1, 1).contiguous() if output_mask[
+        0
+    ] else nothing, nothing if grad_offset is None else grad_offset
 
 
-def _tiles(output: Tensor, config: Config) -> int:
-    return len(output) * triton.cdiv(prod(output.shape[2:]), config.blocks["ROWS"])
+def _tiles(output: Tensor, blocks: Blocks) -> int:
+    return len(output) * triton.cdiv(prod(output.shape[2:]), blocks["ROWS"])
 
 
-def _problem(
+def _arguments(
     input: Tensor,
     rois: Tensor,
     offset: Tensor | None,
@@ -315,14 +266,21 @@ def _problem(
     spatial_scale: float,
     sampling_ratio: int,
     gamma: float,
-) -> tuple[list[Tensor | None], list[tuple[int, ...]], list[Any], dict[str, Any]]:
-    """What both kernels are given: tensors with the spatial axes as one, their strides, numbers, constants."""
-    size = input.shape[2:]
+) -> dict[str, Any]:
+    """What both kernels are given."""
     field = input.movedim(1, -1)
     if field.stride(-1) != 1:
         field = field.contiguous()
-    tensors = [field.flatten(1, -2), rois, None if offset is None else offset.flatten(2)]
-    strides = [(0, 0, 0) if t is None else t.stride() for t in tensors]
-    out_size = lifted(output_size, 1)
-    numbers = [len(input), prod(out_size), *lifted(size, 1), *out_size, spatial_scale, sampling_ratio, gamma]
-    return tensors, strides, numbers, {"CHANNELS": input.shape[1], "AXES": len(size)}
+    return {
+        "input": strided(field.flatten(1, -2)),
+        "rois": strided(rois),
+        "offset": None if offset is None else strided(offset.flatten(2)),
+        "size": packed(input.shape[2:]),
+        "out_size": packed(output_size),
+        "images": len(input),
+        "scale": spatial_scale,
+        "sampling_ratio": sampling_ratio,
+        "gamma": gamma,
+        "CHANNELS": input.shape[1],
+        "RULE": Rule(input.dim() - 2, border=True),
+    }

@@ -1,19 +1,22 @@
 """How a Triton kernel is started: on the device of its tensors, with the block sizes that suit that device.
 
-Every kernel has a few candidates, the first of which a rule of its room puts there. :func:`autotune` times them all
-instead, once for each kind of problem.
+Every kernel has a few candidates, the first of which a rule of its room puts there. Within :func:`autotune` Triton's
+autotuner times them all instead, once for each kind of problem.
 """
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass, field
 from functools import lru_cache
 from typing import Any, NamedTuple
 
 import torch
 import triton
 from torch import Tensor
-from torch.utils._pytree import tree_map_only
+from torch.utils._pytree import tree_leaves
+from triton import Config
+
+Blocks = dict[str, int]
+Programs = Callable[[Blocks], int]
 
 
 class Target(NamedTuple):
@@ -23,17 +26,9 @@ class Target(NamedTuple):
     arch: int | str
 
 
-@dataclass(frozen=True)
-class Config:
-    """Block sizes by the name of the kernel's parameter, warps of a program, stages of a pipelined loop."""
-
-    blocks: dict[str, int] = field(hash=False)
-    num_warps: int = 4
-    num_stages: int = 1
-
-
 _autotuning = False
-_tuned: dict[tuple[Any, ...], Config] = {}
+_tuners: dict[tuple[Any, ...], Any] = {}
+"""Triton's autotuner for each kind of problem that was timed."""
 
 
 def target() -> Target:
@@ -64,54 +59,46 @@ def autotune() -> Iterator[None]:
 
 
 def launch(
-    kernel: Any,
-    programs: Callable[[Config], int],
-    args: Sequence[Any],
-    constants: dict[str, Any],
-    candidates: Sequence[Config],
+    kernel: Any, device: torch.device, programs: Programs, candidates: Sequence[Config], **arguments: Any
 ) -> None:
-    """Start ``kernel`` with ``programs(config)`` programs, which may be none."""
-    device = next(value.device for value in args if isinstance(value, Tensor))
+    """Start ``kernel`` on ``device``.
+
+    Args:
+        kernel: a function that :func:`triton.jit` compiles.
+        device: where its tensors are.
+        programs: how many programs there are for some block sizes, which may be none.
+        candidates: block sizes by the name of the kernel's parameter, warps of a program, stages of a pipelined loop.
+        arguments: all other arguments of the kernel.
+    """
+    if not programs(candidates[0].kwargs):
+        return
     elsewhere = device.type == "cuda" and device.index != torch.cuda.current_device()
     with torch.cuda.device(device) if elsewhere else nullcontext():
-        config = _choose(kernel, programs, args, constants, candidates, device)
-        count = programs(config)
-        if count:
-            start(kernel, count, args, constants, config)
+        tuner = _tuner(kernel, device, candidates, arguments) if _autotuning or _tuners else None
+        if tuner is None:
+            start(kernel, programs, arguments, candidates[0])
+        else:
+            tuner[lambda blocks: (programs(blocks),)](**arguments)
 
 
-def start(kernel: Any, count: int, args: Sequence[Any], constants: dict[str, Any], config: Config) -> None:
-    """Start ``count`` programs of ``kernel`` on the current device."""
-    kernel[(count,)](*args, **constants, **config.blocks, num_warps=config.num_warps, num_stages=config.num_stages)
+def start(kernel: Any, programs: Programs, arguments: dict[str, Any], config: Config) -> None:
+    """Start the programs of ``kernel`` on the current device."""
+    kernel[(programs(config.kwargs),)](**arguments, **config.all_kwargs())
 
 
-def _choose(
-    kernel: Any,
-    programs: Callable[[Config], int],
-    args: Sequence[Any],
-    constants: dict[str, Any],
-    candidates: Sequence[Config],
-    device: torch.device,
-) -> Config:
-    if not (_autotuning or _tuned) or device.type != "cuda":
-        return candidates[0]
-    # A kind of problem: the same kernel on tensors of about the same size.
-    sizes = tuple((v.dtype, v.numel().bit_length()) for v in args if isinstance(v, Tensor))
-    kind = (kernel.__name__, device, sizes, repr(constants))
-    if kind not in _tuned:
-        if not _autotuning or torch.cuda.is_current_stream_capturing():
-            return candidates[0]
-        # On copies: a kernel that adds to its output must not do so twice. Some tensors stand in tuples.
-        copies = tree_map_only(Tensor, torch.clone, list(args))
-        times = {
-            i: triton.testing.do_bench(
-                lambda config=config: start(kernel, programs(config), copies, constants, config), return_mode="median"
-            )
-            for i, config in enumerate(candidates)
-            if programs(config)
-        }
-        _tuned[kind] = candidates[min(times, key=times.__getitem__, default=0)]
-    return _tuned[kind]
+def _tuner(kernel: Any, device: torch.device, candidates: Sequence[Config], arguments: dict[str, Any]) -> Any | None:
+    """The autotuner for a kind of problem, or None where the first candidate is to be taken untimed."""
+    # The same kernel, compiled alike, on tensors of about the same size.
+    constants = tuple(value for name, value in arguments.items() if name.isupper())
+    tensors = [leaf for leaf in tree_leaves(arguments) if isinstance(leaf, Tensor)]
+    kind = (kernel, device, constants, tuple((tensor.dtype, tensor.numel().bit_length()) for tensor in tensors))
+    timing = _autotuning and not torch.cuda.is_current_stream_capturing()
+    if timing and kind not in _tuners:
+        # Sums must not keep what a run that was timed has added to them.
+        sums = [name for name, value in arguments.items() if not isinstance(value, Tensor) and hasattr(value, "zero_")]
+        _tuners[kind] = triton.autotune(list(candidates), key=[], reset_to_zero=sums)(kernel)
+    tuner = _tuners.get(kind)
+    return tuner if tuner and (timing or tuner.cache) else None
 
 
 # About as many threads as keep a large GPU busy; fewer leave the latency of memory in sight.
@@ -134,7 +121,7 @@ def row_configs(rows: int, times: int, channels: int, vector: int, most_parts: i
     channels = max(channels, 1)
     if target().backend == "interpreter":
         columns = min(triton.next_power_of_2(channels), 128)
-        return [Config({"ROWS": max(1024 // columns, 16), "COLUMNS": columns, "PARTS": 1, "UNROLL": 1})]
+        return [Config({"ROWS": max(1024 // columns, 16), "COLUMNS": columns, "PARTS": 1, "UNROLL": 1}, 4, 1)]
     vector = min(vector, triton.next_power_of_2(channels))
     most = max(min(triton.next_power_of_2(channels) // vector, 32), 1)
     least = min(max(triton.next_power_of_2(triton.cdiv(channels, vector * most_parts)), min(2, most)), most)
@@ -148,7 +135,7 @@ def row_configs(rows: int, times: int, channels: int, vector: int, most_parts: i
         parts = min(triton.cdiv(channels, vector * share), most_parts)
         tile = min(warps * 32 // share, max(triton.next_power_of_2(rows), 1))
         blocks = {"ROWS": tile, "COLUMNS": vector * share, "PARTS": parts, "UNROLL": unroll}
-        config = Config(blocks, num_warps=max(min(warps, tile * share // 32), 1))
+        config = Config(blocks, max(min(warps, tile * share // 32), 1), 1)
         if config not in configs:
             configs.append(config)
     return configs

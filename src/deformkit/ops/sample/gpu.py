@@ -3,24 +3,120 @@
 In the kernels the rows of a tile are points and its columns are channels.
 
     base, shift    of a point, as (z, y, x): integers, and what is to be added to them
-    size           of the field, as (D, H, W)
-    point          (z, y, x, fz, fy, fx): the lower corner of its cell (int32) and how far it lies beyond it (0 to 1)
+    size           of a field, as (D, H, W)
     known          rows that exist and have no NaN among their coordinates
-    tile           (columns, distance of two columns in memory, number of columns that exist)
     parts          of a tile: PARTS tensors [rows, columns], each with the next columns; every thread has one vector of
                    a row in each part, so that the more parts, the fewer threads work out what is known of that row
 
-Two axes are three with D = 1 and z = fz = 0, one axis has H = 1 too: AXES tells the compiler to leave the rest out.
-A corner is a number from 0 to 2^AXES - 1, whose bits say on which axes it is the upper one: x has the lowest bit.
+Two axes are three with D = 1 and z = 0, one axis has H = 1 too: RULE tells the compiler to leave the rest out.
+A corner is a number from 0 to 2^axes - 1, whose bits say on which axes it is the upper one: x has the lowest bit.
 """
 
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+
+from .._shape import prod
+
+
+class Strided(NamedTuple):
+    """A tensor as kernels get it: where it begins, and its strides."""
+
+    data: Any
+    strides: tuple[int, ...]
+
+
+class Rule(NamedTuple):
+    """How points are read."""
+
+    axes: int
+    border: bool
+    nearest: bool = False
+
+
+class Steps(NamedTuple):
+    """Where the taps of a kernel lie, each number for three axes."""
+
+    kernel: tuple[int, int, int]
+    stride: tuple[int, int, int]
+    padding: tuple[int, int, int]
+    dilation: tuple[int, int, int]
+
+
+class Sums(NamedTuple):
+    """What kernels add the gradient of a field to; see :class:`FieldGradient`."""
+
+    floats: Tensor
+    units: Tensor | None
+    per_one: Any
+
+    def zero_(self) -> None:
+        """Forget what was added."""
+        self.floats.zero_()
+        if self.units is not None:
+            self.units.zero_()
+
+
+class Field(NamedTuple):
+    """In a kernel, for each row: its field's first position, and how far two positions lie apart in memory."""
+
+    first: Any
+    stride: Any
+    size: Any
+
+
+class Gradient(NamedTuple):
+    """In a kernel: the gradient of a :class:`Field`, whose first position is an index into the sums."""
+
+    sums: Any
+    first: Any
+    stride: Any
+
+
+class Cell(NamedTuple):
+    """In a kernel: the lower corner of each point's cell (int32), and how far the point lies beyond it (0 to 1)."""
+
+    corner: Any
+    fraction: Any
+
+
+class Columns(NamedTuple):
+    """In a kernel: the columns of a tile, how far two lie apart in memory, and the end of them.
+
+    The end is None where all of them exist.
+    """
+
+    index: Any
+    stride: Any
+    end: Any
+
+
+@triton.constexpr_function
+def total(counts):
+    """The sum of numbers that the compiler knows."""
+    return sum(counts)
+
+
+@triton.constexpr_function
+def product(counts):
+    """The product of numbers that the compiler knows."""
+    return prod(counts)
+
+
+@triton.jit
+def read_size(size):
+    """The (D, H, W) that :func:`packed` made ``size`` from."""
+    return size[0] >> 1, size[1] >> 1, size[2] >> 1
+
+
+@triton.jit
+def positions_of(size):
+    """How many positions a size has."""
+    return size[0] * size[1] * size[2]
 
 
 @triton.jit
@@ -37,38 +133,38 @@ def tile_rows(tile, positions, ROWS: tl.constexpr):
 
 
 @triton.jit
-def unravel(place, size, AXES: tl.constexpr):
+def unravel(place, size, RULE: tl.constexpr):
     """The (z, y, x) of a position in row-major order."""
     z, y, x = tl.zeros_like(place), tl.zeros_like(place), place
-    if AXES > 1:
+    if RULE.axes > 1:
         y, x = place // size[2], place % size[2]
-    if AXES > 2:
+    if RULE.axes > 2:
         z, y = y // size[1], y % size[1]
     return z, y, x
 
 
 @triton.jit
-def coordinates(pointers, stride, mask, AXES: tl.constexpr, X_FIRST: tl.constexpr):
-    """The (z, y, x) of each row, in float32, from AXES numbers that lie ``stride`` apart."""
+def coordinates(pointers, stride, mask, RULE: tl.constexpr, X_FIRST: tl.constexpr):
+    """The (z, y, x) of each row, in float32, from a number for each axis; two of them lie ``stride`` apart."""
     first = tl.load(pointers, mask=mask, other=0.0).to(tl.float32)
     z, y, x = tl.zeros_like(first), tl.zeros_like(first), first
-    if AXES > 1:
+    if RULE.axes > 1:
         second = tl.load(pointers + stride, mask=mask, other=0.0).to(tl.float32)
         y, x = (second, first) if X_FIRST else (first, second)
-    if AXES > 2:
+    if RULE.axes > 2:
         third = tl.load(pointers + 2 * stride, mask=mask, other=0.0).to(tl.float32)
         z, y, x = (third, y, x) if X_FIRST else (y, x, third)
     return z, y, x
 
 
 @triton.jit
-def store_coordinates(pointers, stride, values, mask, AXES: tl.constexpr, X_FIRST: tl.constexpr):
+def store_coordinates(pointers, stride, values, mask, RULE: tl.constexpr, X_FIRST: tl.constexpr):
     """Write (z, y, x) of each row, as :func:`coordinates` reads them."""
     z, y, x = values
-    tl.store(pointers + (0 if X_FIRST else AXES - 1) * stride, x, mask=mask)
-    if AXES > 1:
-        tl.store(pointers + (1 if X_FIRST else AXES - 2) * stride, y, mask=mask)
-    if AXES > 2:
+    tl.store(pointers + (0 if X_FIRST else RULE.axes - 1) * stride, x, mask=mask)
+    if RULE.axes > 1:
+        tl.store(pointers + (1 if X_FIRST else RULE.axes - 2) * stride, y, mask=mask)
+    if RULE.axes > 2:
         tl.store(pointers + (2 if X_FIRST else 0) * stride, z, mask=mask)
 
 
@@ -80,11 +176,11 @@ def defined(shift):
 
 
 @triton.jit
-def locate_along(base, shift, size, BORDER: tl.constexpr):
+def locate_along(base, shift, size, RULE: tl.constexpr):
     """The cell of the point ``base + shift`` along one axis: its lower corner, and the fraction beyond it."""
     # Two cells beyond the field nothing changes any more; the clamp keeps infinity and NaN out of the arithmetic.
-    low = tl.zeros_like(shift) + ((0 if BORDER else -2) - base)
-    high = tl.zeros_like(shift) + ((size - 1 if BORDER else size) - base)
+    low = tl.zeros_like(shift) + ((0 if RULE.border else -2) - base)
+    high = tl.zeros_like(shift) + ((size - 1 if RULE.border else size) - base)
     shift = tl.where(shift > low, shift, low)
     shift = tl.where(shift < high, shift, high)
     whole = tl.floor(shift)
@@ -92,26 +188,37 @@ def locate_along(base, shift, size, BORDER: tl.constexpr):
 
 
 @triton.jit
-def locate(base, shift, size, AXES: tl.constexpr, BORDER: tl.constexpr):
-    """The cell of the point ``base + shift``."""
-    x, fx = locate_along(base[2], shift[2], size[2], BORDER)
+def locate(base, shift, size, RULE: tl.constexpr):
+    """The :class:`Cell` of the point ``base + shift``."""
+    x, fx = locate_along(base[2], shift[2], size[2], RULE)
     z, fz, y, fy = tl.zeros_like(x), tl.zeros_like(fx), tl.zeros_like(x), tl.zeros_like(fx)
-    if AXES > 1:
-        y, fy = locate_along(base[1], shift[1], size[1], BORDER)
-    if AXES > 2:
-        z, fz = locate_along(base[0], shift[0], size[0], BORDER)
-    return z, y, x, fz, fy, fx
+    if RULE.axes > 1:
+        y, fy = locate_along(base[1], shift[1], size[1], RULE)
+    if RULE.axes > 2:
+        z, fz = locate_along(base[0], shift[0], size[0], RULE)
+    return Cell((z, y, x), (fz, fy, fx))
 
 
 @triton.jit
-def follows(base, shift, size, BORDER: tl.constexpr):
+def follows(base, shift, size, RULE: tl.constexpr):
     """1 where the point moves with its coordinate along one axis, 0 where it is clamped."""
     moved = tl.full(shift.shape, 1.0, tl.float32)
-    if BORDER:
+    if RULE.border:
         low = tl.zeros_like(shift) - base
         high = tl.zeros_like(shift) + (size - 1 - base)
         moved = tl.where((shift < low) | (shift > high), 0.0, moved)
     return moved
+
+
+@triton.jit
+def slopes_of(derivatives, factor, base, shift, size, RULE: tl.constexpr):
+    """The derivatives by the coordinates of a point, from those by the point at a factor of 1."""
+    z, y, x = derivatives
+    return (
+        z * factor[0] * follows(base[0], shift[0], size[0], RULE),
+        y * factor[1] * follows(base[1], shift[1], size[1], RULE),
+        x * factor[2] * follows(base[2], shift[2], size[2], RULE),
+    )
 
 
 @triton.jit
@@ -121,47 +228,46 @@ def edge(fraction, UPPER: tl.constexpr):
 
 
 @triton.jit
-def scatter(gradient, where, amount, mask, EXACT: tl.constexpr):
-    """Add ``amount`` to the sums of a :class:`FieldGradient`."""
-    sums, units, per_one = gradient
-    if EXACT:
+def scatter(sums, where, amount, mask):
+    """Add ``amount`` to the elements ``where`` of a :class:`Sums`."""
+    if sums.units is not None:
         finite = tl.abs(amount) < float("inf")
-        whole = (tl.where(finite, amount, 0.0) * tl.load(per_one)).to(tl.int64)
-        tl.atomic_add(units + where, whole, mask=mask & finite, sem="relaxed")
-        tl.atomic_add(sums + where, amount, mask=mask & ~finite, sem="relaxed")
+        whole = (tl.where(finite, amount, 0.0) * tl.load(sums.per_one)).to(tl.int64)
+        tl.atomic_add(sums.units + where, whole, mask=mask & finite, sem="relaxed")
+        tl.atomic_add(sums.floats + where, amount, mask=mask & ~finite, sem="relaxed")
     else:
-        tl.atomic_add(sums + where, amount, mask=mask, sem="relaxed")
+        tl.atomic_add(sums.floats + where, amount, mask=mask, sem="relaxed")
 
 
 @triton.jit
-def lower_corner(point, size, AXES: tl.constexpr):
-    """The index in the field of each point's lower corner, which may lie outside."""
-    index = point[2]
-    if AXES > 1:
-        index += point[1] * size[2]
-    if AXES > 2:
-        index += point[0] * (size[1] * size[2])
+def lower_corner(cell, size, RULE: tl.constexpr):
+    """The index in the field of each cell's lower corner, which may lie outside."""
+    index = cell.corner[2]
+    if RULE.axes > 1:
+        index += cell.corner[1] * size[2]
+    if RULE.axes > 2:
+        index += cell.corner[0] * (size[1] * size[2])
     return index.to(tl.int64)
 
 
 @triton.jit
-def step_along(place, length, stride, UPPER: tl.constexpr, BORDER: tl.constexpr):
+def step_along(place, length, stride, UPPER: tl.constexpr, RULE: tl.constexpr):
     """How far the upper corner lies from the lower one along one axis, in elements of memory; 0 for the lower one."""
     step = stride * UPPER
-    if BORDER and UPPER:
+    if RULE.border and UPPER:
         step = tl.where(place < length - 1, step, 0)
     return step
 
 
 @triton.jit
-def step(point, size, stride, CORNER: tl.constexpr, AXES: tl.constexpr, BORDER: tl.constexpr):
+def step(cell, size, stride, CORNER: tl.constexpr, RULE: tl.constexpr):
     """How far a corner lies from the lower one, in elements of memory, where two positions lie ``stride`` apart."""
-    far = step_along(point[2], size[2], stride, CORNER & 1, BORDER)
-    if AXES > 1:
+    far = step_along(cell.corner[2], size[2], stride, CORNER & 1, RULE)
+    if RULE.axes > 1:
         line = size[2].to(tl.int64) * stride
-        far += step_along(point[1], size[1], line, CORNER >> 1 & 1, BORDER)
-        if AXES > 2:
-            far += step_along(point[0], size[0], line * size[1], CORNER >> 2, BORDER)
+        far += step_along(cell.corner[1], size[1], line, CORNER >> 1 & 1, RULE)
+        if RULE.axes > 2:
+            far += step_along(cell.corner[0], size[0], line * size[1], CORNER >> 2, RULE)
     return far
 
 
@@ -173,26 +279,26 @@ def inside_along(place, length, UPPER: tl.constexpr):
 
 
 @triton.jit
-def inside(point, size, CORNER: tl.constexpr, AXES: tl.constexpr, BORDER: tl.constexpr, known):
+def inside(cell, size, known, CORNER: tl.constexpr, RULE: tl.constexpr):
     """Which of the ``known`` rows have this corner in the field."""
-    if not BORDER:
-        known &= inside_along(point[2], size[2], CORNER & 1)
-        if AXES > 1:
-            known &= inside_along(point[1], size[1], CORNER >> 1 & 1)
-        if AXES > 2:
-            known &= inside_along(point[0], size[0], CORNER >> 2)
+    if not RULE.border:
+        known &= inside_along(cell.corner[2], size[2], CORNER & 1)
+        if RULE.axes > 1:
+            known &= inside_along(cell.corner[1], size[1], CORNER >> 1 & 1)
+        if RULE.axes > 2:
+            known &= inside_along(cell.corner[0], size[0], CORNER >> 2)
     return known
 
 
 @triton.jit
-def weighted(factor, point, CORNER: tl.constexpr, AXES: tl.constexpr, NEAREST: tl.constexpr):
+def weighted(factor, cell, CORNER: tl.constexpr, RULE: tl.constexpr):
     """``factor`` times the weight of a corner in the interpolation."""
-    if not NEAREST:
-        if AXES > 2:
-            factor *= edge(point[3], CORNER >> 2)
-        if AXES > 1:
-            factor *= edge(point[4], CORNER >> 1 & 1)
-        factor *= edge(point[5], CORNER & 1)
+    if not RULE.nearest:
+        if RULE.axes > 2:
+            factor *= edge(cell.fraction[0], CORNER >> 2)
+        if RULE.axes > 1:
+            factor *= edge(cell.fraction[1], CORNER >> 1 & 1)
+        factor *= edge(cell.fraction[2], CORNER & 1)
     return factor
 
 
@@ -206,153 +312,127 @@ def zeros(ROWS: tl.constexpr, COLUMNS: tl.constexpr, PARTS: tl.constexpr):
 
 
 @triton.jit
-def load_parts(rows, tile, mask, PARTS: tl.constexpr, WHOLE: tl.constexpr):
+def of_part(columns, mask, PART: tl.constexpr):
+    """The columns of one part of a tile, and which elements of it exist where ``mask`` says which rows do."""
+    index = columns.index + PART * columns.index.shape[0]
+    exists = mask[:, None]
+    if columns.end is not None:
+        exists = exists & (index < columns.end)[None, :]
+    return index, exists
+
+
+@triton.jit
+def load_parts(rows, columns, mask, PARTS: tl.constexpr):
     """The parts of a tile whose rows begin at the pointers ``rows``; 0 where ``mask`` says so."""
     parts = ()
     for PART in tl.static_range(PARTS):
-        columns, stride, count = tile
-        columns += PART * columns.shape[0]
-        exists = mask[:, None] if WHOLE else mask[:, None] & (columns < count)[None, :]
-        values = tl.load(rows[:, None] + columns[None, :] * stride, mask=exists, other=0.0)
+        index, exists = of_part(columns, mask, PART)
+        values = tl.load(rows[:, None] + index[None, :] * columns.stride, mask=exists, other=0.0)
         parts = parts + (values.to(tl.float32),)
     return parts
 
 
 @triton.jit
-def store_parts(rows, tile, parts, mask, PARTS: tl.constexpr, WHOLE: tl.constexpr):
+def store_parts(rows, columns, parts, mask):
     """Write the parts of a tile to rows that begin at the pointers ``rows``."""
-    for PART in tl.static_range(PARTS):
-        columns = tile[0] + PART * tile[0].shape[0]
-        exists = mask[:, None] if WHOLE else mask[:, None] & (columns < tile[2])[None, :]
-        tl.store(rows[:, None] + columns[None, :] * tile[1], parts[PART], mask=exists)
+    for PART in tl.static_range(len(parts)):
+        index, exists = of_part(columns, mask, PART)
+        tl.store(rows[:, None] + index[None, :] * columns.stride, parts[PART], mask=exists)
 
 
 @triton.jit
-def interpolate(
-    result,
-    field,
-    stride,
-    tile,
-    size,
-    point,
-    factor,
-    known,
-    AXES: tl.constexpr,
-    BORDER: tl.constexpr,
-    NEAREST: tl.constexpr,
-    PARTS: tl.constexpr,
-    WHOLE: tl.constexpr,
-):
+def interpolate(result, field, columns, cell, factor, known, RULE: tl.constexpr):
     """The parts of ``result + factor * sample``.
 
-    ``field`` points, for each row, to the first position of its field; two positions lie ``stride`` apart. A row that
-    is not known reads nothing and counts as 0: NaN for its factor makes it NaN.
+    A row that is not known reads nothing and counts as 0: NaN for its factor makes it NaN.
     """
-    lower = field + lower_corner(point, size, AXES) * stride
-    for CORNER in tl.static_range(1 if NEAREST else 2**AXES):
-        rows = lower + step(point, size, stride, CORNER, AXES, BORDER)
-        values = load_parts(rows, tile, inside(point, size, CORNER, AXES, BORDER, known), PARTS, WHOLE)
-        weight = weighted(factor, point, CORNER, AXES, NEAREST)[:, None]
+    lower = field.first + lower_corner(cell, field.size, RULE) * field.stride
+    for CORNER in tl.static_range(1 if RULE.nearest else 2**RULE.axes):
+        rows = lower + step(cell, field.size, field.stride, CORNER, RULE)
+        values = load_parts(rows, columns, inside(cell, field.size, known, CORNER, RULE), len(result))
+        weight = weighted(factor, cell, CORNER, RULE)[:, None]
         sums = ()
-        for PART in tl.static_range(PARTS):
+        for PART in tl.static_range(len(result)):
             sums = sums + (result[PART] + values[PART] * weight,)
         result = sums
     return result
 
 
 @triton.jit
-def folded(values, fraction, COUNT: tl.constexpr):
+def folded(values, fraction):
     """Pairs of values, interpolated along the axis with the lowest bit."""
     result = ()
-    for i in tl.static_range(COUNT // 2):
+    for i in tl.static_range(len(values) // 2):
         result = result + (values[2 * i] * (1 - fraction) + values[2 * i + 1] * fraction,)
     return result
 
 
 @triton.jit
-def differences(values, COUNT: tl.constexpr):
+def differences(values):
     """Pairs of values, the upper one less the lower one."""
     result = ()
-    for i in tl.static_range(COUNT // 2):
+    for i in tl.static_range(len(values) // 2):
         result = result + (values[2 * i + 1] - values[2 * i],)
     return result
 
 
 @triton.jit
-def interpolated(corners, point, AXES: tl.constexpr, NEAREST: tl.constexpr):
+def interpolated(corners, cell, RULE: tl.constexpr):
     """Interpolation of a number for each corner, and its derivatives by z, y and x."""
     value = corners[0]
     z, y, x = tl.zeros_like(value), tl.zeros_like(value), tl.zeros_like(value)
-    if not NEAREST:
-        if AXES == 1:
-            x = differences(corners, 2)[0]
-            value = folded(corners, point[5], 2)[0]
-        if AXES == 2:
-            lines = folded(corners, point[5], 4)
-            x = folded(differences(corners, 4), point[4], 2)[0]
-            y = differences(lines, 2)[0]
-            value = folded(lines, point[4], 2)[0]
-        if AXES == 3:
-            lines = folded(corners, point[5], 8)
-            planes = folded(lines, point[4], 4)
-            x = folded(folded(differences(corners, 8), point[4], 4), point[3], 2)[0]
-            y = folded(differences(lines, 4), point[3], 2)[0]
-            z = differences(planes, 2)[0]
-            value = folded(planes, point[3], 2)[0]
+    fz, fy, fx = cell.fraction
+    if not RULE.nearest:
+        if RULE.axes == 1:
+            x = differences(corners)[0]
+            value = folded(corners, fx)[0]
+        if RULE.axes == 2:
+            lines = folded(corners, fx)
+            x = folded(differences(corners), fy)[0]
+            y = differences(lines)[0]
+            value = folded(lines, fy)[0]
+        if RULE.axes == 3:
+            lines = folded(corners, fx)
+            planes = folded(lines, fy)
+            x = folded(folded(differences(corners), fy), fz)[0]
+            y = folded(differences(lines), fz)[0]
+            z = differences(planes)[0]
+            value = folded(planes, fz)[0]
     return value, z, y, x
 
 
 @triton.jit
-def differentiate(
-    cotangent,
-    field,
-    stride,
-    gradient,
-    gradient_first,
-    gradient_stride,
-    tile,
-    size,
-    point,
-    factor,
-    known,
-    AXES: tl.constexpr,
-    BORDER: tl.constexpr,
-    NEAREST: tl.constexpr,
-    PARTS: tl.constexpr,
-    WHOLE: tl.constexpr,
-    FIELD: tl.constexpr,
-    POINTS: tl.constexpr,
-    EXACT: tl.constexpr,
-):
+def differentiate(cotangent, field, gradient, columns, cell, factor, known, RULE: tl.constexpr, BY_POINT: tl.constexpr):
     """The derivatives of ``sum(cotangent * factor * sample)``; those by the field are added to ``gradient``.
 
-    ``cotangent`` is the parts of a tile, 0 where a row or a column does not exist. The gradient of a row's field begins
-    at its element ``gradient_first``.
+    ``cotangent`` is the parts of a tile, 0 where a row or a column does not exist. Nothing is added where there are no
+    sums to add to.
 
     Returns, for each row, the derivative by ``factor``, and those by z, y and x at a factor of 1.
     """
-    index = lower_corner(point, size, AXES)
-    lower, first = field + index * stride, gradient_first + index * gradient_stride
+    index = lower_corner(cell, field.size, RULE)
+    lower, first = field.first + index * field.stride, gradient.first + index * gradient.stride
     dots = ()
-    for CORNER in tl.static_range(1 if NEAREST else 2**AXES):
-        mask = inside(point, size, CORNER, AXES, BORDER, known)
-        if POINTS:
-            values = load_parts(lower + step(point, size, stride, CORNER, AXES, BORDER), tile, mask, PARTS, WHOLE)
+    for CORNER in tl.static_range(1 if RULE.nearest else 2**RULE.axes):
+        mask = inside(cell, field.size, known, CORNER, RULE)
+        if BY_POINT:
+            rows = lower + step(cell, field.size, field.stride, CORNER, RULE)
+            values = load_parts(rows, columns, mask, len(cotangent))
             products = values[0] * cotangent[0]
-            for PART in tl.static_range(1, PARTS):
+            for PART in tl.static_range(1, len(cotangent)):
                 products += values[PART] * cotangent[PART]
             dots = dots + (tl.sum(products, 1),)
-        if FIELD:
-            where = first + step(point, size, gradient_stride, CORNER, AXES, BORDER)
-            weight = weighted(factor, point, CORNER, AXES, NEAREST)[:, None]
-            for PART in tl.static_range(PARTS):
-                columns = tile[0] + PART * tile[0].shape[0]
-                exists = mask[:, None] if WHOLE else mask[:, None] & (columns < tile[2])[None, :]
-                scatter(gradient, where[:, None] + columns[None, :], cotangent[PART] * weight, exists, EXACT)
-    if POINTS:
-        return interpolated(dots, point, AXES, NEAREST)
+        if gradient.sums is not None:
+            where = first + step(cell, field.size, gradient.stride, CORNER, RULE)
+            weight = weighted(factor, cell, CORNER, RULE)[:, None]
+            for PART in tl.static_range(len(cotangent)):
+                # The sums are channels last: two columns are neighbours there.
+                index_of_part, exists = of_part(columns, mask, PART)
+                scatter(gradient.sums, where[:, None] + index_of_part[None, :], cotangent[PART] * weight, exists)
+    if BY_POINT:
+        return interpolated(dots, cell, RULE)
     else:
-        nothing = tl.zeros_like(point[5])
+        nothing = tl.zeros_like(cell.fraction[2])
         return nothing, nothing, nothing, nothing
 
 
@@ -372,31 +452,29 @@ class FieldGradient:
             wanted: whether anything will be added.
             most: a bound of what the magnitudes added to one element can add up to: one number in float64.
         """
-        self.wanted = wanted
         self.exact = wanted and torch.are_deterministic_algorithms_enabled()
-        self._dtype = like.dtype
-        self._sums = like.new_zeros(shape if wanted else 1, dtype=torch.float32)
-        self._units = like.new_zeros(shape, dtype=torch.int64) if self.exact else None
-        # A power of two, so that the scaling itself is exact; one that float32 has.
-        self._per_one = (62 - most().log2().ceil()).clamp(-100, 120).exp2().float() if self.exact else 1.0
+        self._nothing = like.new_empty(0)
+        self.sums = None
+        """What kernels add to, or None where the gradient is not wanted."""
+        if wanted:
+            units = like.new_zeros(shape, dtype=torch.int64) if self.exact else None
+            # A power of two, so that the scaling itself is exact; one that float32 has.
+            per_one = (62 - most().log2().ceil()).clamp(-100, 120).exp2().float() if self.exact else None
+            self.sums = Sums(like.new_zeros(shape, dtype=torch.float32), units, per_one)
 
     @property
     def vector(self) -> int:
         """How many columns a thread best adds at once: 128 bits of them."""
         return 2 if self.exact else 4
 
-    @property
-    def argument(self) -> tuple[Tensor, Any, Any]:
-        """What a kernel gets: the float32 sums, the sums in units, and how many units make one."""
-        return self._sums, self._units, self._per_one
-
     def result(self) -> Tensor:
         """The gradient, in the dtype of the field; empty where it is not wanted."""
-        if not self.wanted:
-            return self._sums.new_empty(0, dtype=self._dtype)
-        if self._units is None:
-            return self._sums.to(self._dtype)
-        return (self._units.double() / self._per_one + self._sums).to(self._dtype)
+        if self.sums is None:
+            return self._nothing
+        floats, units, per_one = self.sums
+        if units is not None:
+            floats = units.double() / per_one + floats
+        return floats.to(self._nothing.dtype)
 
 
 def largest(value: Tensor) -> Tensor:
@@ -406,7 +484,33 @@ def largest(value: Tensor) -> Tensor:
     return torch.cat([finite, finite.new_zeros(1)]).amax().double()
 
 
+def strided(value: Tensor) -> Strided:
+    """A tensor as kernels get it."""
+    return Strided(value, value.stride())
+
+
 def lifted(values: Sequence[int], missing: int) -> tuple[int, int, int]:
     """One to three values along the last axes as three: ``missing`` along those that there are not."""
     z, y, x = (*[missing] * (3 - len(values)), *values)
     return z, y, x
+
+
+def packed(size: Sequence[int]) -> tuple[int, int, int]:
+    """A size as kernels get it, for :func:`read_size`.
+
+    Triton compiles anew for each set of numbers in a tuple that are 1, and that are multiples of 16: odd ones above 1
+    are neither, so that a new image size is no new kernel.
+    """
+    z, y, x = (2 * length + 1 for length in lifted(size, 1))
+    return z, y, x
+
+
+def steps(kernel_size: Sequence[int], stride: Sequence[int], padding: Sequence[int], dilation: Sequence[int]) -> Steps:
+    """The steps of a convolution as kernels get them."""
+    return Steps(lifted(kernel_size, 1), lifted(stride, 1), lifted(padding, 0), lifted(dilation, 1))
+
+
+def largest_index(size: Sequence[int], out_size: Sequence[int], padding: Sequence[int] = ()) -> int:
+    """The largest number that kernels keep in 32 bits for fields and outputs of these sizes."""
+    padded = [length + 2 * p for length, p in zip(size, padding or [0] * len(size), strict=True)]
+    return max(prod(size), prod(out_size), *padded, *packed(size), *packed(out_size))
