@@ -70,7 +70,7 @@ def rows_of(tensor, image, place):
 def tap_point(inputs, image, place, tap, offset_group, exists, STEPS: tl.constexpr, RULE: tl.constexpr):
     """Base and shift of the point that a tap reads for the output positions ``place``."""
     KERNEL: tl.constexpr = STEPS.kernel
-    z, y, x = unravel(place, read_size(inputs.out_size), RULE)
+    z, y, x = unravel(place, read_size(inputs.out_size, RULE), RULE)
     base = (
         z * STEPS.stride[0] + (tap // (KERNEL[1] * KERNEL[2]) * STEPS.dilation[0] - STEPS.padding[0]),
         y * STEPS.stride[1] + (tap // KERNEL[2] % KERNEL[1] * STEPS.dilation[1] - STEPS.padding[1]),
@@ -98,7 +98,7 @@ def gather(
     STEPS: tl.constexpr, RULE: tl.constexpr, PARTS: tl.constexpr,
 ):  # fmt: skip
     """The parts of a tile of samples, times their factors."""
-    size = read_size(inputs.size)
+    size = read_size(inputs.size, RULE)
     base, shift = tap_point(inputs, image, place, tap, offset_group, exists, STEPS, RULE)
     known = defined(shift)
     factor = tap_factor(inputs, image, place, offset_group * product(STEPS.kernel) + tap, exists)
@@ -158,7 +158,7 @@ def deform_conv_forward(
     WHOLE: tl.constexpr = GROUPS.even and GROUPS.piece % (COLUMNS * PARTS) == 0
     block, program = tl.program_id(0) % BLOCKS, tl.program_id(0) // BLOCKS
     group = program % GROUPS.count
-    positions = positions_of(read_size(inputs.out_size))
+    positions = positions_of(read_size(inputs.out_size, RULE))
     image, place, exists = tile_rows(program // GROUPS.count, positions, ROWS)
     outputs = block * OUTPUTS + tl.arange(0, OUTPUTS)
 
@@ -199,7 +199,7 @@ def deform_conv_forward_depthwise(
     copy, program = tl.program_id(0) % MULTIPLE, tl.program_id(0) // MULTIPLE
     chunk, program = program % CHUNKS, program // CHUNKS
     offset_group, program = program % (GROUPS.count // OFFSET_CHANNELS), program // (GROUPS.count // OFFSET_CHANNELS)
-    positions = positions_of(read_size(inputs.out_size))
+    positions = positions_of(read_size(inputs.out_size, RULE))
     image, place, exists = tile_rows(program, positions, ROWS)
     end = (offset_group + 1) * OFFSET_CHANNELS
     columns = chunk_of(
@@ -279,7 +279,7 @@ def deform_conv_backward_data(
     WHOLE: tl.constexpr = GROUPS.even and GROUPS.piece % (COLUMNS * PARTS) == 0
     tap, program = tl.program_id(0) % TAPS, tl.program_id(0) // TAPS
     offset_group = program % OFFSET_GROUPS
-    size, positions = read_size(inputs.size), positions_of(read_size(inputs.out_size))
+    size, positions = read_size(inputs.size, RULE), positions_of(read_size(inputs.out_size, RULE))
     image, place, exists = tile_rows(program // OFFSET_GROUPS, positions, ROWS)
 
     field = inputs.input.data + image * inputs.input.strides[0]
@@ -352,7 +352,7 @@ def deform_conv_backward_weight(
         sums = zeros(COLUMNS, OUTPUTS, PARTS)
     columns = chunk_of(first + chunk * (COLUMNS * PARTS), inputs.input.strides[1], end, WHOLE, COLUMNS)
     outputs = block * OUTPUTS + tl.arange(0, OUTPUTS)
-    positions = positions_of(read_size(inputs.out_size))
+    positions = positions_of(read_size(inputs.out_size, RULE))
 
     for tile in range(split, batch * tl.cdiv(positions, ROWS), splits):
         image, place, exists = tile_rows(tile, positions, ROWS)

@@ -30,6 +30,7 @@ from ..sample.gpu import (
     interpolate,
     largest,
     largest_index,
+    lifted,
     load_parts,
     locate,
     packed,
@@ -132,16 +133,16 @@ def near(shift, size, RULE: tl.constexpr):
     return result
 
 
-@triton.jit(do_not_specialize=["images", "sampling_ratio"])
+@triton.jit(do_not_specialize=["D", "H", "W", "images", "sampling_ratio"])
 def deform_roi_pool_forward(
-    input, rois, offset, output, size, out_size, images, scale, sampling_ratio, gamma,
+    input, rois, offset, output, D, H, W, out_size, images, scale, sampling_ratio, gamma,
     CHANNELS: tl.constexpr, RULE: tl.constexpr,
     ROWS: tl.constexpr, COLUMNS: tl.constexpr, PARTS: tl.constexpr, UNROLL: tl.constexpr,
 ):  # fmt: skip
     SPLITS: tl.constexpr = (CHANNELS + COLUMNS * PARTS - 1) // (COLUMNS * PARTS)
     END: tl.constexpr = None if CHANNELS % (COLUMNS * PARTS) == 0 else CHANNELS
     split, program = tl.program_id(0) % SPLITS, tl.program_id(0) // SPLITS
-    size, out_size = read_size(size), read_size(out_size)
+    size, out_size = (D, H, W), read_size(out_size, RULE)
     bins = positions_of(out_size)
     roi, place, exists = tile_bins(program, bins, ROWS)
     columns = split * COLUMNS * PARTS + tl.arange(0, COLUMNS)
@@ -162,16 +163,16 @@ def deform_roi_pool_forward(
     store_parts(output + (roi * CHANNELS * bins + place), Columns(columns, bins.to(tl.int64), END), result, exists)
 
 
-@triton.jit(do_not_specialize=["images", "sampling_ratio", "bin_stride"])
+@triton.jit(do_not_specialize=["D", "H", "W", "images", "sampling_ratio", "bin_stride"])
 def deform_roi_pool_backward(
-    grad_output, bin_stride, input, rois, offset, grad_input, grad_offset, size, out_size, images, scale,
+    grad_output, bin_stride, input, rois, offset, grad_input, grad_offset, D, H, W, out_size, images, scale,
     sampling_ratio, gamma,
     CHANNELS: tl.constexpr, RULE: tl.constexpr,
     ROWS: tl.constexpr, COLUMNS: tl.constexpr, PARTS: tl.constexpr, UNROLL: tl.constexpr,
 ):  # fmt: skip
     BY_POINT: tl.constexpr = grad_offset is not None
     END: tl.constexpr = None if CHANNELS % (COLUMNS * PARTS) == 0 else CHANNELS
-    size, out_size = read_size(size), read_size(out_size)
+    size, out_size = (D, H, W), read_size(out_size, RULE)
     bins = positions_of(out_size)
     roi, place, exists = tile_bins(tl.program_id(0), bins, ROWS)
     image, origin, length, samples = read_roi(
@@ -275,7 +276,8 @@ def _arguments(
         "input": strided(field.flatten(1, -2)),
         "rois": strided(rois),
         "offset": None if offset is None else strided(offset.flatten(2)),
-        "size": packed(input.shape[2:]),
+        # Apart: as they come, these take no registers, and the loop over samples has none to spare.
+        **dict(zip("DHW", lifted(input.shape[2:], 1), strict=True)),
         "out_size": packed(output_size),
         "images": len(input),
         "scale": spatial_scale,

@@ -104,13 +104,17 @@ def total(counts):
 @triton.constexpr_function
 def product(counts):
     """The product of numbers that the compiler knows."""
-    return prod(counts)
+    result = 1
+    for count in counts:
+        result *= count
+    return result
 
 
 @triton.jit
-def read_size(size):
+def read_size(size, RULE: tl.constexpr):
     """The (D, H, W) that :func:`packed` made ``size`` from."""
-    return size[0] >> 1, size[1] >> 1, size[2] >> 1
+    one = tl.full((), 1, tl.int32)
+    return size[0] >> 1 if RULE.axes > 2 else one, size[1] >> 1 if RULE.axes > 1 else one, size[2] >> 1
 
 
 @triton.jit

@@ -46,15 +46,15 @@ from .gpu import (
 
 
 @triton.jit
-def level_of(point, sizes, NUM_POINTS: tl.constexpr):
+def level_of(point, sizes, NUM_POINTS: tl.constexpr, RULE: tl.constexpr):
     """The size of the level that a point belongs to, and the first of its positions."""
-    D, H, W = read_size(sizes[0])
+    D, H, W = read_size(sizes[0], RULE)
     start = tl.zeros_like(W)
     first, end = 0, D * H * W
     for LEVEL in tl.static_range(1, len(NUM_POINTS)):
         first += NUM_POINTS[LEVEL - 1]
         here = point >= first
-        d, h, w = read_size(sizes[LEVEL])
+        d, h, w = read_size(sizes[LEVEL], RULE)
         D, H, W = tl.where(here, d, D), tl.where(here, h, H), tl.where(here, w, W)
         start = tl.where(here, end, start)
         end += d * h * w
@@ -74,9 +74,9 @@ def chunk_of(start, stride, CHANNELS: tl.constexpr, COLUMNS: tl.constexpr, PARTS
     return Columns(start + tl.arange(0, COLUMNS), stride, end)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["queries"])
 def heads_forward(
-    value, points, weights, output, sizes, out_size, heads, scale,
+    value, points, weights, output, sizes, queries, out_size, heads, scale,
     PLACED: tl.constexpr, SETTINGS: tl.constexpr, RULE: tl.constexpr, X_FIRST: tl.constexpr,
     NUM_POINTS: tl.constexpr, CHANNELS: tl.constexpr,
     ROWS: tl.constexpr, COLUMNS: tl.constexpr, PARTS: tl.constexpr, UNROLL: tl.constexpr,
@@ -84,8 +84,8 @@ def heads_forward(
     SPLITS: tl.constexpr = (CHANNELS + COLUMNS * PARTS - 1) // (COLUMNS * PARTS)
     split, program = tl.program_id(0) % SPLITS, tl.program_id(0) // SPLITS
     head = program % heads
-    out_size = read_size(out_size)
-    image, query, exists = tile_rows(program // heads, positions_of(out_size), ROWS)
+    out_size = read_size(out_size, RULE)
+    image, query, exists = tile_rows(program // heads, queries, ROWS)
     row = query.to(tl.int64)
     columns = chunk_of(split * COLUMNS * PARTS, value.strides[3], CHANNELS, COLUMNS, PARTS)
 
@@ -93,7 +93,7 @@ def heads_forward(
     stored, factors = at(points, image, row, head), at(weights, image, row, head)
     result = zeros(ROWS, COLUMNS, PARTS)
     for point in tl.range(0, total(NUM_POINTS), loop_unroll_factor=UNROLL):
-        size, start = level_of(point, sizes, NUM_POINTS)
+        size, start = level_of(point, sizes, NUM_POINTS, RULE)
         place = coordinates(stored + point * points.strides[3], points.strides[4], exists, RULE, X_FIRST)
         base, shift, _ = PLACED(place, point, query, size, out_size, scale, RULE, SETTINGS)
         known = defined(shift)
@@ -102,31 +102,31 @@ def heads_forward(
             result, Field(field + start * value.strides[1], value.strides[1], size), columns,
             locate(base, shift, size, RULE), tl.where(known, factor, float("nan")), known & exists, RULE,
         )  # fmt: skip
-    output += ((image * positions_of(out_size) + query) * heads + head) * CHANNELS
+    output += ((image * queries + query) * heads + head) * CHANNELS
     store_parts(output, Columns(columns.index, 1, columns.end), result, exists)
 
 
-@triton.jit(do_not_specialize=["length"])
+@triton.jit(do_not_specialize=["queries", "length"])
 def heads_backward(
-    grad_output, value, points, weights, grad_value, grad_points, grad_weights, sizes, out_size, heads, scale, length,
+    grad_output, value, points, weights, grad_value, grad_points, grad_weights, sizes, queries, out_size, heads, scale, length,
     PLACED: tl.constexpr, SETTINGS: tl.constexpr, RULE: tl.constexpr, X_FIRST: tl.constexpr,
     NUM_POINTS: tl.constexpr, CHANNELS: tl.constexpr,
     ROWS: tl.constexpr, COLUMNS: tl.constexpr, PARTS: tl.constexpr, UNROLL: tl.constexpr,
 ):  # fmt: skip
     BY_POINT: tl.constexpr = grad_points is not None
     head = tl.program_id(0) % heads
-    out_size = read_size(out_size)
-    image, query, exists = tile_rows(tl.program_id(0) // heads, positions_of(out_size), ROWS)
+    out_size = read_size(out_size, RULE)
+    image, query, exists = tile_rows(tl.program_id(0) // heads, queries, ROWS)
     row = query.to(tl.int64)
 
     field = value.data + image * value.strides[0] + head * value.strides[2]
     first = (image * length * heads + head) * CHANNELS
     stored, factors = at(points, image, row, head), at(weights, image, row, head)
     cotangents, channel_stride = at(grad_output, image, row, head), grad_output.strides[3]
-    result = ((image * positions_of(out_size) + query) * heads + head) * total(NUM_POINTS)
+    result = ((image * queries + query) * heads + head) * total(NUM_POINTS)
     cotangent = load_parts(cotangents, chunk_of(0, channel_stride, CHANNELS, COLUMNS, PARTS), exists, PARTS)
     for point in tl.range(0, total(NUM_POINTS), loop_unroll_factor=UNROLL):
-        size, start = level_of(point, sizes, NUM_POINTS)
+        size, start = level_of(point, sizes, NUM_POINTS, RULE)
         place = coordinates(stored + point * points.strides[3], points.strides[4], exists, RULE, X_FIRST)
         base, shift, slope = PLACED(place, point, query, size, out_size, scale, RULE, SETTINGS)
         known = defined(shift)
@@ -149,8 +149,7 @@ def heads_backward(
             )  # fmt: skip
             amount, z, y, x = amount + by_factor, z + by_z, y + by_y, x + by_x
         if BY_POINT:
-            factors_along = (factor * slope[0], factor * slope[1], factor * slope[2])
-            slopes = slopes_of((z, y, x), factors_along, base, shift, size, RULE)
+            slopes = slopes_of((z * factor, y * factor, x * factor), slope, base, shift, size, RULE)
             tl.store(grad_weights + result + point, amount, mask=exists)
             store_coordinates(grad_points + (result + point) * RULE.axes, 1, slopes, exists, RULE, X_FIRST)
 
@@ -194,6 +193,7 @@ class Heads:
             "points": strided(points.flatten(1, -4)),
             "weights": strided(weights.flatten(1, -3)),
             "sizes": tuple(packed(size) for size in sizes),
+            "queries": self.queries,
             "out_size": packed(out_size),
             "heads": self.heads,
             "scale": scale,
