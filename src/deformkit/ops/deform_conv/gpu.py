@@ -11,7 +11,7 @@ from triton import Config
 
 from .._shape import name_of, prod
 from ..gpu.launch import Blocks, launch, row_configs, target
-from ..sample.gpu import FieldGradient, Rule, largest, largest_index, packed, steps, strided
+from ..sample.gpu import FieldGradient, Rule, asked_for, largest, largest_index, packed, steps, strided
 from .gpu_kernels import (
     Groups,
     Inputs,
@@ -110,8 +110,7 @@ def backward(
         grad_weight = _backward_weight(problem, rows, weight)
     if by_bias:
         grad_bias = rows.sum((0, 2), dtype=torch.float32).to(grad_output.dtype)
-    grads = (grad_input, grad_offset, grad_weight, grad_bias, grad_mask)
-    return tuple(g if asked else input.new_empty(0) for g, asked in zip(grads, output_mask, strict=True))
+    return asked_for([grad_input, grad_offset, grad_weight, grad_bias, grad_mask], output_mask, input)
 
 
 def _backward_data(
@@ -150,7 +149,9 @@ def _backward_data(
         **problem.operands,
     )
     result = grad_input.result()
-    return result.movedim(-1, 1).contiguous() if by_input and not problem.planar else result, grad_offset, grad_mask
+    if result is not None and not problem.planar:
+        result = result.movedim(-1, 1).contiguous()
+    return result, grad_offset, grad_mask
 
 
 def _backward_weight(problem: "_Problem", grad_output: Tensor, weight: Tensor) -> Tensor:

@@ -23,6 +23,7 @@ from ..sample.gpu import (
     FieldGradient,
     Gradient,
     Rule,
+    asked_for,
     coordinates,
     defined,
     differentiate,
@@ -235,7 +236,7 @@ def backward(grad_output: Tensor, input: Tensor, rois: Tensor, offset: Tensor | 
 
     grad_input = FieldGradient(input, input.movedim(1, -1).shape, output_mask[0], most)
     grad_offset = offset.new_empty(offset.shape) if output_mask[1] and offset is not None else None
-    if grad_input.sums or grad_offset is not None:
+    if grad_input.sums is not None or grad_offset is not None:
         rows = grad_output.flatten(2)
         launch(
             deform_roi_pool_backward,
@@ -249,10 +250,9 @@ def backward(grad_output: Tensor, input: Tensor, rois: Tensor, offset: Tensor | 
             **_arguments(input, rois, offset, *how),
         )
     by_input = grad_input.result()
-    nothing = input.new_empty(0)
-    return by_input.movedim(-1, 1).contiguous() if output_mask[
-        0
-    ] else nothing, nothing if grad_offset is None else grad_offset
+    if by_input is not None:
+        by_input = by_input.movedim(-1, 1).contiguous()
+    return asked_for([by_input, grad_offset], output_mask, input)
 
 
 def _tiles(output: Tensor, blocks: Blocks) -> int:

@@ -456,9 +456,9 @@ class FieldGradient:
             wanted: whether anything will be added.
             most: a bound of what the magnitudes added to one element can add up to: one number in float64.
         """
+        self._dtype = like.dtype
         self.exact = wanted and torch.are_deterministic_algorithms_enabled()
-        self._nothing = like.new_empty(0)
-        self.sums = None
+        self.sums: Sums | None = None
         """What kernels add to, or None where the gradient is not wanted."""
         if wanted:
             units = like.new_zeros(shape, dtype=torch.int64) if self.exact else None
@@ -471,14 +471,14 @@ class FieldGradient:
         """How many columns a thread best adds at once: 128 bits of them."""
         return 2 if self.exact else 4
 
-    def result(self) -> Tensor:
-        """The gradient, in the dtype of the field; empty where it is not wanted."""
+    def result(self) -> Tensor | None:
+        """The gradient, in the dtype of the field; None where it is not wanted."""
         if self.sums is None:
-            return self._nothing
+            return None
         floats, units, per_one = self.sums
         if units is not None:
             floats = units.double() / per_one + floats
-        return floats.to(self._nothing.dtype)
+        return floats.to(self._dtype)
 
 
 def largest(value: Tensor) -> Tensor:
@@ -486,6 +486,12 @@ def largest(value: Tensor) -> Tensor:
     magnitude = value.detach().abs()
     finite = magnitude.where(magnitude < torch.inf, 0.0).flatten()
     return torch.cat([finite, finite.new_zeros(1)]).amax().double()
+
+
+def asked_for(grads: Sequence[Tensor | None], output_mask: Sequence[bool], like: Tensor) -> tuple[Tensor, ...]:
+    """Gradients as a backward operator returns them: an empty tensor for each that there is not, or nobody asks for."""
+    pairs = zip(grads, output_mask, strict=True)
+    return tuple(grad if asked and grad is not None else like.new_empty(0) for grad, asked in pairs)
 
 
 def strided(value: Tensor) -> Strided:

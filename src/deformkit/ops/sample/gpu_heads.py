@@ -18,13 +18,14 @@ import triton.language as tl
 from torch import Tensor
 
 from .._shape import prod
-from ..gpu.launch import launch, row_configs
+from ..gpu.launch import Blocks, launch, row_configs
 from .gpu import (
     Columns,
     Field,
     FieldGradient,
     Gradient,
     Rule,
+    asked_for,
     coordinates,
     defined,
     differentiate,
@@ -33,7 +34,6 @@ from .gpu import (
     load_parts,
     locate,
     packed,
-    positions_of,
     read_size,
     slopes_of,
     store_coordinates,
@@ -76,7 +76,8 @@ def chunk_of(start, stride, CHANNELS: tl.constexpr, COLUMNS: tl.constexpr, PARTS
 
 @triton.jit(do_not_specialize=["queries"])
 def heads_forward(
-    value, points, weights, output, sizes, queries, out_size, heads, scale,
+    value, points, weights, output,
+    sizes, queries, out_size, heads, scale,
     PLACED: tl.constexpr, SETTINGS: tl.constexpr, RULE: tl.constexpr, X_FIRST: tl.constexpr,
     NUM_POINTS: tl.constexpr, CHANNELS: tl.constexpr,
     ROWS: tl.constexpr, COLUMNS: tl.constexpr, PARTS: tl.constexpr, UNROLL: tl.constexpr,
@@ -108,7 +109,8 @@ def heads_forward(
 
 @triton.jit(do_not_specialize=["queries", "length"])
 def heads_backward(
-    grad_output, value, points, weights, grad_value, grad_points, grad_weights, sizes, queries, out_size, heads, scale, length,
+    grad_output, value, points, weights, grad_value, grad_points, grad_weights,
+    sizes, length, queries, out_size, heads, scale,
     PLACED: tl.constexpr, SETTINGS: tl.constexpr, RULE: tl.constexpr, X_FIRST: tl.constexpr,
     NUM_POINTS: tl.constexpr, CHANNELS: tl.constexpr,
     ROWS: tl.constexpr, COLUMNS: tl.constexpr, PARTS: tl.constexpr, UNROLL: tl.constexpr,
@@ -205,7 +207,7 @@ class Heads:
             "CHANNELS": self.channels,
         }
 
-    def tiles(self, blocks: dict[str, int]) -> int:
+    def tiles(self, blocks: Blocks) -> int:
         """How many tiles of queries all heads have."""
         return self.batch * triton.cdiv(self.queries, blocks["ROWS"]) * self.heads
 
@@ -230,6 +232,7 @@ class Heads:
             return largest(grad_output) * largest(weights) * max(self.queries * points.shape[-2], 1)
 
         grad_value = FieldGradient(self.value, self.value.shape, output_mask[0], most)
+        most_parts = 4 if grad_value.exact else 8
         by_points = any(output_mask[1:])
         grads = [t.new_empty(t.shape) if by_points else None for t in (points, weights)]
         if any(output_mask):
@@ -237,13 +240,7 @@ class Heads:
                 heads_backward,
                 self.value.device,
                 self.tiles,
-                row_configs(
-                    self.queries,
-                    self.batch * self.heads,
-                    self.channels,
-                    grad_value.vector,
-                    most_parts=4 if grad_value.exact else 8,
-                ),
+                row_configs(self.queries, self.batch * self.heads, self.channels, grad_value.vector, most_parts),
                 grad_output=strided(grad_output),
                 grad_value=grad_value.sums,
                 grad_points=grads[0],
@@ -251,5 +248,4 @@ class Heads:
                 length=self.value.shape[1],
                 **self.arguments,
             )
-        found = (grad_value.result(), *grads)
-        return tuple(g if asked else self.value.new_empty(0) for g, asked in zip(found, output_mask, strict=True))
+        return asked_for([grad_value.result(), *grads], output_mask, self.value)
