@@ -11,7 +11,7 @@ from triton import Config
 
 from .._shape import name_of, prod
 from ..gpu.launch import Blocks, launch, row_configs, target
-from ..sample.gpu import FieldGradient, Rule, asked_for, largest, largest_index, packed, steps, strided
+from ..sample.gpu import FieldGradient, Rule, asked_for, largest, largest_index, lifted, packed, steps, strided
 from .gpu_kernels import (
     Groups,
     Inputs,
@@ -213,7 +213,9 @@ class _Problem:
         field = input if self.planar else input.movedim(1, -1).contiguous().movedim(-1, 1)
         tensors = (None if t is None else strided(t.flatten(2)) for t in (field, offset, mask))
         self._shared = {
-            "inputs": Inputs(*tensors, packed(size), packed(out_size)),
+            "inputs": Inputs(*tensors, packed(out_size)),
+            "positions": self.positions,
+            **dict(zip(("depth", "height", "width"), lifted(size, 1), strict=True)),
             "STEPS": steps(kernel_size, stride, padding, dilation),
             "RULE": Rule(axes, name_of("boundary", boundary) == "border"),
         }

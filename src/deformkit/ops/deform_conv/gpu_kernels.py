@@ -20,7 +20,6 @@ from ..sample.gpu import (
     differentiate,
     interpolate,
     locate,
-    positions_of,
     product,
     read_size,
     slopes_of,
@@ -32,12 +31,15 @@ from ..sample.gpu import (
 
 
 class Inputs(NamedTuple):
-    """What samples are read from: tensors whose spatial axes are one, and sizes."""
+    """What samples are read from: tensors whose spatial axes are one, and the output's size.
+
+    The input's size, and how many positions the output has, come apart: as they are they take no registers, unlike
+    what has to be worked out from a packed size, and the kernels with products have none to spare.
+    """
 
     input: Any
     offset: Any
     mask: Any
-    size: tuple[int, int, int]
     out_size: tuple[int, int, int]
 
 
@@ -94,11 +96,10 @@ def tap_factor(inputs, image, place, channel, exists):
 
 @triton.jit
 def gather(
-    inputs, columns, image, place, tap, offset_group, exists,
+    inputs, size, columns, image, place, tap, offset_group, exists,
     STEPS: tl.constexpr, RULE: tl.constexpr, PARTS: tl.constexpr,
 ):  # fmt: skip
     """The parts of a tile of samples, times their factors."""
-    size = read_size(inputs.size, RULE)
     base, shift = tap_point(inputs, image, place, tap, offset_group, exists, STEPS, RULE)
     known = defined(shift)
     factor = tap_factor(inputs, image, place, offset_group * product(STEPS.kernel) + tap, exists)
@@ -145,9 +146,9 @@ def load_cotangent(rows, stride, channels, row_mask, channel_mask, OPERAND: tl.c
     return tl.load(pointers, mask=row_mask[:, None] & channel_mask[None, :], other=0.0).to(OPERAND)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["positions", "depth", "height", "width"])
 def deform_conv_forward(
-    inputs, weight, bias, output,
+    inputs, positions, depth, height, width, weight, bias, output,
     GROUPS: tl.constexpr, STEPS: tl.constexpr, RULE: tl.constexpr, PRECISION: tl.constexpr, OPERAND: tl.constexpr,
     ROWS: tl.constexpr, OUTPUTS: tl.constexpr, COLUMNS: tl.constexpr, PARTS: tl.constexpr,
 ):  # fmt: skip
@@ -158,7 +159,6 @@ def deform_conv_forward(
     WHOLE: tl.constexpr = GROUPS.even and GROUPS.piece % (COLUMNS * PARTS) == 0
     block, program = tl.program_id(0) % BLOCKS, tl.program_id(0) // BLOCKS
     group = program % GROUPS.count
-    positions = positions_of(read_size(inputs.out_size, RULE))
     image, place, exists = tile_rows(program // GROUPS.count, positions, ROWS)
     outputs = block * OUTPUTS + tl.arange(0, OUTPUTS)
 
@@ -170,7 +170,9 @@ def deform_conv_forward(
         columns = chunk_of(first + step % CHUNKS * (COLUMNS * PARTS), inputs.input.strides[1], end, WHOLE, COLUMNS)
         # A group may have fewer pieces than another.
         there = exists & (first < end)
-        samples = gather(inputs, columns, image, place, tap, offset_group, there, STEPS, RULE, PARTS)
+        samples = gather(
+            inputs, (depth, height, width), columns, image, place, tap, offset_group, there, STEPS, RULE, PARTS
+        )
         for PART in tl.static_range(PARTS):
             filters = load_filters(
                 weight + (tap * GROUPS.channels - group * GROUPS.channels).to(tl.int64) * GROUPS.filters,
@@ -186,9 +188,9 @@ def deform_conv_forward(
     tl.store(rows[:, None] + (outputs.to(tl.int64) * positions)[None, :], result, mask=mask)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["positions", "depth", "height", "width"])
 def deform_conv_forward_depthwise(
-    inputs, weight, bias, output,
+    inputs, positions, depth, height, width, weight, bias, output,
     GROUPS: tl.constexpr, STEPS: tl.constexpr, RULE: tl.constexpr,
     ROWS: tl.constexpr, COLUMNS: tl.constexpr, PARTS: tl.constexpr, UNROLL: tl.constexpr,
 ):  # fmt: skip
@@ -199,7 +201,6 @@ def deform_conv_forward_depthwise(
     copy, program = tl.program_id(0) % MULTIPLE, tl.program_id(0) // MULTIPLE
     chunk, program = program % CHUNKS, program // CHUNKS
     offset_group, program = program % (GROUPS.count // OFFSET_CHANNELS), program // (GROUPS.count // OFFSET_CHANNELS)
-    positions = positions_of(read_size(inputs.out_size, RULE))
     image, place, exists = tile_rows(program, positions, ROWS)
     end = (offset_group + 1) * OFFSET_CHANNELS
     columns = chunk_of(
@@ -208,7 +209,9 @@ def deform_conv_forward_depthwise(
 
     result = zeros(ROWS, COLUMNS, PARTS)
     for tap in tl.range(0, product(STEPS.kernel), loop_unroll_factor=UNROLL):
-        samples = gather(inputs, columns, image, place, tap, offset_group, exists, STEPS, RULE, PARTS)
+        samples = gather(
+            inputs, (depth, height, width), columns, image, place, tap, offset_group, exists, STEPS, RULE, PARTS
+        )
         sums = ()
         for PART in tl.static_range(PARTS):
             filters = load_taps(weight, columns.index + PART * COLUMNS, copy, tap, end, GROUPS, STEPS)
@@ -263,9 +266,9 @@ def cotangent_of_samples(
     return result
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["positions", "depth", "height", "width"])
 def deform_conv_backward_data(
-    grad_output, inputs, weight, grad_input, grad_offset, grad_mask,
+    grad_output, inputs, positions, depth, height, width, weight, grad_input, grad_offset, grad_mask,
     GROUPS: tl.constexpr, STEPS: tl.constexpr, RULE: tl.constexpr, PRECISION: tl.constexpr, OPERAND: tl.constexpr,
     DEPTHWISE: tl.constexpr, PLANAR: tl.constexpr,
     ROWS: tl.constexpr, OUTPUTS: tl.constexpr, COLUMNS: tl.constexpr, PARTS: tl.constexpr,
@@ -279,7 +282,7 @@ def deform_conv_backward_data(
     WHOLE: tl.constexpr = GROUPS.even and GROUPS.piece % (COLUMNS * PARTS) == 0
     tap, program = tl.program_id(0) % TAPS, tl.program_id(0) // TAPS
     offset_group = program % OFFSET_GROUPS
-    size, positions = read_size(inputs.size, RULE), positions_of(read_size(inputs.out_size, RULE))
+    size = (depth, height, width)
     image, place, exists = tile_rows(program // OFFSET_GROUPS, positions, ROWS)
 
     field = inputs.input.data + image * inputs.input.strides[0]
@@ -323,9 +326,9 @@ def deform_conv_backward_data(
             tl.store(grad_mask + channel * positions + row, amount, mask=exists)
 
 
-@triton.jit(do_not_specialize=["batch", "splits"])
+@triton.jit(do_not_specialize=["positions", "depth", "height", "width", "batch", "splits"])
 def deform_conv_backward_weight(
-    grad_output, inputs, partial, batch, splits,
+    grad_output, inputs, positions, depth, height, width, partial, batch, splits,
     GROUPS: tl.constexpr, STEPS: tl.constexpr, RULE: tl.constexpr, PRECISION: tl.constexpr, OPERAND: tl.constexpr,
     DEPTHWISE: tl.constexpr,
     ROWS: tl.constexpr, OUTPUTS: tl.constexpr, COLUMNS: tl.constexpr, PARTS: tl.constexpr,
@@ -352,12 +355,13 @@ def deform_conv_backward_weight(
         sums = zeros(COLUMNS, OUTPUTS, PARTS)
     columns = chunk_of(first + chunk * (COLUMNS * PARTS), inputs.input.strides[1], end, WHOLE, COLUMNS)
     outputs = block * OUTPUTS + tl.arange(0, OUTPUTS)
-    positions = positions_of(read_size(inputs.out_size, RULE))
 
     for tile in range(split, batch * tl.cdiv(positions, ROWS), splits):
         image, place, exists = tile_rows(tile, positions, ROWS)
         exists &= first < end
-        samples = gather(inputs, columns, image, place, tap, offset_group, exists, STEPS, RULE, PARTS)
+        samples = gather(
+            inputs, (depth, height, width), columns, image, place, tap, offset_group, exists, STEPS, RULE, PARTS
+        )
         rows = rows_of(grad_output, image, place)
         more = ()
         if DEPTHWISE:

@@ -134,16 +134,16 @@ def near(shift, size, RULE: tl.constexpr):
     return result
 
 
-@triton.jit(do_not_specialize=["D", "H", "W", "images", "sampling_ratio"])
+@triton.jit(do_not_specialize=["depth", "height", "width", "images", "sampling_ratio"])
 def deform_roi_pool_forward(
-    input, rois, offset, output, D, H, W, out_size, images, scale, sampling_ratio, gamma,
+    input, rois, offset, output, depth, height, width, out_size, images, scale, sampling_ratio, gamma,
     CHANNELS: tl.constexpr, RULE: tl.constexpr,
     ROWS: tl.constexpr, COLUMNS: tl.constexpr, PARTS: tl.constexpr, UNROLL: tl.constexpr,
 ):  # fmt: skip
     SPLITS: tl.constexpr = (CHANNELS + COLUMNS * PARTS - 1) // (COLUMNS * PARTS)
     END: tl.constexpr = None if CHANNELS % (COLUMNS * PARTS) == 0 else CHANNELS
     split, program = tl.program_id(0) % SPLITS, tl.program_id(0) // SPLITS
-    size, out_size = (D, H, W), read_size(out_size, RULE)
+    size, out_size = (depth, height, width), read_size(out_size, RULE)
     bins = positions_of(out_size)
     roi, place, exists = tile_bins(program, bins, ROWS)
     columns = split * COLUMNS * PARTS + tl.arange(0, COLUMNS)
@@ -164,16 +164,16 @@ def deform_roi_pool_forward(
     store_parts(output + (roi * CHANNELS * bins + place), Columns(columns, bins.to(tl.int64), END), result, exists)
 
 
-@triton.jit(do_not_specialize=["D", "H", "W", "images", "sampling_ratio", "bin_stride"])
+@triton.jit(do_not_specialize=["depth", "height", "width", "images", "sampling_ratio", "bin_stride"])
 def deform_roi_pool_backward(
-    grad_output, bin_stride, input, rois, offset, grad_input, grad_offset, D, H, W, out_size, images, scale,
-    sampling_ratio, gamma,
+    grad_output, bin_stride, input, rois, offset, grad_input, grad_offset,
+    depth, height, width, out_size, images, scale, sampling_ratio, gamma,
     CHANNELS: tl.constexpr, RULE: tl.constexpr,
     ROWS: tl.constexpr, COLUMNS: tl.constexpr, PARTS: tl.constexpr, UNROLL: tl.constexpr,
 ):  # fmt: skip
     BY_POINT: tl.constexpr = grad_offset is not None
     END: tl.constexpr = None if CHANNELS % (COLUMNS * PARTS) == 0 else CHANNELS
-    size, out_size = (D, H, W), read_size(out_size, RULE)
+    size, out_size = (depth, height, width), read_size(out_size, RULE)
     bins = positions_of(out_size)
     roi, place, exists = tile_bins(tl.program_id(0), bins, ROWS)
     image, origin, length, samples = read_roi(
@@ -276,8 +276,8 @@ def _arguments(
         "input": strided(field.flatten(1, -2)),
         "rois": strided(rois),
         "offset": None if offset is None else strided(offset.flatten(2)),
-        # Apart: as they come, these take no registers, and the loop over samples has none to spare.
-        **dict(zip("DHW", lifted(input.shape[2:], 1), strict=True)),
+        # Apart: as they are these take no registers, unlike a packed size, and the loop over samples has none to spare.
+        **dict(zip(("depth", "height", "width"), lifted(input.shape[2:], 1), strict=True)),
         "out_size": packed(output_size),
         "images": len(input),
         "scale": spatial_scale,
