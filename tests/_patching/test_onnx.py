@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 import stand_ins
 import torch
-from close import assert_close
+from deformkit._testing import assert_close
 from patched import LAYERS, SHAPES, attention
 from torch import Tensor, nn
 

@@ -59,7 +59,7 @@ def test_special_offsets_agree_with_the_reference(call: Call, specials: tuple[fl
     named = call.case.arguments()
     values = torch.tensor(specials)[torch.randint(len(specials), named["offset"].shape)]
     named["offset"] = torch.where(torch.rand(named["offset"].shape) < 0.2, values, named["offset"])
-    check(call, list(named.values()))
+    check(call, call.operator.ordered(named))
 
 
 @pytest.mark.parametrize("scale", [1.0, -2.0])
@@ -113,9 +113,9 @@ def test_on_grid_lines_as_the_reference(call: Call) -> None:
     # Scales that a float32 holds exactly: another one puts the points beside the lines, and on either side of them.
     named["offset_scale"] = round(4 * named["offset_scale"]) / 4
     named["offset"] = named["offset"].round()
-    check(call, list(named.values()))
+    check(call, call.operator.ordered(named))
     named["offset"] = torch.zeros_like(named["offset"])
-    check(call, list(named.values()))
+    check(call, call.operator.ordered(named))
 
 
 def test_a_zero_offset_at_the_padding_can_start_to_learn(axes: int) -> None:
