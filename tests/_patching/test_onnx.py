@@ -6,11 +6,11 @@ from typing import Any
 import pytest
 import stand_ins
 import torch
-from deformkit._testing import assert_close
 from patched import LAYERS, SHAPES, attention
 from torch import Tensor, nn
 
 import deformkit as dk
+from deformkit._testing import assert_close
 
 onnx = pytest.importorskip("onnx")
 onnxruntime = pytest.importorskip("onnxruntime")

@@ -4,10 +4,10 @@ from typing import Any
 
 import pytest
 import torch
-from deformkit._testing import assert_equal
 from rooms import Call, needs_kernel
 from torch import Tensor
 
+from deformkit._testing import assert_equal
 from deformkit.ops._library import operators
 from deformkit.ops.deform_aggregate.cases import Case as Aggregate
 from deformkit.ops.deform_roi_pool.cases import Case as Pool

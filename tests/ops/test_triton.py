@@ -11,7 +11,7 @@ import torch
 from rooms import CALLS, LAYOUTS, Call, check, double, representatives
 from torch import Tensor
 
-from deformkit._testing import assert_close, assert_equal, evaluate
+from deformkit._testing import assert_close, assert_equal
 from deformkit.ops._library import operators
 
 pytest.importorskip("triton")
