@@ -105,7 +105,7 @@ $(VENV)/.torch:
 	@$(PY) -c '$(RECENT_TORCH)' 2>/dev/null || $(INSTALL) torch==2.13.0
 	@touch $@
 
-$(VENV)/.tools: $(VENV)/.torch
+$(VENV)/.tools: $(VENV)/.torch Makefile
 	@$(COMPILER)
 	$(INSTALL) 'scikit-build-core>=0.11' 'hatch-fancy-pypi-readme>=24' cmake ninja
 	@touch $@
