@@ -101,6 +101,22 @@ inline std::vector<int64_t> sizes_of(const Tensor& tensor) {
   return {tensor.sizes().begin(), tensor.sizes().end()};
 }
 
+// Raises unless a tensor is on the CPU and its memory is there: sharding and offloading free that of tensors that stay.
+inline void check_memory(const char* name, const Tensor& tensor) {
+  STD_TORCH_CHECK(tensor.is_cpu(), name, " is not on the CPU; it must be, as the other tensors are");
+  if (tensor.numel() == 0) return;
+  int64_t found = 0, last = tensor.storage_offset();
+  TORCH_ERROR_CODE_CHECK(aoti_torch_get_storage_size(tensor.get(), &found));
+  const auto sizes = tensor.sizes(), strides = tensor.strides();
+  for (size_t axis = 0; axis < sizes.size(); ++axis) last += (sizes[axis] - 1) * strides[axis];
+  const int64_t needed = (last + 1) * static_cast<int64_t>(tensor.element_size());
+  STD_TORCH_CHECK(found >= needed, name, " has a storage of ", found, " bytes; it must have ", needed,
+                  ": it was freed or cut");
+}
+inline void check_memory(const char* name, const std::optional<Tensor>& tensor) {
+  if (tensor) check_memory(name, *tensor);
+}
+
 // An empty tensor like another, or one without elements where it is not asked for.
 inline Tensor empty_like(const Tensor& like, bool asked) {
   return torch::stable::new_empty(like, asked ? sizes_of(like) : std::vector<int64_t>{0});

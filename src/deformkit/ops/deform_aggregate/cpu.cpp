@@ -57,6 +57,9 @@ Tensor deform_aggregate(const Tensor& value, const Tensor& offset, const Tensor&
                         const std::vector<int64_t>& kernel_size, const std::vector<int64_t>& stride,
                         const std::vector<int64_t>& padding, const std::vector<int64_t>& dilation, double offset_scale,
                         bool remove_center, int64_t boundary) {
+  check_memory("value", value);
+  check_memory("offset", offset);
+  check_memory("weight", weight);
   Tensor output;
   dispatch_axes(value.dim() - 3, [&]<int N>() {
     const Heads<N> call = make_heads<N>(value, offset, weight, kernel_size, stride, padding, dilation, offset_scale,
@@ -71,6 +74,10 @@ std::tuple<Tensor, Tensor, Tensor> deform_aggregate_backward(
     const std::vector<int64_t>& kernel_size, const std::vector<int64_t>& stride, const std::vector<int64_t>& padding,
     const std::vector<int64_t>& dilation, double offset_scale, bool remove_center, int64_t boundary,
     const std::vector<bool>& output_mask) {
+  check_memory("grad_output", grad_output);
+  check_memory("value", value);
+  check_memory("offset", offset);
+  check_memory("weight", weight);
   std::tuple<Tensor, Tensor, Tensor> results;
   dispatch_axes(value.dim() - 3, [&]<int N>() {
     const Heads<N> call = make_heads<N>(value, offset, weight, kernel_size, stride, padding, dilation, offset_scale,
