@@ -1,5 +1,5 @@
-// What a recent GCC would take from a newer C or C++ library than the wheel's name promises, defined here instead. With it
-// a library of kernels needs no more than what manylinux_2_28 has.
+// What a recent GCC would take from a newer C or C++ library than the wheel's name promises, defined here instead. With
+// it a library of kernels needs no more than what manylinux_2_28 has.
 #include <new>
 #include <sstream>
 
