@@ -236,17 +236,6 @@ class Sink {
     });
   }
 
-  // As write(), `rows` runs of `width` values, which start `pitch` elements apart.
-  template <typename A>
-  void write_rows(int64_t at, int64_t pitch, const A* values, int64_t rows, int64_t width) const {
-    dispatch_dtype(dtype_, [&]<typename T>() {
-      for (int64_t r = 0; r < rows; ++r) {
-        T* out = static_cast<T*>(data_) + at + r * pitch;
-        for (int64_t i = 0; i < width; ++i) out[i] = store<T>(values[r * width + i]);
-      }
-    });
-  }
-
   template <typename T>
   T* data() const {
     return static_cast<T*>(data_);
@@ -257,20 +246,5 @@ class Sink {
   void* data_;
   ScalarType dtype_;
 };
-
-// The reverse of Sink::write_rows(), from a contiguous tensor.
-template <typename A>
-void read_rows(const Tensor& tensor, int64_t at, int64_t pitch, int64_t rows, int64_t width, A* values) {
-  dispatch_dtype(tensor.scalar_type(), [&]<typename T>() {
-    constexpr int64_t line = 64 / sizeof(T), ahead = 16;
-    const T* data = static_cast<const T*>(tensor.data_ptr()) + at;
-    for (int64_t r = 0; r < rows; ++r) {
-      const T* source = data + r * pitch;
-      // Rows far apart escape the hardware's prefetching; so do those that the caller will ask for next.
-      for (int64_t i = 0; i < width; i += line) __builtin_prefetch(source + ahead * pitch + i);
-      for (int64_t i = 0; i < width; ++i) values[r * width + i] = load<A>(source[i]);
-    }
-  });
-}
 
 }  // namespace deformkit
