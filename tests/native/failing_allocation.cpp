@@ -1,0 +1,65 @@
+// Loaded before all else, this makes one chosen allocation of deformkit's kernels fail; those of others it leaves
+// alone.
+#include <dlfcn.h>
+
+#include <atomic>
+#include <cstdlib>
+#include <cstring>
+#include <new>
+
+namespace {
+
+std::atomic<long> chosen{-1}, seen{0};  // the number of the allocation, from 1 on; 0 counts alone, -1 does nothing
+
+bool fails(void* caller) {
+  if (chosen < 0) return false;
+  Dl_info info;
+  if (!dladdr(caller, &info) || !info.dli_fname || !std::strstr(info.dli_fname, "deformkit_")) return false;
+  return ++seen == chosen;
+}
+
+void* allocate(std::size_t size, std::size_t alignment) {
+  void* memory = nullptr;
+  return posix_memalign(&memory, alignment, size ? size : 1) ? nullptr : memory;
+}
+
+}  // namespace
+
+extern "C" void choose_failing_allocation(long number) {
+  chosen = number;
+  seen = 0;
+}
+
+extern "C" long allocations_seen() {
+  return seen;
+}
+
+void* operator new(std::size_t size) {
+  void* const memory = fails(__builtin_return_address(0)) ? nullptr : allocate(size, 16);
+  if (!memory) throw std::bad_alloc();
+  return memory;
+}
+
+void* operator new(std::size_t size, const std::nothrow_t&) noexcept {
+  return fails(__builtin_return_address(0)) ? nullptr : allocate(size, 16);
+}
+
+void* operator new(std::size_t size, std::align_val_t alignment, const std::nothrow_t&) noexcept {
+  return fails(__builtin_return_address(0)) ? nullptr : allocate(size, static_cast<std::size_t>(alignment));
+}
+
+void operator delete(void* memory) noexcept {
+  std::free(memory);
+}
+
+void operator delete(void* memory, std::size_t) noexcept {
+  std::free(memory);
+}
+
+void operator delete(void* memory, std::align_val_t) noexcept {
+  std::free(memory);
+}
+
+void operator delete(void* memory, std::size_t, std::align_val_t) noexcept {
+  std::free(memory);
+}

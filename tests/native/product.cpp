@@ -1,0 +1,32 @@
+// The products of cpu/gemm.h behind a plain C function, for a test that has no operator around them.
+#include "cpu/gemm.h"
+
+namespace {
+
+template <typename A>
+void product(int64_t rows, int64_t columns, int64_t depth, const A* left, int64_t left_row, int64_t left_column,
+             const A* right, bool packed, int64_t right_pitch, A* result, int64_t pitch, bool add) {
+  using namespace deformkit;
+  const auto panels = packed ? Panels<A>::packed(right, depth) : Panels<A>::of_matrix(right, right_pitch);
+  multiply(rows, columns, depth, Left<A>{left, left_row, left_column}, panels, result, pitch, add);
+}
+
+}  // namespace
+
+extern "C" {
+int64_t columns_of_a_tile(bool doubles) {
+  return doubles ? deformkit::Tile<double>::columns : deformkit::Tile<float>::columns;
+}
+
+void product_float(int64_t rows, int64_t columns, int64_t depth, const float* left, int64_t left_row,
+                   int64_t left_column, const float* right, bool packed, int64_t right_pitch, float* result,
+                   int64_t pitch, bool add) {
+  product(rows, columns, depth, left, left_row, left_column, right, packed, right_pitch, result, pitch, add);
+}
+
+void product_double(int64_t rows, int64_t columns, int64_t depth, const double* left, int64_t left_row,
+                    int64_t left_column, const double* right, bool packed, int64_t right_pitch, double* result,
+                    int64_t pitch, bool add) {
+  product(rows, columns, depth, left, left_row, left_column, right, packed, right_pitch, result, pitch, add);
+}
+}

@@ -1,0 +1,117 @@
+"""What happens when memory runs out, and that none is kept."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from native_library import compiled
+
+from deformkit import _kernels
+
+needs_kernels = pytest.mark.skipif(_kernels.selection.isa is None, reason="no kernels")
+TESTS = Path(__file__).parents[1]
+
+FAILING = """
+import ctypes, sys, torch
+sys.path.insert(0, sys.argv[1])
+from rooms import representatives
+from deformkit._testing import assert_equal
+
+library = ctypes.CDLL(None)
+torch.set_num_threads(2)
+
+def all_of(result):
+    return result if isinstance(result, tuple) else (result,)
+
+for call in representatives():
+    args = call.arguments()
+    backward = call.backward_arguments(args)
+    for operator, values in ((call.operator.overload, args), (call.backward_operator.overload, backward)):
+        expected = all_of(operator(*values))
+        number, failed, reached = 0, 0, True
+        while reached:
+            number += 1
+            library.choose_failing_allocation(number)
+            try:
+                result = all_of(operator(*values))
+            except MemoryError as error:
+                failed += 1
+                assert "alloc" in str(error), error
+            else:
+                # An allocation that the standard library can do without, or the last one is behind us.
+                for one, other in zip(result, expected):
+                    assert_equal(one, other)
+            reached = library.allocations_seen() >= number
+            library.choose_failing_allocation(-1)
+        for one, other in zip(all_of(operator(*values)), expected):
+            assert_equal(one, other)
+        assert failed >= 10, (str(call), failed, number)
+print("done")
+"""
+
+
+@needs_kernels
+@pytest.mark.skipif(sys.platform != "linux", reason="the library is put before others as Linux does")
+def test_every_allocation_may_fail(tmp_path: Path) -> None:
+    """Each in turn, with two threads: a MemoryError, no thread that waits for ever, and right results afterwards."""
+    library = compiled("failing_allocation", tmp_path)
+    environment = {**os.environ, "LD_PRELOAD": str(library)}
+    command = [sys.executable, "-c", FAILING, str(TESTS)]
+    run = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=300)
+    assert run.returncode == 0 and run.stdout.strip() == "done", run.stderr
+
+
+GROWTH = """
+import sys, torch
+from pathlib import Path
+import deformkit as dk
+
+def resident():
+    for line in Path("/proc/self/status").read_text().splitlines():
+        if line.startswith("VmRSS"):
+            return int(line.split()[1]) / 1024
+
+torch.manual_seed(0)
+torch.set_num_threads(int(sys.argv[1]))
+levels = [(12, 12), (6, 6)]
+rois = torch.tensor([[0.0, 1, 1, 20, 20], [0, 5, 5, 30, 25]])
+LAYERS = {
+    "conv": (dk.nn.PackedDeformConv2d(24, 24, 3, padding=1, modulated=True), [torch.randn(1, 24, 30, 30)]),
+    "depthwise": (dk.nn.PackedDeformConv1d(16, 16, 3, groups=16, offset_groups=16), [torch.randn(1, 16, 200)]),
+    "aggregate": (dk.nn.DCNv4(32, group=2), [torch.randn(1, 14, 14, 32)]),
+    "attention": (
+        dk.nn.MSDeformAttn(32, n_levels=2, n_heads=2),
+        [torch.randn(1, 20, 32), torch.rand(1, 20, 2, 2), torch.randn(1, 180, 32), levels],
+    ),
+    "roi": (dk.nn.PackedDeformRoIPool(4, 8), [torch.randn(1, 8, 32, 32), rois]),
+}
+layer, inputs = LAYERS[sys.argv[2]]
+optimizer = torch.optim.SGD(layer.parameters(), lr=1e-4)
+
+def step():
+    optimizer.zero_grad()
+    layer(*inputs).square().mean().backward()
+    optimizer.step()
+
+for _ in range(200):
+    step()
+before = resident()
+for _ in range(int(sys.argv[3])):
+    step()
+print(resident() - before)
+"""
+
+
+@needs_kernels
+@pytest.mark.skipif(sys.platform != "linux", reason="resident memory is read as Linux tells it")
+@pytest.mark.parametrize("threads", [1, 2])
+@pytest.mark.parametrize("layer", ["conv", "depthwise", "aggregate", "attention", "roi"])
+def test_training_keeps_no_memory(layer: str, threads: int) -> None:
+    """What 5,000 steps may keep, 20 MB, in proportion."""
+    steps = 1000
+    command = [sys.executable, "-c", GROWTH, str(threads), layer, str(steps)]
+    run = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert run.returncode == 0, run.stderr
+    assert float(run.stdout) < 20 * steps / 5000, "MiB of resident memory that a training loop gained"
