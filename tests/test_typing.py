@@ -23,21 +23,27 @@ def run(images: torch.Tensor) -> torch.Tensor:
 """
 
 
-def check(tmp_path: Path, program: str) -> subprocess.CompletedProcess[str]:
+@pytest.fixture(scope="module")
+def cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """What mypy knows of torch, which takes most of its time, for all programs."""
+    return tmp_path_factory.mktemp("mypy")
+
+
+def check(tmp_path: Path, cache: Path, program: str) -> subprocess.CompletedProcess[str]:
     file = tmp_path / "program.py"
     file.write_text(program)
     # mypy's editable finder does not follow import hooks: MYPYPATH stands for an installed package with its marker.
-    options = ["--strict", "--config-file=", f"--cache-dir={tmp_path / 'cache'}", str(file)]
+    options = ["--strict", "--config-file=", f"--cache-dir={cache}", str(file)]
     return subprocess.run([sys.executable, "-m", "mypy", *options], capture_output=True, text=True, cwd=tmp_path)
 
 
-def test_a_program_is_checked_strictly(tmp_path: Path) -> None:
-    done = check(tmp_path, PROGRAM)
+def test_a_program_is_checked_strictly(tmp_path: Path, cache: Path) -> None:
+    done = check(tmp_path, cache, PROGRAM)
     assert done.returncode == 0, done.stdout
     assert done.stdout.count('Revealed type is "torch._tensor.Tensor"') == 2, done.stdout
 
 
-def test_a_wrong_argument_is_found(tmp_path: Path) -> None:
-    done = check(tmp_path, PROGRAM.replace("padding=1))", "padding='one'))"))
+def test_a_wrong_argument_is_found(tmp_path: Path, cache: Path) -> None:
+    done = check(tmp_path, cache, PROGRAM.replace("padding=1))", "padding='one'))"))
     assert done.returncode == 1
     assert "[arg-type]" in done.stdout, done.stdout
