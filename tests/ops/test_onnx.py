@@ -18,7 +18,7 @@ pytestmark = [
     pytest.mark.filterwarnings("ignore::DeprecationWarning"),
     pytest.mark.filterwarnings("ignore::FutureWarning"),
     # What the exporters say of themselves.
-    pytest.mark.filterwarnings("ignore:(?s).*(ONNX|onnx|Constant folding|constants in the trace)"),
+    pytest.mark.filterwarnings("ignore:(?s).*(ONNX|onnx|Constant folding|constants in the trace|axis name)"),
 ]
 
 
@@ -58,7 +58,7 @@ def test_any_batch_and_size(dynamo: bool, tmp_path: Path) -> None:
     if dynamo:
         pytest.importorskip("onnxscript")
     weight, path = torch.randn(5, 4, 3, 3), tmp_path / "model.onnx"
-    model = Model(dk.deform_conv2d, ["input", "offset"], {"weight": weight, "padding": 1})
+    model = Model(dk.deform_conv2d, ["input", "offset"], {"weight": weight, "padding": 1}).eval()
 
     def drawn(batch: int, height: int, width: int) -> list[Tensor]:
         return [torch.randn(batch, 4, height, width), torch.randn(batch, 18, height, width)]
