@@ -9,6 +9,7 @@ from torch import Tensor
 
 import deformkit
 from deformkit._testing import assert_close, assert_equal, evaluate
+from deformkit.ops._shape import name_of
 
 one_call_each = pytest.mark.parametrize("call", representatives(), ids=str)
 flat_call_each = pytest.mark.parametrize("call", [c for c in representatives() if c.case.axes == 2], ids=str)
@@ -166,6 +167,9 @@ def refusal(call: Call, args: list[Any]) -> tuple[type[Exception], str]:
     if name == "ms_deform_attn":
         flat = named["spatial_shapes"]
         named["spatial_shapes"] = [flat[i : i + axes] for i in range(0, len(flat), axes)]
+    for choice in ("boundary", "mode"):
+        if choice in named:
+            named[choice] = name_of(choice, named[choice])
     with pytest.raises((TypeError, ValueError)) as caught:
         getattr(deformkit, name)(**named)
     return caught.type, str(caught.value)
