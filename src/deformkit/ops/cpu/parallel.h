@@ -1,4 +1,4 @@
-// Work, memory and matrix products inside a kernel.
+// Work and memory inside a kernel.
 #pragma once
 
 #include <array>
@@ -100,55 +100,5 @@ class Buffer {
   };
   std::unique_ptr<T, Free> data_;
 };
-
-template <typename A>
-struct Matrix {
-  const A* data;
-  int64_t rows, columns, row_stride, column_stride = 1;
-
-  Matrix transposed() const { return {data, columns, rows, column_stride, row_stride}; }
-
-  Tensor view() const {
-    const std::array<int64_t, 2> sizes{rows, columns}, strides{row_stride, column_stride};
-    return torch::stable::from_blob(const_cast<A*>(data), {sizes.data(), 2}, {strides.data(), 2},
-                                    torch::stable::Device(torch::headeronly::DeviceType::CPU), sum_dtype_of<A>);
-  }
-};
-
-// oneDNN's product as torch registers it. On processors that MKL does not favour it is twice as fast as aten::mm.
-inline bool linear(const Tensor& x, const Tensor& w, Tensor* result) {
-  using torch::stable::detail::from;
-  std::array<StableIValue, 6> stack{
-      from(x),           from(w), from(std::nullopt), from(std::string("none")), from(std::vector<int64_t>{}),
-      from(std::nullopt)};
-  if (torch_call_dispatcher("mkldnn::_linear_pointwise", "", stack.data(), TORCH_ABI_VERSION) != 0) return false;
-  *result = torch::stable::detail::to<Tensor>(stack[0]);
-  return true;
-}
-
-inline bool has_linear() {
-  static const bool found = [] {
-    const std::array<float, 4> x{1, 2, 3, 4};
-    const Matrix<float> matrix{x.data(), 2, 2, 2};
-    Tensor result;
-    if (!linear(matrix.view(), matrix.view(), &result)) return false;
-    const auto* y = static_cast<const float*>(result.data_ptr());
-    return y[0] == 5 && y[1] == 11 && y[2] == 11 && y[3] == 25;
-  }();
-  return found;
-}
-
-// x @ y, row-major.
-template <typename A>
-Tensor product(const Matrix<A>& x, const Matrix<A>& y) {
-  if constexpr (std::is_same_v<A, float>) {
-    Tensor result;
-    if (has_linear() && linear(x.view(), y.transposed().view(), &result)) return result;
-  }
-  using torch::stable::detail::from;
-  std::array<StableIValue, 2> stack{from(x.view()), from(y.view())};
-  TORCH_ERROR_CODE_CHECK(torch_call_dispatcher("aten::mm", "", stack.data(), TORCH_ABI_VERSION));
-  return torch::stable::detail::to<Tensor>(stack[0]);
-}
 
 }  // namespace deformkit
