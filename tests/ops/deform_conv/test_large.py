@@ -168,3 +168,27 @@ print(peak.so_far())
     assert run.returncode == 0, run.stderr
     # The columns are 49 MiB.
     assert int(run.stdout) < 8 * 49
+
+
+@pytest.mark.parametrize("far", [3e8, -3e8, 1e12], ids=str)
+def test_border_of_a_long_sequence(far: float) -> None:
+    """At 2^28 positions float32 knows no single one; what lies far outside is the end all the same."""
+    size, count = 2**28 + 64, 17
+    input = torch.full((1, 1, 1), 1.5).expand(1, 1, size)
+    offset, weight = torch.full((1, 1, count), far), torch.full((1, 1, 1), 2.0)
+    output = dk.deform_conv1d(input, offset, weight, stride=2**24, boundary="border")
+    assert output.flatten().tolist() == [3.0] * count
+
+
+def test_a_far_offset_costs_its_own_time_alone() -> None:
+    """One point far outside of its window does not make the window the whole image: the workspace stays."""
+    input, weight = torch.randn(1, 32, 700, 700), torch.randn(4, 32, 3, 3)
+    offset = torch.zeros(1, 18, 234, 234)
+    peak = Peak()
+    near = dk.deform_conv2d(input, offset, weight, stride=3, padding=1)
+    of_near = peak.so_far()
+    offset[0, 0, 100, 100] = 600.0
+    far = dk.deform_conv2d(input, offset, weight, stride=3, padding=1)
+    assert peak.so_far() < of_near + 8
+    same = (near == far)[0].all(0)
+    assert same.sum() == same.numel() - 1 and not same[100, 100]
