@@ -209,6 +209,15 @@ void read_run(const Map& map, int64_t batch, int64_t channel, int64_t position, 
   });
 }
 
+// Has the cache fetch a run that is read later.
+inline void ask_for_run(const Map& map, int64_t batch, int64_t channel, int64_t position, int64_t count) {
+  if (map.position_stride != 1) return;
+  dispatch_dtype(map.dtype(), [&]<typename T>() {
+    const T* const source = map.at<T>(batch, channel, position);
+    for (int64_t i = 0; i < count; i += 64 / static_cast<int64_t>(sizeof(T))) __builtin_prefetch(source + i);
+  });
+}
+
 // As read_run(), into `buffer` only where the elements are not already there as they should be.
 template <typename A>
 const A* view_run(const Map& map, int64_t batch, int64_t channel, int64_t position, int64_t count, A* buffer) {

@@ -121,22 +121,26 @@ class Backward {
 
   void open(Scratch& scratch, const Unit<N>& unit) const {
     if (!cut_.lays_out()) return;
-    const int64_t channels = plan(scratch).channels(), positions = unit.window.positions();
+    const int64_t positions = unit.window.positions();
     if (gradients_.weight || gradients_.by_point())
-      pack(call_.input, unit.batch, plan(scratch).begin, channels, unit.window, 0, positions, scratch.field.get());
-    if (gradients_.input) std::fill_n(scratch.grad_field.get(), (positions + 1) * channels, A(0));
+      for (const Piece& piece : plan(scratch).pieces)
+        pack(call_.input, unit.batch, piece.begin, piece.channels, unit.window, 0, positions,
+             scratch.field.get() + (piece.begin - plan(scratch).begin) * (positions + 1));
+    if (gradients_.input) std::fill_n(scratch.grad_field.get(), (positions + 1) * plan(scratch).channels(), A(0));
   }
 
   void close(Scratch& scratch, const Unit<N>& unit) const {
     if (!gradients_.input || !cut_.lays_out()) return;
-    const int64_t plane = unit.batch * problem_.channels + plan(scratch).begin;
-    unpack(scratch.grad_field.get(), plan(scratch).channels(), unit.window, *gradients_.input, plane * problem_.field(),
-           unit.window.positions() < problem_.field());
+    const int64_t positions = unit.window.positions();
+    for (const Piece& piece : plan(scratch).pieces)
+      unpack(scratch.grad_field.get() + (piece.begin - plan(scratch).begin) * (positions + 1), piece.channels,
+             unit.window, *gradients_.input, (unit.batch * problem_.channels + piece.begin) * problem_.field(),
+             positions < problem_.field());
   }
 
   void block(Scratch& scratch, const Unit<N>& unit, int64_t begin, int64_t points) const {
     const Plan<N>& plan = plans_[scratch.slice];
-    scratch.samples.start(unit, scratch.field.get(), plan.begin, plan.channels(), begin, points);
+    scratch.samples.start(unit, scratch.field.get(), plan, begin, points);
     read_grads(scratch, unit.batch, begin, points);
     for (const Chunk& chunk : plan.chunks) {
       if (by_columns_) find_grad_columns(scratch, chunk, points);

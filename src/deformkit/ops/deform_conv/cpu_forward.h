@@ -21,23 +21,26 @@ int64_t forward_positions(const Problem<N>& problem) {
   return std::min({forward_block, std::max<int64_t>(room, 24), problem.positions});
 }
 
-// Lays out the windows of units[first, last), each followed by its row of zeros; returns where each starts.
+// Lays out the windows of units[first, last), piece by piece, each followed by its row of zeros; returns where each
+// window starts.
 template <typename A, int N>
 std::vector<int64_t> pack_units(const Map& input, const std::vector<Unit<N>>& units, size_t first, size_t last,
-                                int64_t channel, int64_t channels, Buffer<A>& rows) {
+                                const Plan<N>& plan, Buffer<A>& rows) {
   constexpr int64_t run = 1024;
   std::vector<int64_t> place{0};
   std::vector<std::pair<size_t, int64_t>> runs;
   for (size_t u = first; u < last; ++u) {
     const int64_t positions = units[u].window.positions();
-    place.push_back(place.back() + (positions + 1) * channels);
+    place.push_back(place.back() + (positions + 1) * plan.channels());
     for (int64_t p = 0; p < positions; p += run) runs.emplace_back(u, p);
   }
   rows = Buffer<A>(place.back());
   each(static_cast<int64_t>(runs.size()), [&](int64_t i) {
     const auto [u, p] = runs[i];
-    pack(input, units[u].batch, channel, channels, units[u].window, p, std::min(p + run, units[u].window.positions()),
-         rows.get() + place[u - first]);
+    const Window<N>& window = units[u].window;
+    for (const Piece& piece : plan.pieces)
+      pack(input, units[u].batch, piece.begin, piece.channels, window, p, std::min(p + run, window.positions()),
+           rows.get() + place[u - first] + (piece.begin - plan.begin) * (window.positions() + 1));
   });
   return place;
 }
@@ -62,7 +65,7 @@ class Forward {
   void run(const std::vector<Unit<N>>& units, size_t first, size_t last) const {
     Buffer<A> field;
     std::vector<int64_t> place(last - first + 1);
-    if (cut_.lays_out()) place = pack_units(call_.input, units, first, last, plan_.begin, plan_.channels(), field);
+    if (cut_.lays_out()) place = pack_units(call_.input, units, first, last, plan_, field);
     std::vector<std::pair<size_t, int64_t>> blocks;
     for (size_t u = first; u < last; ++u)
       for (int64_t p = units[u].begin; p < units[u].end; p += block_) blocks.emplace_back(u, p);
@@ -70,7 +73,7 @@ class Forward {
     each(static_cast<int64_t>(blocks.size()), make, [&](Scratch& scratch, int64_t item) {
       const auto [u, begin] = blocks[item];
       const int64_t points = std::min(block_, units[u].end - begin);
-      scratch.samples.start(units[u], field.get() + place[u - first], plan_.begin, plan_.channels(), begin, points);
+      scratch.samples.start(units[u], field.get() + place[u - first], plan_, begin, points);
       start(scratch, points);
       for (const Chunk& chunk : plan_.chunks) {
         sample(scratch, chunk);

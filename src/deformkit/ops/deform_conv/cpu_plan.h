@@ -30,12 +30,15 @@ struct Chunk {
 template <int N>
 struct Plan {
   int64_t begin, end, widest = 0;
+  // Each is laid out by itself: what the points of an offset group read stays close together, and in more of a cache's
+  // sets than one that skips the channels of the other groups.
+  std::vector<Piece> pieces;
   std::vector<Segment> segments;
   std::vector<Product> products;
   std::vector<Chunk> chunks;
 
   Plan(const Problem<N>& problem_, int64_t begin_, int64_t end_, int64_t deepest)
-      : begin(begin_), end(end_), problem(problem_) {
+      : begin(begin_), end(end_), pieces(problem_.pieces(begin_, end_)), problem(problem_) {
     const int64_t per_offset = problem.channels_per_offset_group();
     for (int64_t group = begin / per_offset; group * per_offset < end; ++group) {
       const int64_t low = std::max(begin, group * per_offset), high = std::min(end, (group + 1) * per_offset);
@@ -49,6 +52,9 @@ struct Plan {
   }
 
   int64_t channels() const { return end - begin; }
+  const Piece& piece_of(const Segment& segment) const {
+    return pieces[segment.offset_group - begin / problem.channels_per_offset_group()];
+  }
   int64_t first_group() const { return begin / problem.group_channels; }
   int64_t groups() const { return ceil_div(end, problem.group_channels) - first_group(); }
 

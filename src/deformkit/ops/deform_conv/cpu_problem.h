@@ -9,6 +9,11 @@ namespace deformkit::conv {
 // Groups of fewer channels than this are summed up channel by channel: a product would mostly multiply padding.
 constexpr int64_t narrow_channels = 8;
 
+// Channels side by side that have the same offsets.
+struct Piece {
+  int64_t begin, channels;
+};
+
 // Everything that the shapes say.
 template <int N>
 struct Problem {
@@ -80,6 +85,15 @@ struct Problem {
   int64_t field() const { return count<N>(size); }
   int64_t channels_per_offset_group() const { return channels / offset_groups; }
   int64_t group_rows() const { return out_channels / groups; }
+  // The channels [begin, end), cut where their offsets change.
+  std::vector<Piece> pieces(int64_t begin, int64_t end) const {
+    std::vector<Piece> result;
+    for (int64_t c = begin, next; c < end; c = next) {
+      next = std::min(end, (c / channels_per_offset_group() + 1) * channels_per_offset_group());
+      result.push_back({c, next - c});
+    }
+    return result;
+  }
   // Groups of few channels, without the columns of a product.
   bool is_narrow() const { return groups > 1 && group_channels < narrow_channels; }
   // One channel a group, each with offsets of its own or nearly so: then positions, not channels, fill the registers.
@@ -170,6 +184,15 @@ struct Points {
     for (int axis = 0; axis < N; ++axis)
       shift[axis] = view_run(offset, batch, channel * N + axis, begin, points, shifts.get() + axis * capacity);
     return mask ? view_run(*mask, batch, channel, begin, points, factors.get()) : nullptr;
+  }
+
+  // Asks for what read() will read for the next tap: runs of planes far apart are too short for the hardware to foresee.
+  static void ask_for_next(const Problem<N>& problem, int64_t batch, const Map& offset, const std::optional<Map>& mask,
+                           int64_t offset_group, int64_t tap, int64_t begin, int64_t points) {
+    const int64_t next = offset_group * problem.taps + tap + 1;
+    if (next == problem.offset_groups * problem.taps) return;
+    for (int axis = 0; axis < N; ++axis) ask_for_run(offset, batch, next * N + axis, begin, points);
+    if (mask) ask_for_run(*mask, batch, next, begin, points);
   }
 
   void locate(const Problem<N>& problem, const Window<N>& window, int64_t tap, const A* factor, int64_t points,

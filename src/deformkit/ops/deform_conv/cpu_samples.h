@@ -159,10 +159,10 @@ class Samples {
     if (!lays_out_ || cut.margin < call.problem.size[0]) strays_.emplace(block, channels, gradients);
   }
 
-  // The next block: `points` positions from `begin` on. The unit's window is laid out in `rows` with `width` channels,
-  // of which the first is `first_channel`.
-  void start(const Unit<N>& unit, const A* rows, int64_t first_channel, int64_t width, int64_t begin, int64_t points) {
-    unit_ = &unit, rows_ = rows, first_channel_ = first_channel, width_ = width, begin_ = begin, count_ = points;
+  // The next block: `points` positions from `begin` on. The pieces of the plan are laid out in `rows`, one after the
+  // other, each with its row of zeros.
+  void start(const Unit<N>& unit, const A* rows, const Plan<N>& plan, int64_t begin, int64_t points) {
+    unit_ = &unit, rows_ = rows, plan_ = &plan, begin_ = begin, count_ = points;
     group_ = tap_ = -1;
     is_whole_ = unit.window.positions() == call_.problem.field();
     lays_out_ ? points_.start(call_.problem, begin, points) : strays_->start(call_.problem, begin, points);
@@ -196,7 +196,10 @@ class Samples {
   }
 
  private:
-  int64_t place(const Segment& segment) const { return segment.begin - first_channel_; }
+  int64_t place(const Segment& segment) const {
+    const int64_t first = plan_->piece_of(segment).begin;
+    return (first - plan_->begin) * (unit_->window.positions() + 1) + segment.begin - first;
+  }
   bool has_strays() const { return strays_ && strays_->count() > 0; }
 
   void locate(const Segment& segment) {
@@ -207,9 +210,11 @@ class Samples {
       factor_ = strays_->take(problem, unit_->batch, call_.offset, call_.mask, group_, tap_, begin_, count_);
       return;
     }
-    const auto outside = static_cast<int32_t>(unit_->window.positions() * width_);
+    const int64_t width = plan_->piece_of(segment).channels;
+    const auto outside = static_cast<int32_t>(unit_->window.positions() * width);
     factor_ = points_.read(problem, unit_->batch, call_.offset, call_.mask, group_, tap_, begin_, count_);
-    points_.locate(problem, unit_->window, tap_, factor_, count_, width_, outside);
+    points_.ask_for_next(problem, unit_->batch, call_.offset, call_.mask, group_, tap_, begin_, count_);
+    points_.locate(problem, unit_->window, tap_, factor_, count_, width, outside);
     if (is_whole_) {
       if (strays_) strays_->clear();
       return;
@@ -227,8 +232,9 @@ class Samples {
   std::optional<Strays<A, N>> strays_;
   bool lays_out_, is_whole_ = false;
   const Unit<N>* unit_ = nullptr;
+  const Plan<N>* plan_ = nullptr;
   const A *rows_ = nullptr, *factor_ = nullptr;
-  int64_t first_channel_ = 0, width_ = 0, begin_ = 0, count_ = 0, group_ = -1, tap_ = -1;
+  int64_t begin_ = 0, count_ = 0, group_ = -1, tap_ = -1;
 };
 
 }  // namespace deformkit::conv
