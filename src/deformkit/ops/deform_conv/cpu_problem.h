@@ -186,7 +186,8 @@ struct Points {
     return mask ? view_run(*mask, batch, channel, begin, points, factors.get()) : nullptr;
   }
 
-  // Asks for what read() will read for the next tap: runs of planes far apart are too short for the hardware to foresee.
+  // Asks for what read() will read for the next tap: runs of planes far apart are too short for the hardware to
+  // foresee.
   static void ask_for_next(const Problem<N>& problem, int64_t batch, const Map& offset, const std::optional<Map>& mask,
                            int64_t offset_group, int64_t tap, int64_t begin, int64_t points) {
     const int64_t next = offset_group * problem.taps + tap + 1;
