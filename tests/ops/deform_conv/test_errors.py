@@ -136,6 +136,22 @@ def test_the_bare_operator_raises_too(name: str) -> None:
         torch.ops.deformkit.deform_conv_backward(grad_output, *args, [True] * 5)
 
 
+@pytest.mark.parametrize("step", ["padding", "stride", "dilation"])
+def test_a_step_beyond_int64_arithmetic_raises(step: str) -> None:
+    args = operators["deform_conv"].ordered({**CASE.arguments(), step: [2**62, 1]})
+    with pytest.raises(RuntimeError, match="must be at most 2\\^40"):
+        torch.ops.deformkit.deform_conv(*args)
+
+
+@pytest.mark.parametrize("dtype", [torch.int16, torch.uint8, torch.complex64], ids=str)
+@pytest.mark.parametrize("name", ["input", "offset", "weight", "bias", "mask"])
+def test_the_bare_operator_names_what_has_a_wrong_dtype(name: str, dtype: torch.dtype) -> None:
+    arguments = CASE.arguments()
+    args = operators["deform_conv"].ordered({**arguments, name: arguments[name].to(dtype)})
+    with pytest.raises(RuntimeError, match=f"{name} must have the dtype"):
+        torch.ops.deformkit.deform_conv(*args)
+
+
 @pytest.mark.parametrize("boundary", [-1, 2, 2**40, "zeros"])
 def test_an_unknown_code_raises(boundary: Any) -> None:
     args = operators["deform_conv"].ordered(CASE.arguments())

@@ -101,9 +101,14 @@ inline std::vector<int64_t> sizes_of(const Tensor& tensor) {
   return {tensor.sizes().begin(), tensor.sizes().end()};
 }
 
-// Raises unless a tensor is on the CPU and its memory is there: sharding and offloading free that of tensors that stay.
-inline void check_memory(const char* name, const Tensor& tensor) {
+// Raises unless a tensor is of real numbers, on the CPU, and its memory is there: sharding and offloading free that of
+// tensors that stay.
+inline void check_tensor(const char* name, const Tensor& tensor) {
   STD_TORCH_CHECK(tensor.is_cpu(), name, " is not on the CPU; it must be, as the other tensors are");
+  const ScalarType dtype = tensor.scalar_type();
+  STD_TORCH_CHECK(dtype == ScalarType::Float || dtype == ScalarType::Double || dtype == ScalarType::Half ||
+                      dtype == ScalarType::BFloat16,
+                  name, " must have the dtype float16, bfloat16, float32 or float64");
   if (tensor.numel() == 0) return;
   int64_t found = 0, last = tensor.storage_offset();
   TORCH_ERROR_CODE_CHECK(aoti_torch_get_storage_size(tensor.get(), &found));
@@ -113,8 +118,23 @@ inline void check_memory(const char* name, const Tensor& tensor) {
   STD_TORCH_CHECK(found >= needed, name, " has a storage of ", found, " bytes; it must have ", needed,
                   ": it was freed or cut");
 }
-inline void check_memory(const char* name, const std::optional<Tensor>& tensor) {
-  if (tensor) check_memory(name, *tensor);
+inline void check_tensor(const char* name, const std::optional<Tensor>& tensor) {
+  if (tensor) check_tensor(name, *tensor);
+}
+
+// Checks that a kernel of `kernel` taps, moved by `stride`, has `outputs` positions along an axis of `size`.
+inline void check_window(int64_t size, int64_t kernel, int64_t stride, int64_t padding, int64_t dilation,
+                         int64_t outputs) {
+  // Sums of these stay far below what an int64 holds.
+  constexpr int64_t most = int64_t(1) << 40;
+  STD_TORCH_CHECK(size > 0 && kernel > 0 && stride > 0 && padding >= 0 && dilation > 0,
+                  "sizes, kernel_size, stride and dilation must be positive, padding not negative");
+  STD_TORCH_CHECK(size <= most && stride <= most && padding <= most && dilation <= most / kernel,
+                  "size, stride, padding and dilation * kernel_size must be at most 2^40; they are ", size, ", ",
+                  stride, ", ", padding, " and ", dilation, " * ", kernel);
+  const int64_t room = size + 2 * padding - dilation * (kernel - 1) - 1;
+  STD_TORCH_CHECK(room >= 0 && outputs == room / stride + 1,
+                  "offset's spatial size does not fit the input, kernel_size, stride, padding and dilation");
 }
 
 // An empty tensor like another, or one without elements where it is not asked for.

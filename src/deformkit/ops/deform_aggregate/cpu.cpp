@@ -23,11 +23,8 @@ Heads<N> make_heads(const Tensor& value, const Tensor& offset, const Tensor& wei
   for (int axis = 0; axis < N; ++axis) {
     const int64_t k = kernel_size[axis], d = dilation[axis], s = value.size(axis + 1);
     STD_TORCH_CHECK(k <= call.points + 1, "offset's taps do not fit kernel_size");
-    STD_TORCH_CHECK(k > 0 && d > 0 && s > 0 && stride[axis] > 0 && padding[axis] >= 0 && (!remove_center || k % 2 == 1),
-                    "sizes, kernel_size, stride and dilation must be positive, padding not negative");
-    const int64_t room = s + 2 * padding[axis] - d * (k - 1) - 1;
-    STD_TORCH_CHECK(room >= 0 && offset.size(axis + 1) == room / stride[axis] + 1,
-                    "offset's spatial size does not fit value, kernel_size, stride, padding and dilation");
+    check_window(s, k, stride[axis], padding[axis], d, offset.size(axis + 1));
+    STD_TORCH_CHECK(!remove_center || k % 2 == 1, "remove_center needs a kernel_size that is odd along every axis");
     level.size[axis] = s;
     centre[axis] = d * (k - 1) / 2;
     call.out_size[axis] = offset.size(axis + 1), call.stride[axis] = stride[axis];
@@ -57,9 +54,9 @@ Tensor deform_aggregate(const Tensor& value, const Tensor& offset, const Tensor&
                         const std::vector<int64_t>& kernel_size, const std::vector<int64_t>& stride,
                         const std::vector<int64_t>& padding, const std::vector<int64_t>& dilation, double offset_scale,
                         bool remove_center, int64_t boundary) {
-  check_memory("value", value);
-  check_memory("offset", offset);
-  check_memory("weight", weight);
+  check_tensor("value", value);
+  check_tensor("offset", offset);
+  check_tensor("weight", weight);
   Tensor output;
   dispatch_axes(value.dim() - 3, [&]<int N>() {
     const Heads<N> call = make_heads<N>(value, offset, weight, kernel_size, stride, padding, dilation, offset_scale,
@@ -74,10 +71,10 @@ std::tuple<Tensor, Tensor, Tensor> deform_aggregate_backward(
     const std::vector<int64_t>& kernel_size, const std::vector<int64_t>& stride, const std::vector<int64_t>& padding,
     const std::vector<int64_t>& dilation, double offset_scale, bool remove_center, int64_t boundary,
     const std::vector<bool>& output_mask) {
-  check_memory("grad_output", grad_output);
-  check_memory("value", value);
-  check_memory("offset", offset);
-  check_memory("weight", weight);
+  check_tensor("grad_output", grad_output);
+  check_tensor("value", value);
+  check_tensor("offset", offset);
+  check_tensor("weight", weight);
   std::tuple<Tensor, Tensor, Tensor> results;
   dispatch_axes(value.dim() - 3, [&]<int N>() {
     const Heads<N> call = make_heads<N>(value, offset, weight, kernel_size, stride, padding, dilation, offset_scale,

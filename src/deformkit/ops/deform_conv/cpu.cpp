@@ -32,11 +32,11 @@ void sum_bias(const Map& grad_output, int64_t batch, int64_t out_channels, const
 Tensor deform_conv(const Tensor& input, const Tensor& offset, const Tensor& weight, const std::optional<Tensor>& bias,
                    const std::vector<int64_t>& stride, const std::vector<int64_t>& padding,
                    const std::vector<int64_t>& dilation, const std::optional<Tensor>& mask, int64_t boundary) {
-  check_memory("input", input);
-  check_memory("offset", offset);
-  check_memory("weight", weight);
-  check_memory("bias", bias);
-  check_memory("mask", mask);
+  check_tensor("input", input);
+  check_tensor("offset", offset);
+  check_tensor("weight", weight);
+  check_tensor("bias", bias);
+  check_tensor("mask", mask);
   Tensor output;
   const auto run = [&]<typename A, int N>() {
     const Call<N> call({input, offset, weight, bias, stride, padding, dilation, mask, boundary}, input, offset, weight,
@@ -67,12 +67,12 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> deform_conv_backward(
     const std::optional<Tensor>& bias, const std::vector<int64_t>& stride, const std::vector<int64_t>& padding,
     const std::vector<int64_t>& dilation, const std::optional<Tensor>& mask, int64_t boundary,
     const std::vector<bool>& output_mask) {
-  check_memory("grad_output", grad_output);
-  check_memory("input", input);
-  check_memory("offset", offset);
-  check_memory("weight", weight);
-  check_memory("bias", bias);
-  check_memory("mask", mask);
+  check_tensor("grad_output", grad_output);
+  check_tensor("input", input);
+  check_tensor("offset", offset);
+  check_tensor("weight", weight);
+  check_tensor("bias", bias);
+  check_tensor("mask", mask);
   STD_TORCH_CHECK(output_mask.size() == 5, "output_mask must have 5 values");
   std::array<Tensor, 5> results;
   const std::array<std::optional<Tensor>, 5> like{input, offset, weight, bias, mask};

@@ -37,13 +37,9 @@ struct Problem {
     int64_t reach = 1;
     for (int axis = 0; axis < N; ++axis) {
       const int64_t k = kernel[axis + 2], s = sizes[axis + 2];
-      STD_TORCH_CHECK(k > 0 && s > 0 && stride_[axis] > 0 && padding_[axis] >= 0 && dilation[axis] > 0,
-                      "sizes, stride and dilation must be positive, padding not negative");
+      check_window(s, k, stride_[axis], padding_[axis], dilation[axis], map[axis + 2]);
       size[axis] = s, stride[axis] = stride_[axis], padding[axis] = padding_[axis];
       out_size[axis] = map[axis + 2];
-      const int64_t room = s + 2 * padding[axis] - dilation[axis] * (k - 1) - 1;
-      STD_TORCH_CHECK(room >= 0 && out_size[axis] == room / stride[axis] + 1,
-                      "offset's spatial size does not fit the input, kernel, stride, padding and dilation");
       taps *= k, positions *= out_size[axis];
       reach = std::max(reach, s + 2 * padding[axis]);
     }

@@ -305,9 +305,9 @@ void forward(const Pooling<A, N>& problem, const Map& input, const Sink& output)
 Tensor deform_roi_pool(const Tensor& input, const Tensor& rois, const std::optional<Tensor>& offset,
                        const std::vector<int64_t>& output_size, double spatial_scale, int64_t sampling_ratio,
                        double gamma) {
-  check_memory("input", input);
-  check_memory("rois", rois);
-  check_memory("offset", offset);
+  check_tensor("input", input);
+  check_tensor("rois", rois);
+  check_tensor("offset", offset);
   Tensor output;
   dispatch_sums(input.scalar_type(), input.dim() - 2, [&]<typename A, int N>() {
     const Pooling<A, N> problem(input, rois, offset, output_size, spatial_scale, sampling_ratio, gamma);
@@ -325,10 +325,10 @@ std::tuple<Tensor, Tensor> deform_roi_pool_backward(const Tensor& grad_output, c
                                                     const std::vector<int64_t>& output_size, double spatial_scale,
                                                     int64_t sampling_ratio, double gamma,
                                                     const std::vector<bool>& output_mask) {
-  check_memory("grad_output", grad_output);
-  check_memory("input", input);
-  check_memory("rois", rois);
-  check_memory("offset", offset);
+  check_tensor("grad_output", grad_output);
+  check_tensor("input", input);
+  check_tensor("rois", rois);
+  check_tensor("offset", offset);
   STD_TORCH_CHECK(output_mask.size() == 2, "output_mask must have 2 values");
   Tensor grad_input, grad_offset;
   dispatch_sums(input.scalar_type(), input.dim() - 2, [&]<typename A, int N>() {

@@ -47,9 +47,9 @@ Heads<N> make_heads(const Tensor& value, const std::vector<int64_t>& spatial_sha
 
 Tensor ms_deform_attn(const Tensor& value, const std::vector<int64_t>& spatial_shapes, const Tensor& sampling_locations,
                       const Tensor& attention_weights, const std::vector<int64_t>& num_points, int64_t mode) {
-  check_memory("value", value);
-  check_memory("sampling_locations", sampling_locations);
-  check_memory("attention_weights", attention_weights);
+  check_tensor("value", value);
+  check_tensor("sampling_locations", sampling_locations);
+  check_tensor("attention_weights", attention_weights);
   Tensor output;
   dispatch_axes(sampling_locations.dim() == 5 ? sampling_locations.size(4) : 0, [&]<int N>() {
     const Heads<N> call = make_heads<N>(value, spatial_shapes, sampling_locations, attention_weights, num_points, mode);
@@ -64,10 +64,10 @@ std::tuple<Tensor, Tensor, Tensor> ms_deform_attn_backward(const Tensor& grad_ou
                                                            const Tensor& attention_weights,
                                                            const std::vector<int64_t>& num_points, int64_t mode,
                                                            const std::vector<bool>& output_mask) {
-  check_memory("grad_output", grad_output);
-  check_memory("value", value);
-  check_memory("sampling_locations", sampling_locations);
-  check_memory("attention_weights", attention_weights);
+  check_tensor("grad_output", grad_output);
+  check_tensor("value", value);
+  check_tensor("sampling_locations", sampling_locations);
+  check_tensor("attention_weights", attention_weights);
   std::tuple<Tensor, Tensor, Tensor> results;
   dispatch_axes(sampling_locations.dim() == 5 ? sampling_locations.size(4) : 0, [&]<int N>() {
     const Heads<N> call = make_heads<N>(value, spatial_shapes, sampling_locations, attention_weights, num_points, mode);
