@@ -1,4 +1,8 @@
+import sys
 from importlib.metadata import version as installed_version
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).parent))
 
 project = "deformkit"
 author = "The deformkit authors"
@@ -14,3 +18,11 @@ suppress_warnings = ["myst.header"]
 
 html_theme = "furo"
 html_title = f"deformkit {release}"
+
+
+def setup(app):
+    # The path is set above.
+    from _charts import draw
+
+    docs = Path(__file__).parent
+    app.connect("builder-inited", lambda app: draw(docs.parent / "benchmarks/results", docs / "_generated/charts"))
