@@ -1,8 +1,8 @@
 """Compiles every Triton kernel as its launcher starts it, for GPUs that are not here: ``python benchmarks/offline.py``.
 
 Registers, spills, shared memory and the instructions that matter are read off the machine code. ``--save`` writes them
-to ``results/offline.json`` and into ``docs/gpu_developers.md``; ``--check`` holds them against what was saved and against what
-has to hold anyway. Nothing is run, so nothing is said of speed.
+to ``results/offline.json`` and into ``docs/gpu_developers.md``; ``--check`` holds them against what was saved and
+against what has to hold anyway. Nothing is run, so nothing is said of speed.
 """
 
 import argparse
