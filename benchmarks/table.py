@@ -241,8 +241,8 @@ calls are in `benchmarks/results`; `benchmarks/README.md` explains how to repeat
 - In every other column, 2.00x means that deformkit takes half of that library's time.
 - `reference` is the reference implementation of deformkit; `compiled` is `torch.compile` of it.
 - `error` is the largest relative error of the output and the gradients, against float64.
-- The name of a convolution gives the number of axes, then channels x size (`k7`: kernel size 7; `d3`: dilation 3; `og8`:
-  8 offset groups; `L1024`: length 1024). The tables give the full shapes."""
+- The name of a convolution gives the number of axes, then channels x size (`k7`: kernel size 7; `d3`: dilation 3;
+  `og8`: 8 offset groups; `L1024`: length 1024). The tables give the full shapes."""
 
 CHARTS = {
     "convolution": "Time of deformable convolutions as a multiple of the plain convolution's, for each library",
