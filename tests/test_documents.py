@@ -15,7 +15,7 @@ from deformkit import compat
 
 ROOT = Path(__file__).parents[1]
 BLOCKS = Sybil([PythonCodeBlockParser(), SkipParser()])
-PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")), *sorted((ROOT / "docs/coming_from").glob("*.md"))]
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")), *sorted((ROOT / "docs").glob("*/*.md"))]
 
 
 def parsed(page: Path) -> Document:
