@@ -25,69 +25,49 @@ def draw(output_folder: Path) -> None:
             figure().savefig(output_folder / f"{name}.svg", metadata={"Date": None}, bbox_inches="tight")
 
 
-def _conventions() -> Figure:
-    figure = Figure(figsize=(8.6, 4.4), layout="constrained")
-    left, right = figure.subplots(1, 2)
-    _pixels(left, 5, 5)
-    left.set_title("The taps of a 3x3 kernel, and an offset")
+def _conventions_taps() -> Figure:
+    figure = Figure(figsize=(4.4, 4.4), layout="constrained")
+    axes = figure.subplots()
+    _pixels(axes, 5, 5)
+    axes.set_title("The taps of a 3x3 kernel, and an offset", fontsize=10)
     plain = _taps(torch.zeros(1, 18, 5, 5), (2, 2))
-    _numbered(left, plain)
+    _numbered(axes, plain)
     offset = torch.zeros(1, 18, 5, 5)
     # Tap 8: channel 16 is h, channel 17 is w.
     offset[0, 16:18, 2, 2] = torch.tensor([0.5, 0.9])
     moved = _taps(offset, (2, 2))
-    _arrow(left, plain[8], moved[8])
-    left.plot(moved[8, 1], moved[8, 0], "o", color=ORANGE, markersize=9)
-    left.annotate(
-        "tap 8, offset\n(h, w) = (0.5, 0.9)\n(x, y) = (0.9, 0.5)",
-        (float(moved[8, 1]), float(moved[8, 0])),
-        (3.35, 3.5),
-        ha="right",
-        va="top",
-        fontsize=9,
-        color=ORANGE,
-        bbox={"facecolor": "white", "edgecolor": "none", "alpha": 0.85, "pad": 1},
-    )
-    left.set_xlabel("w  (x in grid_sample and detectors)")
-    left.set_ylabel("h  (y in grid_sample and detectors)")
+    _arrow(axes, plain[8], moved[8])
+    axes.plot(moved[8, 1], moved[8, 0], "o", color=ORANGE, markersize=9)
+    text = "tap 8, offset\n(h, w) = (0.5, 0.9)\n(x, y) = (0.9, 0.5)"
+    axes.annotate(text, (3.4, 3.5), ha="right", va="top", fontsize=10, color=ORANGE)
+    axes.set_xlabel("w  (x in grid_sample and detectors)")
+    axes.set_ylabel("h  (y in grid_sample and detectors)")
+    return figure
 
-    _pixels(right, 2, 3)
-    right.set_title("Pixel coordinates and locations from 0 to 1")
+
+def _conventions_pixels() -> Figure:
+    figure = Figure(figsize=(4.4, 4.4), layout="constrained")
+    axes = figure.subplots()
+    _pixels(axes, 2, 3)
+    axes.set_title("Pixels and locations from 0 to 1", fontsize=10)
     for row in range(2):
         for column in range(3):
-            right.plot(column, row, "o", color=BLUE, markersize=5)
-            right.annotate(
-                f"({row}, {column})", (column, row), (0, 6), textcoords="offset points", ha="center", fontsize=9
-            )
-    right.annotate(
-        "pixel (0, 0): centre of\nthe first pixel",
-        (0, 0),
-        (-0.4, -0.95),
-        color=BLUE,
-        fontsize=9,
-        arrowprops={"arrowstyle": "-", "color": BLUE},
-    )
-    right.annotate(
-        "location (0, 0):\nouter edge",
-        (-0.5, -0.5),
-        (-1.25, 0.6),
-        color=ORANGE,
-        fontsize=9,
-        arrowprops={"arrowstyle": "-", "color": ORANGE},
-    )
-    right.annotate(
-        "location (1, 1)",
-        (2.5, 1.5),
-        (1.75, 2.05),
-        color=ORANGE,
-        fontsize=9,
-        arrowprops={"arrowstyle": "-", "color": ORANGE},
-    )
-    right.plot([-0.5, 2.5], [-0.5, 1.5], "s", color=ORANGE, markersize=6, clip_on=False)
-    right.set_xlim(-1.3, 2.9)
-    right.set_ylim(2.3, -1.3)
-    right.set_xlabel("w")
-    right.set_ylabel("h")
+            axes.plot(column, row, "o", color=BLUE, markersize=6)
+            text = f"({row}, {column})"
+            axes.annotate(text, (column, row), (0, -14), textcoords="offset points", ha="center", fontsize=9)
+    axes.plot([-0.5, 2.5], [-0.5, 1.5], "s", color=ORANGE, markersize=7, clip_on=False)
+    notes = {
+        "pixel (0, 0): the centre\nof the first pixel": ((0, 0), (0.5, -1.15), BLUE),
+        "location (0, 0):\nthe outer edge": ((-0.5, -0.5), (-1.15, -1.15), ORANGE),
+        "location (1, 1)": ((2.5, 1.5), (1.5, 2.1), ORANGE),
+    }
+    for text, (point, place, colour) in notes.items():
+        line = {"arrowstyle": "-", "color": colour, "shrinkB": 4}
+        axes.annotate(text, point, place, color=colour, fontsize=9, arrowprops=line)
+    axes.set_xlim(-1.2, 2.9)
+    axes.set_ylim(2.3, -1.4)
+    axes.set_xlabel("w")
+    axes.set_ylabel("h")
     return figure
 
 
@@ -154,7 +134,8 @@ def _roi_pooling() -> Figure:
 
 
 FIGURES: dict[str, Callable[[], Figure]] = {
-    "conventions": _conventions,
+    "conventions_taps": _conventions_taps,
+    "conventions_pixels": _conventions_pixels,
     "deform_conv": _convolution,
     "deform_aggregate": _aggregation,
     "ms_deform_attn": _attention,
