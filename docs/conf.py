@@ -32,7 +32,7 @@ napoleon_numpy_docstring = False
 copybutton_prompt_text = r">>> |\.\.\. |\$ "
 copybutton_prompt_is_regexp = True
 suppress_warnings = ["myst.header"]
-exclude_patterns = ["_build", "gallery/*.py", "gallery/**/README.*"]
+exclude_patterns = ["_build", "_generated/*.md", "gallery/*.py", "gallery/**/README.*"]
 
 html_theme = "furo"
 html_title = f"deformkit {release}"
@@ -71,6 +71,7 @@ def add_gallery(app, page, source):
 def setup(app):
     # The path is set above.
     from _charts import draw as draw_charts
+    from _cost import draw as draw_cost
     from _figures import draw as draw_figures
 
     app.connect(
@@ -78,3 +79,6 @@ def setup(app):
     )
     app.connect("source-read", add_gallery)
     app.connect("builder-inited", lambda app: draw_figures(DOCS / "_generated/figures"))
+    app.connect(
+        "builder-inited", lambda app: draw_cost(DOCS.parent / "benchmarks/results", DOCS / "_generated/cost.md")
+    )
