@@ -32,7 +32,8 @@ napoleon_numpy_docstring = False
 copybutton_prompt_text = r">>> |\.\.\. |\$ "
 copybutton_prompt_is_regexp = True
 suppress_warnings = ["myst.header"]
-exclude_patterns = ["_build", "_generated/*.md", "gallery/*.py", "gallery/**/README.*"]
+templates_path = ["_templates"]
+exclude_patterns = ["_build", "_templates", "_generated/*.md", "gallery/*.py", "gallery/**/README.*"]
 
 html_theme = "furo"
 html_title = f"deformkit {release}"
