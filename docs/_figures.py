@@ -37,7 +37,7 @@ def _conventions_taps() -> Figure:
     offset[0, 16:18, 2, 2] = torch.tensor([0.5, 0.9])
     moved = _taps(offset, (2, 2))
     _arrow(axes, plain[8], moved[8])
-    axes.plot(moved[8, 1], moved[8, 0], "o", color=ORANGE, markersize=9)
+    axes.plot(moved[8, 1], moved[8, 0], "o", markerfacecolor="none", color=ORANGE, markersize=9)
     text = "tap 8, offset\n(h, w) = (0.5, 0.9)\n(x, y) = (0.9, 0.5)"
     axes.annotate(text, (3.4, 3.5), ha="right", va="top", fontsize=10, color=ORANGE)
     axes.set_xlabel("w  (x in grid_sample and detectors)")
@@ -49,7 +49,7 @@ def _conventions_pixels() -> Figure:
     figure = Figure(figsize=(4.4, 4.4), layout="constrained")
     axes = figure.subplots()
     _pixels(axes, 2, 3)
-    axes.set_title("Pixels and locations from 0 to 1", fontsize=10)
+    axes.set_title("Pixels (h, w) and locations (x, y)", fontsize=10, pad=14)
     for row in range(2):
         for column in range(3):
             axes.plot(column, row, "o", color=BLUE, markersize=6)

@@ -29,6 +29,8 @@ myst_heading_anchors = 3
 autodoc_member_order = "bysource"
 autodoc_typehints = "none"
 napoleon_numpy_docstring = False
+# The first line of "Returns" is a shape, not a type.
+napoleon_use_rtype = False
 copybutton_prompt_text = r">>> |\.\.\. |\$ "
 copybutton_prompt_is_regexp = True
 suppress_warnings = ["myst.header"]
@@ -69,17 +71,20 @@ def add_gallery(app, page, source):
         source[0] += "\n```{toctree}\n:hidden:\n:caption: Examples\n\ngallery/index\n```\n"
 
 
-def setup(app):
+def draw(app):
     # The path is set above.
-    from _charts import draw as draw_charts
-    from _cost import draw as draw_cost
-    from _figures import draw as draw_figures
+    import _charts
+    import _cost
+    import _figures
+    import _start
 
-    app.connect(
-        "builder-inited", lambda app: draw_charts(DOCS.parent / "benchmarks/results", DOCS / "_generated/charts")
-    )
+    results, output = DOCS.parent / "benchmarks/results", DOCS / "_generated"
+    _charts.draw(results, output / "charts")
+    _start.draw(results, output / "charts")
+    _cost.draw(results, output / "cost.md")
+    _figures.draw(output / "figures")
+
+
+def setup(app):
+    app.connect("builder-inited", draw)
     app.connect("source-read", add_gallery)
-    app.connect("builder-inited", lambda app: draw_figures(DOCS / "_generated/figures"))
-    app.connect(
-        "builder-inited", lambda app: draw_cost(DOCS.parent / "benchmarks/results", DOCS / "_generated/cost.md")
-    )
