@@ -42,7 +42,7 @@ return [...document.images]
   .filter(image => image.loading != "lazy" && !(image.complete && image.naturalWidth))
   .map(image => image.src)
 """
-# The theme cuts off what is wider than the page, so that the page does not scroll. Only elements inside one that scrolls
+# The theme cuts off what is wider than the page, so the page does not scroll. Only elements inside one that scrolls
 # may be wider, and those for screen readers. Headings have a background that reaches into the margin of 16 pixels.
 CUT_OFF = """
 const article = document.querySelector("article"), edge = article.getBoundingClientRect().right + 16
