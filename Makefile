@@ -27,7 +27,7 @@ help:
 	@echo "make wheel    build the wheel into dist/, named after the oldest system that it runs on, and check it"
 	@echo "make sdist    pack the sources into dist/, and check them"
 	@echo "make headers  fetch the headers of the oldest torch that is served (79 MB); a test compiles against them"
-	@echo "make docs     build the documentation into build/docs/"
+	@echo "make docs     build the documentation into build/docs/ (GALLERY=1 runs the examples)"
 	@echo "make sanitize make $(CALLS) random calls of kernels built with AddressSanitizer and UndefinedBehaviorSanitizer"
 	@echo "make clean    remove what was built; $(VENV) stays"
 
@@ -76,7 +76,7 @@ $(VENV)/torch-2.10: | $(VENV)/.torch
 	mv $@.part $@
 
 docs: $(VENV)/.docs
-	$(PY) -m sphinx -W --keep-going -b html docs build/docs
+	GALLERY=$(GALLERY) $(PY) -m sphinx -W --keep-going -b html docs build/docs
 
 # The sanitizers' own libraries have to be in the process first, and libstdc++ with them, whose exceptions they watch.
 CALLS := 10000

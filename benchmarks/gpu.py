@@ -60,7 +60,7 @@ def main() -> None:
     print((options.out / "gpu.md").read_text())
     if options.save:
         gpu_page.MEASURED.write_text((options.out / "gpu.json").read_text())
-        gpu_page.PAGE.write_text(gpu_page.page(gpu_page.PAGE.read_text()))
+        gpu_page.save()
     if not all("error" in row["rivals"][OURS] for row in document["rows"]) or not all(
         r["right"] for r in document["red"]
     ):

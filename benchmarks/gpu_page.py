@@ -1,6 +1,7 @@
-"""The tables of ``docs/gpu.md``: ``python benchmarks/gpu_page.py`` writes them anew between their marks.
+"""Writes the tables of the two GPU pages between their marks: ``python benchmarks/gpu_page.py``.
 
-Computed floors, what the offline compiler said, and, where ``results/gpu.json`` is, what was measured.
+``docs/gpu.md`` gets what was measured, from ``results/gpu.json`` if there is one. ``docs/gpu_developers.md`` gets the
+computed floors and the results of the offline compiler.
 """
 
 import json
@@ -15,29 +16,41 @@ from gpu_cases import CASES, DTYPES, NEAR, _has
 from rooms import operator
 
 HERE = Path(__file__).parent
-PAGE = HERE.parent / "docs" / "gpu.md"
+DOCS = HERE.parent / "docs"
 OFFLINE, MEASURED = HERE / "results" / "offline.json", HERE / "results" / "gpu.json"
 OURS = "deformkit"
 PASSES = {"forward": floors.forward, "forward + backward": floors.both}
 
 
-def page(text: str) -> str:
-    """``text`` with its tables made anew."""
+def pages() -> dict[Path, str]:
+    """The text of each page with its tables made anew."""
     results = json.loads(MEASURED.read_text()) if MEASURED.exists() else None
     parts = {
-        "floors": floor_tables(results),
-        "offline": offline_tables(json.loads(OFFLINE.read_text())),
-        "measured": measured(results) if results else "No GPU has been measured yet.",
+        "gpu.md": {"measured": measured(results) if results else "No GPU has been measured yet."},
+        "gpu_developers.md": {
+            "floors": floor_tables(results),
+            "offline": offline_tables(json.loads(OFFLINE.read_text())),
+        },
     }
-    for name, part in parts.items():
+    return {DOCS / name: _filled((DOCS / name).read_text(), tables) for name, tables in parts.items()}
+
+
+def save() -> None:
+    for path, text in pages().items():
+        path.write_text(text)
+
+
+def _filled(text: str, tables: dict[str, str]) -> str:
+    for name, table in tables.items():
         mark = re.compile(rf"(<!-- {name}: begin -->\n).*?(<!-- {name}: end -->)", re.DOTALL)
-        text, count = mark.subn(lambda found, part=part: f"{found[1]}\n{part}\n\n{found[2]}", text)
-        assert count == 1, f"the marks of {name} are not there once"
+        text, count = mark.subn(lambda found, table=table: f"{found[1]}\n{table}\n\n{found[2]}", text)
+        assert count == 1, f"the page has {count} pairs of marks for {name}; expected one"
     return text
 
 
 def floor_tables(results: dict[str, Any] | None) -> str:
-    head = ["case", "dtype", "memory", "matrix", "vector", "gather", "scatter", "floor", "predicted", "measured"]
+    head = ["case", "dtype", "memory", "matrix", "vector", "gather", "scatter", "floor", "predicted"]
+    head += ["measured"] * (results is not None)
     parts = []
     for name in DTYPES:
         for what, work in PASSES.items():
@@ -48,14 +61,19 @@ def floor_tables(results: dict[str, Any] | None) -> str:
                         amount = work(case, dtype)
                         parts_of_it = [f"{1e6 * s:.0f}" for s in amount.seconds(dtype).values()]
                         ends = [f"{1e6 * value(amount, dtype):.0f}" for value in (floors.floor, floors.predicted)]
-                        lines.append([str(case), dtype, *parts_of_it, *ends, _found(results, case, dtype, what)])
-            parts.append(f"### {name}: {what}\n\n{_table(head, lines)}")
+                        found = [_found(results, case, dtype, what)] if results else []
+                        lines.append([str(case), dtype, *parts_of_it, *ends, *found])
+            parts.append(_folded(f"{name}: {what}", _table(head, lines)))
     return "\n\n".join(parts)
 
 
-def _found(results: dict[str, Any] | None, case: Any, dtype: str, what: str) -> str:
+def _folded(title: str, body: str) -> str:
+    return f"<details>\n<summary>{title}</summary>\n\n{body}\n\n</details>"
+
+
+def _found(results: dict[str, Any], case: Any, dtype: str, what: str) -> str:
     points = NEAR if _has(case, NEAR) else "uniform"
-    for row in results["rows"] if results else ():
+    for row in results["rows"]:
         if (row["sizes"], row["dtype"], row["pass"], row["points"]) == (str(case), dtype, what, points):
             return f"{1e6 * row['rivals'][OURS]['device']['median']:.0f}"
     return ""
@@ -73,7 +91,7 @@ def offline_tables(document: dict[str, Any]) -> str:
             _, case, kernel, dtype, deterministic = key
             cells = [_facts(found[target]) if target in found else "" for target in targets]
             lines.append([f"`{kernel}`", case, dtype, "yes" if deterministic else "no", *cells])
-        parts.append(f"### {name}\n\n{_table(['kernel', 'case', 'dtype', 'deterministic', *targets], lines)}")
+        parts.append(_folded(name, _table(["kernel", "case", "dtype", "deterministic", *targets], lines)))
     return "\n\n".join(parts)
 
 
@@ -160,4 +178,4 @@ def _table(head: Sequence[str], lines: Sequence[Sequence[str]]) -> str:
 
 
 if __name__ == "__main__":
-    PAGE.write_text(page(PAGE.read_text()))
+    save()

@@ -1,8 +1,8 @@
 """Compiles every Triton kernel as its launcher starts it, for GPUs that are not here: ``python benchmarks/offline.py``.
 
 Registers, spills, shared memory and the instructions that matter are read off the machine code. ``--save`` writes them
-to ``results/offline.json`` and into ``docs/gpu.md``; ``--check`` holds them against what was saved and against what
-has to hold anyway. Nothing is run, so nothing is said of speed.
+to ``results/offline.json`` and into ``docs/gpu_developers.md``; ``--check`` holds them against what was saved and
+against what has to hold anyway. Nothing is run, so nothing is said of speed.
 """
 
 import argparse
@@ -245,14 +245,14 @@ def main() -> None:
     parser.add_argument("--only", default="", help="jobs with this in 'operator case dtype target'")
     parser.add_argument("--processes", type=int, default=2)
     parser.add_argument("--check", action="store_true", help="fail if a kernel is not as it should be")
-    parser.add_argument("--save", action="store_true", help=f"write results/{RESULTS.name} and docs/gpu.md")
+    parser.add_argument("--save", action="store_true", help=f"write results/{RESULTS.name} and docs/gpu_developers.md")
     options = parser.parse_args()
     chosen = [job for job in jobs() if options.only in f"{job.operator} {job.case} {job.dtype} {job.target}"]
     rows = everything(options.processes, chosen)
     if options.save:
         saved = json.dumps({"triton": triton.__version__, "rows": rows}, indent=1)
         RESULTS.write_text(saved + "\n")
-        gpu_page.PAGE.write_text(gpu_page.page(gpu_page.PAGE.read_text()))
+        gpu_page.save()
     elif not options.check:
         print(json.dumps(rows, indent=1))
     saved = json.loads(RESULTS.read_text())["rows"] if RESULTS.exists() else []

@@ -33,7 +33,7 @@ def main() -> None:
         for row in _rows(section, options):
             print(f"{section}: {row['operator']} {row['sizes']}, {row['pass']}", file=sys.stderr, flush=True)
             document["rows"].append(row)
-        print(table.page([document]).split("\n", 4)[-1], flush=True)
+        print("\n\n".join([f"## {table.SECTIONS[section][0]}", *table.section(document)]), flush=True)
         if options.save:
             table.RESULTS.mkdir(exist_ok=True)
             (table.RESULTS / f"{section}.json").write_text(json.dumps(document, indent=1) + "\n")

@@ -1,16 +1,90 @@
+import os
+import re
+import sys
 from importlib.metadata import version as installed_version
+from pathlib import Path
+
+DOCS = Path(__file__).parent
+EXAMPLES = DOCS.parent / "examples"
+sys.path.insert(0, str(DOCS))
 
 project = "deformkit"
 author = "The deformkit authors"
 copyright = "2026, The deformkit authors"
 release = version = installed_version("deformkit")
 
-extensions = ["myst_parser", "sphinx.ext.autodoc", "sphinx.ext.napoleon", "sphinx.ext.mathjax", "sphinx.ext.viewcode"]
+extensions = [
+    "myst_parser",
+    "sphinx.ext.autodoc",
+    "sphinx.ext.autosummary",
+    "sphinx.ext.napoleon",
+    "sphinx.ext.viewcode",
+    "sphinx_copybutton",
+    "sphinx_design",
+    # Formulas are shown without a network, too.
+    "sphinx-mathjax-offline",
+]
 myst_enable_extensions = ["dollarmath", "colon_fence"]
+myst_heading_anchors = 3
 autodoc_member_order = "bysource"
-autodoc_typehints = "description"
+autodoc_typehints = "none"
 napoleon_numpy_docstring = False
+# The first line of "Returns" is a shape, not a type.
+napoleon_use_rtype = False
+copybutton_prompt_text = r">>> |\.\.\. |\$ "
+copybutton_prompt_is_regexp = True
 suppress_warnings = ["myst.header"]
+templates_path = ["_templates"]
+exclude_patterns = ["_build", "_templates", "_generated/*.md", "gallery/*.py", "gallery/**/README.*"]
 
 html_theme = "furo"
 html_title = f"deformkit {release}"
+html_static_path = ["_static"]
+html_css_files = ["wide.css"]
+
+
+def is_page(script: Path) -> bool:
+    """Whether the docstring of an example begins with an underlined title, as sphinx-gallery needs it."""
+    return re.match(r'(?:#.*\n)*r?"""\n?[^\n]+\n={3,}\n', script.read_text()) is not None
+
+
+scripts = sorted(EXAMPLES.glob("*.py"))
+if any(map(is_page, scripts)):
+    extensions.append("sphinx_gallery.gen_gallery")
+    others = "|".join(re.escape(script.name) for script in scripts if not is_page(script))
+    sphinx_gallery_conf = {
+        "examples_dirs": str(EXAMPLES),
+        "gallery_dirs": "gallery",
+        "filename_pattern": r"\.py$",
+        "ignore_pattern": rf"(?:^|[\\/])(?:{others})$" if others else r"__init__\.py$",
+        # The examples train networks; make docs GALLERY=1 runs them.
+        "plot_gallery": "True" if os.environ.get("GALLERY") else "False",
+        "download_all_examples": False,
+        "show_memory": False,
+        "abort_on_example_error": True,
+    }
+
+
+def add_gallery(app, page, source):
+    # Sphinx warns of an entry without a page, and there is none where no example is in gallery form.
+    if page == "index" and "sphinx_gallery.gen_gallery" in extensions:
+        source[0] += "\n```{toctree}\n:hidden:\n:caption: Examples\n\ngallery/index\n```\n"
+
+
+def draw(app):
+    # The path is set above.
+    import _charts
+    import _cost
+    import _figures
+    import _start
+
+    results, output = DOCS.parent / "benchmarks/results", DOCS / "_generated"
+    _charts.draw(results, output / "charts")
+    _start.draw(results, output / "charts")
+    _cost.draw(results, output / "cost.md")
+    _figures.draw(output / "figures")
+
+
+def setup(app):
+    app.connect("builder-inited", draw)
+    app.connect("source-read", add_gallery)

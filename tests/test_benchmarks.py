@@ -40,7 +40,7 @@ def test_all_operators(section: str) -> None:
     output = run(section, "--case", "1d", "--rivals", "plain,reference")
     assert "| 1d (" in output
     for name in FORWARD:
-        assert f"### {name}" in output
+        assert f"#### {name}" in output
 
 
 @pytest.mark.slow

@@ -1,11 +1,9 @@
-"""Every example in a docstring runs, and every block of code in the documents."""
+"""Every example in a docstring runs."""
 
 import doctest
 import importlib
 import pkgutil
-import re
 from importlib.util import find_spec
-from pathlib import Path
 
 import pytest
 
@@ -23,14 +21,3 @@ def importable(name: str) -> bool:
 @pytest.mark.parametrize("name", [name for name in MODULES if importable(name)])
 def test_examples_run(name: str) -> None:
     assert doctest.testmod(importlib.import_module(name)).failed == 0
-
-
-ROOT = Path(__file__).parent.parent
-
-
-@pytest.mark.parametrize("name", ["README.md", "docs/conventions.md"])
-def test_blocks_of_documents_run(name: str) -> None:
-    blocks = re.findall(r"```python\n(.*?)```", (ROOT / name).read_text(), re.DOTALL)
-    assert blocks
-    for block in blocks:
-        exec(compile(block, name, "exec"), {})

@@ -63,8 +63,8 @@ def test_what_is_wrong_is_found() -> None:
         assert problem in line
 
 
-def test_the_page_is_that_of_the_results() -> None:
-    done = run("-c", "import gpu_page as g; assert g.page(g.PAGE.read_text()) == g.PAGE.read_text()")
+def test_the_pages_are_those_of_the_results() -> None:
+    done = run("-c", "import gpu_page; assert all(p.read_text() == t for p, t in gpu_page.pages().items())")
     assert done.returncode == 0, done.stderr
 
 

@@ -1,0 +1,57 @@
+"""Which of ``targets.py`` the saved results meet: ``python benchmarks/verdict.py``."""
+
+from collections.abc import Iterator
+from statistics import geometric_mean
+from typing import Any
+
+import targets
+from table import OURS, PASSES, PLAIN, _operator, _ratio, _timed, load
+
+
+def verdicts(documents: list[dict[str, Any]]) -> Iterator[tuple[str, float, float, bool]]:
+    """What is aimed at, the figure, the target, and whether it is met."""
+    rows = {document["section"]: document["rows"] for document in documents}
+    every = [row for name in ("conv", "attn", "aggregate", "roi") for row in rows.get(name, ())]
+    for table in targets.TABLES:
+        for name, pair in table.targets.items():
+            for what, aim in zip(PASSES, pair, strict=True):
+                ratios = [
+                    _ratio(name, row["rivals"])
+                    for row in every
+                    if (_operator(row), row["pass"]) == (table.operator, what)
+                    and row["case"] in table.cases
+                    and _timed(name, row)
+                ]
+                if ratios:
+                    mean = geometric_mean(ratios)
+                    yield f"{table.title}, {what}: {name}", mean, aim, mean <= aim if name == PLAIN else mean >= aim
+    for row in rows.get("half", ()):
+        for name in ("bfloat16", "float16"):
+            found = row["rivals"]
+            if "median" in found[name]:
+                ratio = found[name]["median"] / found["float32"]["median"]
+                yield f"{name}, {row['sizes']}, {row['pass']}", ratio, targets.HALF, ratio <= targets.HALF
+    for row in rows.get("memory", ()):
+        size = row["rivals"][OURS].get("workspace", float("inf"))
+        yield f"bytes, {row['sizes']}, {row['pass']}", size, targets.WORKSPACE, size <= targets.WORKSPACE
+    for row in rows.get("growth", ()):
+        if "speedup" in row:
+            speedup = row["speedup"]
+            yield f"two threads, {row['sizes']}, {row['pass']}", speedup, targets.THREADS, speedup >= targets.THREADS
+        else:
+            far = max(abs(value - 1) for value in list(row["linear"].values())[1:])
+            yield f"linear, {row['sizes']}, {row['grows']}", far, targets.LINEAR, far <= targets.LINEAR
+    for row in rows.get("overhead", ()):
+        aim = targets.OVERHEAD.get(row["pass"])
+        if aim:
+            yield f"overhead, {row['sizes']}, {row['pass']}", row["overhead"], aim, row["overhead"] <= aim
+    for row in rows.get("models", ()):
+        aim = targets.MODELS.get(row["case"], {}).get(row["pass"])
+        if aim and _timed("transformers", row):
+            gain = row["rivals"]["transformers"]["median"] / row["rivals"][OURS]["median"]
+            yield f"{row['case']}, {row['pass']}", gain, aim, gain >= aim
+
+
+if __name__ == "__main__":
+    for what, figure, aim, met in verdicts(load()):
+        print(f"{'met' if met else 'MISSED':7}{figure:<12.4g}{aim:<12.4g}{what}")

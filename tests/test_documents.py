@@ -1,0 +1,91 @@
+"""Every block of Python in the README and in the documentation runs, page by page and in order."""
+
+import re
+from collections.abc import Callable, Iterator
+from importlib.util import find_spec
+from pathlib import Path
+
+import pytest
+import torch
+from sybil import Document, Example, Sybil
+from sybil.parsers.markdown import PythonCodeBlockParser, SkipParser
+
+import deformkit as dk
+from deformkit import compat
+
+ROOT = Path(__file__).parents[1]
+BLOCKS = Sybil([PythonCodeBlockParser(), SkipParser()])
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")), *sorted((ROOT / "docs").glob("*/*.md"))]
+
+
+def parsed(page: Path) -> Document:
+    document = BLOCKS.parse(page)
+    # For the conditions of pages: <!-- skip: next if(missing("monai"), reason="needs MONAI") -->
+    document.namespace["missing"] = lambda package: find_spec(package) is None
+    return document
+
+
+def examples() -> Iterator[object]:
+    for page in PAGES:
+        for example in parsed(page).examples():
+            yield pytest.param(page, example, id=f"{page.relative_to(ROOT)}:{example.line}")
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _current() -> Iterator[list[Path]]:
+    """The page that runs now: what it installs is there for its next block, and gone for the next page."""
+    yield (current := [])
+    current.clear()
+    compat.uninstall()
+
+
+@pytest.mark.parametrize(("page", "example"), list(examples()))
+def test_block_runs(page: Path, example: Example, _current: list[Path]) -> None:
+    if _current != [page]:
+        compat.uninstall()
+        _current[:] = [page]
+    example.evaluate()
+
+
+def test_pages_with_blocks_are_found() -> None:
+    """A parser that finds nothing would let everything pass."""
+    found = {page for page in PAGES if any(parsed(page).examples())}
+    assert found == {page for page in PAGES if "\n```python\n" in page.read_text()}
+
+
+def test_every_page_for_newcomers_is_in_its_index() -> None:
+    folder = ROOT / "docs/coming_from"
+    found = set(re.findall(r"\((\w+)\.md\)", (folder / "index.md").read_text()))
+    assert found == {page.stem for page in folder.glob("*.md")} - {"index"}
+
+
+def convolve(channels: int = 18, size: tuple[int, int] = (20, 30), dtype: torch.dtype = torch.float32) -> object:
+    offset = torch.zeros(1, channels, *size, dtype=dtype)
+    return dk.deform_conv2d(torch.zeros(1, 8, 20, 30), offset, torch.zeros(16, 8, 3, 3))
+
+
+def attend(positions: int = 4, dtype: torch.dtype = torch.float32) -> object:
+    value, weights = torch.zeros(1, positions, 1, 4), torch.zeros(1, 1, 1, 1, 1)
+    return dk.ms_deform_attn(value, [(2, 2)], torch.zeros(1, 1, 1, 1, 1, 2, dtype=dtype), weights)
+
+
+MISTAKES: dict[str, Callable[[], object]] = {
+    "MultiScaleDeformableAttention": lambda: __import__("MultiScaleDeformableAttention"),
+    "channels; a 3x3 kernel": lambda: convolve(27),
+    "spatial size": convolve,
+    "torch.float64": lambda: convolve(size=(18, 28), dtype=torch.float64),
+    "deform_groups": lambda: dk.nn.DeformConv2d(8, 8, 3, deform_groups=1),  # type: ignore[call-arg]
+    "DeformConv2d'": lambda: dk.DeformConv2d,
+    "spatial_shapes": lambda: attend(5),
+    "torch.float16": lambda: attend(dtype=torch.float16),
+    "without any deformable part": lambda: dk.patch(torch.nn.Linear(2, 2)),
+}
+
+
+@pytest.mark.parametrize("about", MISTAKES)
+def test_the_faq_has_the_literal_text_of_an_error(about: str) -> None:
+    headings = re.findall(r"^### `(.*)`$", (ROOT / "docs/faq.md").read_text(), re.MULTILINE)
+    (heading,) = [heading for heading in headings if about in heading]
+    with pytest.raises((ValueError, TypeError, AttributeError, ImportError)) as caught:
+        MISTAKES[about]()
+    assert re.search(".*".join(map(re.escape, heading.split("..."))), str(caught.value))
