@@ -27,9 +27,9 @@ def test_commands_are_listed() -> None:
 
 @pytest.mark.parametrize("healthy", [True, False])
 def test_doctor_prints_its_report_and_fails_with_the_self_test(monkeypatch: pytest.MonkeyPatch, healthy: bool) -> None:
-    monkeypatch.setattr(doctor, "diagnose", lambda: doctor.Diagnosis("the | report", healthy))
+    monkeypatch.setattr(doctor, "diagnose", lambda progress: doctor.Diagnosis("the | report", healthy))
     result = run(cli.app, ["doctor"])
-    assert result.output == "the | report\n"
+    assert result.stdout == "the | report\n"
     assert result.exit_code == (0 if healthy else 1)
 
 
@@ -61,15 +61,23 @@ def test_demo_without_its_extra(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.parametrize("missing", ["typer", "rich"])
-def test_without_the_extra_one_line_is_said(monkeypatch: pytest.MonkeyPatch, missing: str) -> None:
+def test_without_the_extra_one_line_is_said(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], missing: str
+) -> None:
     for name in [name for name in sys.modules if name.split(".")[0] == missing]:
         monkeypatch.delitem(sys.modules, name)
     monkeypatch.setitem(sys.modules, missing, None)
     monkeypatch.delitem(sys.modules, "deformkit.cli")
     monkeypatch.delattr(deformkit, "cli")
+    monkeypatch.setattr(sys, "argv", ["deformkit", "bench"])
     with pytest.raises(SystemExit) as stop:
         __main__.main()
     assert stop.value.code == f"deformkit: the command line needs {missing}; pip install 'deformkit[cli]' brings it"
+    monkeypatch.setattr(sys, "argv", ["deformkit", "doctor"])
+    monkeypatch.setattr(doctor, "diagnose", lambda: doctor.Diagnosis("the | report", True))
+    with pytest.raises(SystemExit) as stop:
+        __main__.main()
+    assert not stop.value.code and capsys.readouterr().out == "the | report\n"
 
 
 def test_module_is_a_command() -> None:

@@ -1,5 +1,6 @@
 """Two modules or functions side by side: outputs and every gradient, and what of the difference is expected."""
 
+import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, fields, is_dataclass
@@ -174,7 +175,10 @@ class _Call:
         # A layer may change its input in place, but not a leaf.
         arguments = [copy.clone() if isinstance(copy, Tensor) else copy for copy in copies]
         with _seeded([*copies, *state.values()]), torch.enable_grad() if gradients else torch.no_grad():
-            result = self._called(run, arguments)
+            # Regions get no gradient from any implementation, and all floating inputs require one here.
+            with warnings.catch_warnings():
+                warnings.filterwarnings("ignore", "rois requires a gradient")
+                result = self._called(run, arguments)
             outputs = {name: value for name, value in _tensors(result, "output")}
             found = {name: value.detach() for name, value in outputs.items()}
             ends = {name: value for name, value in outputs.items() if value.requires_grad}

@@ -1,5 +1,8 @@
 """The command line: ``deformkit doctor | bench | demo``."""
 
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated
 
@@ -9,6 +12,8 @@ from rich.console import Console
 from rich.table import Table
 
 from . import __version__, bench, demo, doctor
+
+_SECONDS_BETWEEN_LINES = 5.0
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_show_locals=False)
 
@@ -28,10 +33,29 @@ def _options(
     """Deformable operators for PyTorch in one, two and three dimensions."""
 
 
+@contextmanager
+def _progress(noun: str) -> Iterator[Callable[[int, int], None]]:
+    """Report how much is done on standard error: in place on a terminal, else in a line every few seconds."""
+    console, last = Console(stderr=True), time.monotonic()
+
+    def line(done: int, total: int) -> None:
+        nonlocal last
+        if time.monotonic() - last >= _SECONDS_BETWEEN_LINES:
+            last = time.monotonic()
+            console.print(f"{done} of {total} {noun}")
+
+    if not console.is_terminal:
+        yield line
+        return
+    with console.status(noun) as status:
+        yield lambda done, total: status.update(f"{done} of {total} {noun}")
+
+
 @app.command("doctor")
 def _doctor() -> None:
-    """Print what runs here and test it, as a block to paste into a bug report."""
-    diagnosis = doctor.diagnose()
+    """Show which kernels are in use and verify their results, as a text to paste into a bug report."""
+    with _progress("checks") as progress:
+        diagnosis = doctor.diagnose(progress)
     print(diagnosis.text)
     raise typer.Exit(not diagnosis.healthy)
 

@@ -226,6 +226,16 @@ def test_layer_of_another_release_stays(model_type: str) -> None:
 # What it refuses, and what it leaves alone
 
 
+@pytest.mark.parametrize("maker", ["torch.compile", "torch.jit.script", "torch.fx"])
+def test_a_model_in_which_a_compiler_left_nothing_to_replace(maker: str) -> None:
+    plain = nn.Sequential(nn.Linear(2, 2))
+    make = {"torch.compile": torch.compile, "torch.jit.script": torch.jit.script, "torch.fx": torch.fx.symbolic_trace}
+    with pytest.raises(ValueError, match=rf"; part of it comes from .*{maker}.*: patch the model before that$"):
+        dk.patch(nn.Sequential(make[maker](plain)))
+    with pytest.raises(ValueError, match=r"with strict=False that is no error$"):
+        dk.patch(plain)
+
+
 def test_nothing_to_replace() -> None:
     model = nn.Sequential(nn.Linear(2, 2), dk.nn.DeformConv2d(2, 2, 3))
     with pytest.raises(ValueError, match="model is a Sequential without any deformable part of transformers, "):

@@ -533,3 +533,9 @@ def test_what_is_no_tensor(name: str) -> None:
         ValueError, match=re.escape("offset has shape [1, 2]; it must have 6 axes, the last three of 4x9x2")
     ):
         LAYERS[name](8).sampling_locations(torch.zeros(1, 2))
+
+
+@pytest.mark.parametrize("kind", [dk.nn.DCNv3, dk.nn.DCNv4])
+def test_channels_first_are_told_apart(kind: type[nn.Module]) -> None:
+    with pytest.raises(ValueError, match=r"input has 30 channels; .*; channels come last here: input\.movedim"):
+        kind(16, group=2)(torch.randn(2, 16, 20, 30))

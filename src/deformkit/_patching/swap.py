@@ -13,7 +13,9 @@ from types import CodeType, FunctionType, MethodType, ModuleType
 from typing import Any, cast
 from weakref import ref
 
+import torch
 from torch import nn
+from torch.fx import GraphModule
 
 from .hosts import FUNCTIONS, HOSTS, LAYERS, PACKAGES, Part, find
 
@@ -114,7 +116,7 @@ def patch(model: nn.Module, strict: bool = True) -> Patch:
     if strict and not result.replaced and not result.already:
         raise ValueError(
             f"model is a {type(model).__name__} without any deformable part of {HOSTS} that patch knows; "
-            "with strict=False that is no error"
+            f"with strict=False that is no error{_compiled_hint(model)}"
         )
     return result
 
@@ -214,6 +216,21 @@ def _put_back() -> None:
             # Whoever replaced it once more, after us, keeps what they put there.
             if getattr(shared.namespace, shared.name, None) is shared.ours:
                 setattr(shared.namespace, shared.name, shared.original)
+
+
+def _compiled_hint(model: nn.Module) -> str:
+    """Of a model that a compiler has taken apart, that it must be patched before."""
+    # The class of a compiled module: whoever has one has imported the compiler, which takes a second and more.
+    optimized = getattr(sys.modules.get("torch._dynamo.eval_frame"), "OptimizedModule", ())
+    made_by: dict[Any, str] = {
+        optimized: "torch.compile",
+        torch.jit.ScriptModule: "torch.jit.script or torch.jit.trace",
+        GraphModule: "torch.export or torch.fx",
+    }
+    for kind, maker in made_by.items():
+        if any(isinstance(module, kind) for module in model.modules()):
+            return f"; part of it comes from {maker}: patch the model before that"
+    return ""
 
 
 def _check_module(model: Any) -> None:

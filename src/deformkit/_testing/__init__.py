@@ -2,5 +2,7 @@
 
 from .evaluate import evaluate as evaluate
 from .tolerance import FLOOR as FLOOR
+from .tolerance import LEAST as LEAST
 from .tolerance import assert_close as assert_close
 from .tolerance import assert_equal as assert_equal
+from .tolerance import compare as compare

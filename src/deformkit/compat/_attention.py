@@ -9,6 +9,7 @@ from torch import Tensor
 
 from ..ops import ms_deform_attn
 from ..ops._shape import check_floating, check_tensor, code_of, compute_dtype, prod
+from ..ops._suspect import readable
 from ..ops.ms_deform_attn.op import SpatialShapes, level_sizes
 from ._autocast import without_autocast
 from ._gradient import checked_gradient
@@ -69,9 +70,11 @@ def check_level_start_index(level_start_index: Any, sizes: Sequence[Sequence[int
 
     A tensor on another device than the CPU is believed: to read it would wait for the device.
     """
-    if level_start_index is None or not _readable(level_start_index):
+    if level_start_index is None:
         return
     if isinstance(level_start_index, Tensor):
+        if not readable(level_start_index):
+            return
         level_start_index = level_start_index.flatten().tolist()
     expected = [0, *accumulate(prod(size) for size in sizes)][:-1]
     if list(level_start_index) != expected:
@@ -99,15 +102,3 @@ def _arguments(
     check_level_start_index(level_start_index, sizes)
     locations = sampling_locations.to(compute_dtype(value.dtype))
     return value, sizes, locations, attention_weights.to(value.dtype)
-
-
-def _readable(value: Any) -> bool:
-    """Whether its numbers are at hand: not on another device, and not only traced or transformed."""
-    if not isinstance(value, Tensor):
-        return True
-    return (
-        not torch.compiler.is_compiling()
-        and value.device.type == "cpu"
-        and type(value) is Tensor
-        and not torch._C._functorch.is_functorch_wrapped_tensor(value)
-    )

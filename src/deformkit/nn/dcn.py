@@ -126,7 +126,8 @@ class _DCN(nn.Module):
         if input.dim() != axes:
             raise ValueError(f"input has shape {list(input.shape)}; it must have {axes} axes, the channels last")
         if input.shape[-1] != self.channels:
-            raise ValueError(f"input has {input.shape[-1]} channels; this layer has channels={self.channels}")
+            first = "; channels come last here: input.movedim(1, -1)" if input.shape[1] == self.channels else ""
+            raise ValueError(f"input has {input.shape[-1]} channels; this layer has channels={self.channels}{first}")
         self._out_size(input)
 
     def _out_size(self, input: Tensor) -> list[int]:

@@ -9,9 +9,22 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.nn.modules.conv import _ConvNd
 
-from ..ops._shape import Boundary, check_choice, check_count, check_tensor, compute_dtype, ntuple, times
+from ..ops._shape import (
+    Boundary,
+    check_alike,
+    check_choice,
+    check_count,
+    check_floating,
+    check_tensor,
+    compute_dtype,
+    counted,
+    ntuple,
+    times,
+    unsplit_hint,
+)
 from ..ops.deform_conv.op import deform_conv1d, deform_conv2d, deform_conv3d
 from ..ops.sample.reference import tap_grid
+from ._public import of_class, with_hints
 
 PaddingMode = Literal["zeros", "reflect", "replicate", "circular"]
 
@@ -25,6 +38,13 @@ class _DeformConv(_ConvNd):
     spatial_dims: ClassVar[int]
     offset_groups: int
     boundary: Boundary
+
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        super().__init_subclass__(**kwargs)
+        # Python names a function as its definition does when its arguments are wrong: that must be the public class.
+        if cls.__module__ == __name__ and not cls.__name__.startswith("_"):
+            cls.__init__ = with_hints(of_class(cls, "__init__"), cls.__name__)  # type: ignore[method-assign]
+            cls.forward = of_class(cls, "forward")  # type: ignore[method-assign]
 
     def __init__(
         self,
@@ -113,23 +133,17 @@ class _DeformConv(_ConvNd):
 
     def _deform(self, input: Tensor, offset: Tensor, mask: Tensor | None) -> Tensor:
         axes = self.spatial_dims
-        for name, value in (("input", input), ("offset", offset), ("mask", mask)):
+        self._check_input(input)
+        for name, value in (("offset", offset), ("mask", mask)):
             if value is None and name == "mask":
                 continue
             check_tensor(name, value)
             assert value is not None
-            if name == "input" and value.dim() not in (axes + 1, axes + 2):
-                raise ValueError(
-                    f"input has shape {list(value.shape)}; it must have {axes + 2} axes, or {axes + 1} unbatched"
-                )
             if value.dim() != input.dim():
                 raise ValueError(f"{name} has shape {list(value.shape)}; it must have {input.dim()} axes, as input has")
         if input.dim() == axes + 1:
             maps = [value if value is None else value.unsqueeze(0) for value in (input, offset, mask)]
             return self._deform(*maps).squeeze(0)  # type: ignore[arg-type]
-        # The operator reads both numbers of groups off the shapes: a wrong one would be taken for another layer.
-        if input.shape[1] != self.in_channels:
-            raise ValueError(f"input has {input.shape[1]} channels; this layer has in_channels={self.in_channels}")
         self._check_offset_channels(offset)
 
         input, padding = self._pad(input)
@@ -147,12 +161,29 @@ class _DeformConv(_ConvNd):
         widths = [width for pair in zip(reversed(before), reversed(after), strict=True) for width in pair]
         return (F.pad(input, widths, mode=mode) if any(widths) else input), rest
 
+    def _check_input(self, input: Tensor) -> None:
+        """Raise unless ``input`` fits the layer; the operator would derive other groups from other channels."""
+        axes = self.spatial_dims
+        check_tensor("input", input)
+        if input.dim() not in (axes + 1, axes + 2):
+            raise ValueError(
+                f"input has shape {list(input.shape)}; it must have {axes + 2} axes, or {axes + 1} unbatched"
+            )
+        unbatched = input.dim() == axes + 1
+        if input.shape[-axes - 1] != self.in_channels:
+            hint = f"; its {axes + 1} axes are taken as {axes} spatial ones and channels, without a batch"
+            raise ValueError(
+                f"input has {input.shape[-axes - 1]} channels; this layer has in_channels={self.in_channels}"
+                f"{hint if unbatched else ''}"
+            )
+
     def _check_offset_channels(self, offset: Tensor) -> None:
         axes, taps, groups = self.spatial_dims, prod(self.kernel_size), self.offset_groups
         if offset.shape[1] != groups * taps * axes:
             raise ValueError(
-                f"offset has {offset.shape[1]} channels; a {times(self.kernel_size)} kernel with {groups} offset "
-                f"groups needs {groups * taps * axes} = {groups} groups x {taps} taps x {axes} coordinates"
+                f"offset has {offset.shape[1]} channels; a {times(self.kernel_size)} kernel with "
+                f"{counted(groups, 'offset group')} needs {groups * taps * axes} = {counted(groups, 'group')} x "
+                f"{counted(taps, 'tap')} x {counted(axes, 'coordinate')}{unsplit_hint(offset.shape[1], taps, axes)}"
             )
 
 
@@ -293,6 +324,9 @@ class _PackedDeformConv(_DeformConv):
 
     def predict(self, input: Tensor) -> tuple[Tensor, Tensor | None]:
         """The offsets ``[B, og*K*N, *out]`` in pixels, and the mask ``[B, og*K, *out]`` or None, for an input."""
+        self._check_input(input)
+        check_floating("input", input)
+        check_alike("input", input, "weight", self.weight)
         head = self.offset_head(input)
         if not self.modulated:
             return head, None

@@ -56,6 +56,44 @@ def times(size: Sequence[int]) -> str:
     return "x".join(str(int(s)) for s in size)
 
 
+def unsplit_hint(channels: int, taps: int, axes: int) -> str:
+    """What to add to the message about an offset of ``channels`` that seems to hold a mask as well, else nothing."""
+    groups, rest = divmod(channels, taps * (axes + 1))
+    if rest or groups < 1:
+        return ""
+    offsets = groups * taps * axes
+    return (
+        f"; {channels} = {counted(groups, 'group')} x {counted(taps, 'tap')} x ({counted(axes, 'coordinate')} + 1 "
+        "mask): if one layer predicts both, "
+        f"split its output into offset [:, :{offsets}] and mask [:, {offsets}:]"
+    )
+
+
+def check_output_size(
+    name: str,
+    found: Sequence[int],
+    expected: Sequence[int],
+    size: Sequence[int],
+    kernel_size: Sequence[int],
+    stride: Sequence[int],
+    padding: Sequence[int],
+    dilation: Sequence[int],
+) -> None:
+    """Raise a ValueError if the spatial size of ``name`` is not that of the output; say which padding would fit."""
+    if list(found) != list(expected):
+        hint = ""
+        for fitting in ([d * (k - 1) // 2 for k, d in zip(kernel_size, dilation, strict=True)], [0] * len(size)):
+            fits = conv_output_size(size, kernel_size, stride, fitting, dilation) == list(found)
+            if not hint and fits and fitting != list(padding):
+                hint = f"; with padding={tuple(fitting)} instead of {tuple(padding)} it would have {times(found)}"
+        raise ValueError(f"{name} has spatial size {times(found)}; the output has {times(expected)}{hint}")
+
+
+def counted(count: int, noun: str) -> str:
+    """``count`` and ``noun``, which gets its plural, for messages."""
+    return f"{count} {noun}" if count == 1 else f"{count} {noun}s"
+
+
 def check_tensor(name: str, value: Any) -> None:
     """Raise a TypeError unless ``value`` is a tensor."""
     if not isinstance(value, Tensor):
@@ -174,14 +212,17 @@ __all__ = [
     "check_count",
     "check_floating",
     "check_offset_dtype",
+    "check_output_size",
     "check_stored",
     "check_tensor",
     "checked_output_size",
     "code_of",
     "compute_dtype",
     "conv_output_size",
+    "counted",
     "name_of",
     "ntuple",
     "prod",
     "times",
+    "unsplit_hint",
 ]

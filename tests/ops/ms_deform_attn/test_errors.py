@@ -9,6 +9,7 @@ from rooms import needs_kernel
 from torch import Tensor
 
 import deformkit as dk
+from deformkit.ops import _suspect
 from deformkit.ops._library import operators
 
 OPERATOR = operators["ms_deform_attn"]
@@ -308,3 +309,26 @@ def test_a_wrong_cotangent_raises(grad: Tensor) -> None:
 def test_a_wrong_output_mask_raises(mask: list[bool]) -> None:
     with pytest.raises(RuntimeError, match="output_mask"):
         torch.ops.deformkit.ms_deform_attn_backward(no(2, 5, 24), *bare(), mask)
+
+
+PIXELS = torch.rand(2, 100, 2, 1, 4, 2) * torch.tensor([30.0, 20.0])
+WRONG_UNITS = {
+    "pixels": (PIXELS, "sampling_locations lie farther outside their level than it is long.* are these pixels?"),
+    "-1 to 1": (torch.rand(2, 100, 2, 1, 4, 2) * 2 - 1, "coordinates in sampling_locations are negative.* grid_sample"),
+}
+
+
+@pytest.mark.parametrize("units", WRONG_UNITS)
+def test_locations_in_other_units_warn_once(monkeypatch: pytest.MonkeyPatch, units: str) -> None:
+    locations, message = WRONG_UNITS[units]
+    monkeypatch.setattr(_suspect, "looks_left", 3)
+    value, weights = torch.randn(2, 600, 2, 3), torch.ones(2, 100, 2, 1, 4)
+    dk.ms_deform_attn(value, [(20, 30)], torch.rand_like(locations) * 1.2 - 0.1, weights)
+    with pytest.warns(UserWarning, match=message) as caught:
+        dk.ms_deform_attn(value, [(20, 30)], locations, weights)
+    assert len(caught) == 1 and caught[0].filename == __file__
+    _suspect.given.clear()
+    for _ in range(2):
+        dk.ms_deform_attn(value, [(20, 30)], torch.rand_like(locations), weights)
+    assert _suspect.looks_left == 0
+    dk.ms_deform_attn(value, [(20, 30)], locations, weights)  # no more is looked at, and nothing said

@@ -13,6 +13,7 @@ from .._shape import (
     check_alike,
     check_floating,
     check_offset_dtype,
+    check_output_size,
     check_tensor,
     checked_output_size,
     code_of,
@@ -140,9 +141,8 @@ def _check(
     for name, tensor, head_axis in (("offset", offset, -3), ("weight", weight, -2)):
         if tensor.shape[0] != batch:
             raise ValueError(f"{name} has batch size {tensor.shape[0]}; value has {batch}")
-        if list(tensor.shape[1:head_axis]) != out_size:
-            found = times(tensor.shape[1:head_axis])
-            raise ValueError(f"{name} has spatial size {found}; the output has {times(out_size)}")
+        window = (kernel_size, stride, padding, dilation)
+        check_output_size(name, tensor.shape[1:head_axis], out_size, size, *window)
         if tensor.shape[head_axis] != heads:
             raise ValueError(f"{name} has {tensor.shape[head_axis]} heads; value has {heads}")
         if tensor.shape[head_axis + 1] != taps:

@@ -12,12 +12,14 @@ from .._shape import (
     check_alike,
     check_floating,
     check_offset_dtype,
+    check_output_size,
     checked_output_size,
     code_of,
     name_of,
     ntuple,
     prod,
     times,
+    unsplit_hint,
 )
 from . import reference
 
@@ -202,30 +204,26 @@ def _check(
     if offset.shape[1] == 0 or offset.shape[1] % per_group:
         raise ValueError(
             f"offset has {offset.shape[1]} channels; a {times(kernel_size)} kernel needs a multiple of {per_group} = "
-            f"{taps} taps x {axes} coordinates"
+            f"{taps} taps x {axes} coordinates{unsplit_hint(offset.shape[1], taps, axes)}"
         )
     offset_groups = offset.shape[1] // per_group
     if channels % offset_groups:
         raise ValueError(
             f"offset has {offset.shape[1]} channels, thus {offset_groups} offset groups; "
-            f"they must divide input's {channels} channels"
+            f"they must divide input's {channels} channels{unsplit_hint(offset.shape[1], taps, axes)}"
         )
-    _check_map("offset", offset, [batch, offset.shape[1], *out_size])
     if mask is not None:
         if mask.shape[1] != offset_groups * taps:
             raise ValueError(
                 f"mask has {mask.shape[1]} channels; a {times(kernel_size)} kernel with {offset_groups} offset groups "
                 f"needs {offset_groups * taps} = {offset_groups} groups x {taps} taps"
             )
-        _check_map("mask", mask, [batch, mask.shape[1], *out_size])
+    for name, value in (("offset", offset), ("mask", mask)):
+        if value is not None:
+            if value.shape[0] != batch:
+                raise ValueError(f"{name} has batch size {value.shape[0]}; input has {batch}")
+            check_output_size(name, value.shape[2:], out_size, size, kernel_size, stride, padding, dilation)
     return [batch, out_channels, *out_size]
-
-
-def _check_map(name: str, value: Tensor, expected: list[int]) -> None:
-    if value.shape[0] != expected[0]:
-        raise ValueError(f"{name} has batch size {value.shape[0]}; input has {expected[0]}")
-    if list(value.shape[2:]) != expected[2:]:
-        raise ValueError(f"{name} has spatial size {times(value.shape[2:])}; the output has {times(expected[2:])}")
 
 
 _operator = define(

@@ -11,7 +11,7 @@ from .. import _script
 from .._library import define
 from .._script import scripts_as
 from .._shape import check_alike, check_floating, check_offset_dtype, compute_dtype, ntuple, times
-from .._torch import wrapped
+from .._suspect import readable, warn_of_gradient, warn_of_inverted_rois
 from . import reference
 
 
@@ -45,7 +45,7 @@ def deform_roi_pool(
         rois: ``[R, 1 + 2N]``: the index of the image in the batch, then the corners, **x first**: ``x1, x2`` of a
             segment, ``x1, y1, x2, y2`` of a box, ``x1, y1, z1, x2, y2, z2`` of a cuboid; x is along the last axis of
             ``input``. In units of ``1 / spatial_scale`` pixels: 0 is the outer edge of the first pixel. float64 where
-            input is, else float32, also beside a half input. It has no gradient.
+            input is, else float32, also beside a half input. It gets no gradient; a warning says so if it asks for one.
         offset: ``[R, N, *output_size]`` or None, **x first** too, in units of ``gamma`` times the RoI's length along
             that axis. Any floating dtype (float64 with a float64 input and only then).
         output_size: number of bins along each axis of ``input``, one int for all or N ints.
@@ -58,7 +58,8 @@ def deform_roi_pool(
         ``[R, C, *output_size]`` in the dtype of ``input``; sums are kept in float32, or float64.
 
         An empty or inverted RoI (``high <= low`` on an axis) has no samples with ``sampling_ratio=0`` and pools to 0;
-        with a fixed ratio an empty one is sampled at its point and an inverted one backwards. A NaN offset gives NaN in
+        with a fixed ratio an empty one is sampled at its point and an inverted one backwards. On a CPU a warning names
+        the first inverted RoI, which usually is a box given as centre and size. A NaN offset gives NaN in
         its bin and in its own gradient, a NaN corner in the whole RoI. An infinite corner leaves points at infinity,
         which count 0, or undefined, which are NaN; the gradient of its offsets is NaN. With ``sampling_ratio=0`` a RoI
         whose length is not finite has one sample in a bin.
@@ -82,8 +83,10 @@ def deform_roi_pool(
     sizes = ntuple(output_size, axes, "output_size", 1)
     args = (input, rois, offset, sizes, spatial_scale, sampling_ratio, gamma)
     _check(*args)
-    if _readable(rois):
+    warn_of_gradient("rois", rois)
+    if readable(rois):
         _check_batch_index(rois, input.shape[0])
+    warn_of_inverted_rois(rois)
     return _operator(*args)
 
 
@@ -109,11 +112,12 @@ def _check(
     """Check every argument; return the output's shape."""
     axes = _check_input(input)
     check_alike("rois", rois, "input", input, dtype=False)
-    if rois.dtype != compute_dtype(input.dtype):
-        raise TypeError(
-            f"rois has dtype {rois.dtype}; with an input of {input.dtype} it must be {compute_dtype(input.dtype)}: "
-            "batch indices and corners do not survive half precision"
-        )
+    expected = compute_dtype(input.dtype)
+    if rois.dtype != expected:
+        reason = f"convert it with rois.to({expected})"
+        if rois.dtype in (torch.float16, torch.bfloat16):
+            reason = "half precision cannot represent batch indices and corners accurately"
+        raise TypeError(f"rois has dtype {rois.dtype}; with an input of {input.dtype} it must be {expected}: {reason}")
     if rois.dim() != 2 or rois.shape[1] != 1 + 2 * axes:
         raise ValueError(
             f"rois has shape {list(rois.shape)}; with {axes} spatial axes it must be [R, {1 + 2 * axes}]: "
@@ -148,13 +152,6 @@ def _check_number(
         raise TypeError(f"{name} is {value!r}; it must be {expected}")
     if not above < value < inf:
         raise ValueError(f"{name} is {value!r}; it must be {expected}")
-
-
-def _readable(rois: Tensor) -> bool:
-    """Whether the values are at hand: not on another device, and not only traced or transformed."""
-    return (
-        not torch.compiler.is_compiling() and rois.device.type == "cpu" and type(rois) is Tensor and not wrapped(rois)
-    )
 
 
 def _check_batch_index(rois: Tensor, batch: int) -> None:

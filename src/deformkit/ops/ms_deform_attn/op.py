@@ -10,6 +10,7 @@ from .. import _script
 from .._library import define
 from .._script import scripts_as
 from .._shape import check_alike, check_floating, check_tensor, code_of, name_of, prod, times
+from .._suspect import warn_of_location_units
 from . import reference
 
 Mode = Literal["linear", "nearest"]
@@ -93,6 +94,7 @@ def ms_deform_attn(
     flat_sizes = [length for size in sizes for length in size]
     args = (value, flat_sizes, sampling_locations, attention_weights, points, code_of("mode", mode))
     _check(*args)
+    warn_of_location_units(sampling_locations)
     return _operator(*args)
 
 
