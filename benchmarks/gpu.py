@@ -27,11 +27,11 @@ import triton
 from gpu_cases import DTYPES, Workload, workloads
 from gpu_clock import Clock, CudaClock
 from gpu_rivals import ABSENT, COMPILED, OURS, adapters
-from measure import error, tolerance
-from rivals import Call, Unfit, reference
 from triton.runtime import driver
 
 from deformkit import __version__
+from deformkit._testing.gate import error, tolerance
+from deformkit._testing.rivals import Call, Unfit, reference
 
 PASSES = ("forward", "forward + backward")
 RED_ROWS = 2**20

@@ -6,11 +6,12 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
-from measure import PASSES, timed, tolerance
 from torch import Tensor, nn
 from zoo import build, inputs
 
 import deformkit
+from deformkit._testing.gate import tolerance
+from deformkit.bench import PASSES, timed
 
 HOST, OURS = "transformers", "deformkit"
 SIZE, TINY = 384, 96
