@@ -5,8 +5,9 @@ from typing import Any
 
 import torch
 
+from deformkit._testing import half_of_digits
 from deformkit._testing.cases import about
-from deformkit._testing.gate import cotangent, error, tolerance, truth
+from deformkit._testing.gate import cotangent, error, truth
 from deformkit._testing.rivals import ours
 from deformkit.bench import PASSES, timed
 
@@ -20,7 +21,7 @@ def half_rows(cases: Iterable[Any], seconds: float) -> Iterator[dict[str, Any]]:
             call, name = ours(case, arguments), str(dtype).removeprefix("torch.")
             worst = error(call, truth(case, arguments, torch.float32), cotangent(case, arguments))
             notes[name] = {"error": worst}
-            if worst <= tolerance(dtype):
+            if worst <= half_of_digits(dtype):
                 calls[name] = call
             else:
                 notes[name]["skipped"] = f"wrong: error {worst:.2g}"

@@ -18,8 +18,9 @@ from torch import Tensor
 
 from . import __version__, _kernels
 from ._environment import processor
+from ._testing import half_of_digits
 from ._testing.cases import ROOMS, about
-from ._testing.gate import cotangent, error, tolerance, truth
+from ._testing.gate import cotangent, error, truth
 from ._testing.rivals import ABSENT, DEFINITION, EVERYONE, OURS, PACKAGES, PLAIN, Call, Unfit, rivals
 from ._testing.timing import alternate as alternate
 
@@ -102,7 +103,7 @@ def gated(
             notes[name] = {"skipped": f"failed: {type(failure).__name__}"}
             print(f"{case.name}: {name} failed: {failure}", file=sys.stderr)
             continue
-        if not notes[name].get("error", 0.0) <= tolerance(dtype):
+        if not notes[name].get("error", 0.0) <= half_of_digits(dtype):
             notes[name]["skipped"] = f"wrong: error {notes[name]['error']:.2g}"
             continue
         calls[name] = call

@@ -26,8 +26,3 @@ def error(call: Call, expected: dict[str, Tensor], weights: Tensor) -> float:
     found = call.evaluate(weights)
     scales = {name: e.abs().max().clamp(min=torch.finfo(e.dtype).tiny) for name, e in expected.items()}
     return max(((found[name].to(e.dtype) - e).abs().max() / scales[name]).item() for name, e in expected.items())
-
-
-def tolerance(dtype: torch.dtype) -> float:
-    """The largest error of a right result: half of the digits of the dtype."""
-    return torch.finfo(dtype).eps ** 0.5

@@ -1,8 +1,8 @@
-"""When two results agree: the one rule for every operator, dtype and test.
+"""The one rule for every operator, dtype and test of when two results agree.
 
-The truth is computed in float64. A result passes if its error is at most twice that of the reference run in the
-result's dtype, plus a floor: what rounding alone may cost, relative to the largest value. Two implementations that
-both round can differ by luck; one that computes something else, or in less precision, cannot hide under that.
+The truth is computed in float64. A result passes if its error is at most twice the error of the reference in the dtype
+of the result, plus a floor: an error that rounding alone can cause, relative to the largest value. This allows for two
+implementations that round differently, and not for one that computes something else or in lower precision.
 """
 
 from dataclasses import dataclass
@@ -13,26 +13,26 @@ from torch import Tensor
 
 FLOOR = {torch.float64: 2e-13, torch.float32: 4e-6, torch.float16: 2e-3, torch.bfloat16: 1.6e-2}
 
-# Where the truth is smaller than this, terms of order one have cancelled, and rounding goes by the terms.
+# If the truth is smaller than this, terms of order one have cancelled, and rounding depends on these terms.
 LEAST = 1e-3
 
 
 @dataclass(frozen=True)
 class Comparison:
-    """How far a result is from the truth, and what the rule says of it."""
+    """The error of a result, and whether it passes."""
 
     error: float
     """The largest error of an element that is finite in the truth."""
     scale: float
     """The largest finite value of the truth, but at least :data:`LEAST`."""
     problem: str | None
-    """Why the result does not pass, in words."""
+    """Why the result does not pass; None if it does."""
 
 
 def compare(actual: Tensor, truth: Tensor, reference: Tensor | None = None, name: str = "result") -> Comparison:
-    """Judge ``actual`` by the truth in float64 and by ``reference``, computed in the dtype of ``actual``.
+    """Compare ``actual`` with the truth in float64, and its error with that of ``reference`` in the same dtype.
 
-    NaN and infinities have to be where they are in ``truth``. Without a reference there is the floor alone.
+    NaN and infinities must be in the same places as in ``truth``. Without a reference, the floor alone is allowed.
     """
     finite = truth[truth.isfinite()]
     scale = max(finite.abs().max().item() if finite.numel() else 0.0, LEAST)
@@ -54,6 +54,11 @@ def compare(actual: Tensor, truth: Tensor, reference: Tensor | None = None, name
     return Comparison(error, scale, problem)
 
 
+def half_of_digits(dtype: torch.dtype) -> float:
+    """The relative error up to which a result is right where the reference has not been run in its dtype."""
+    return torch.finfo(dtype).eps ** 0.5 if dtype.is_floating_point else 0.0
+
+
 def assert_close(actual: Tensor, truth: Tensor, reference: Tensor | None = None, name: str = "result") -> None:
     """Fail unless ``actual`` passes :func:`compare`."""
     problem = compare(actual, truth, reference, name).problem
@@ -68,7 +73,7 @@ def assert_equal(actual: Tensor, expected: Tensor, name: str = "result") -> None
 
 
 def _misfit(actual: Tensor, truth: Tensor, name: str) -> str | None:
-    """What makes a comparison of numbers meaningless."""
+    """Why the numbers cannot be compared; None if they can."""
     assert truth.dtype == torch.float64, "the truth is computed in float64"
     if actual.shape != truth.shape:
         return f"{name} has shape {list(actual.shape)} instead of {list(truth.shape)}"

@@ -34,7 +34,7 @@ def dcnv3_state_dict(
         A new dictionary with all entries of ``published``.
 
     Raises:
-        ValueError: an entry that is missing or has the wrong size, by name.
+        ValueError: an entry is missing or has the wrong size; the message names it.
 
     Example:
         >>> import torch
@@ -76,7 +76,7 @@ def dcnv4_state_dict(
         A new dictionary with all entries of ``published``.
 
     Raises:
-        ValueError: an entry that is missing or has the wrong size, by name.
+        ValueError: an entry is missing or has the wrong size; the message names it.
 
     Example:
         >>> from deformkit.nn import DCNv4

@@ -1,16 +1,16 @@
-"""Constructors and methods that public layers inherit, under the names of these layers."""
+"""Gives public layers the constructors and methods that they inherit under their own names, and hints for arguments."""
 
 from collections.abc import Callable
 from functools import wraps
 from types import FunctionType
 from typing import Any
 
-# What other libraries call arguments of these layers.
+# The names that other libraries use, and ours.
 _NAMES_ELSEWHERE = {"deform_groups": "offset_groups", "deformable_groups": "offset_groups"}
 
 
 def of_class(cls: type, name: str) -> Any:
-    """The method ``name`` that ``cls`` inherits, as a function of its own under the name of ``cls``."""
+    """A copy of the method ``name`` that ``cls`` inherits, with the name of ``cls`` in its error messages."""
     method: Any = getattr(cls, name)
     function = FunctionType(method.__code__, method.__globals__, name, method.__defaults__, method.__closure__)
     function.__kwdefaults__, function.__doc__ = method.__kwdefaults__, method.__doc__
@@ -20,7 +20,7 @@ def of_class(cls: type, name: str) -> Any:
 
 
 def with_hints(init: Callable[..., None], layer: str) -> Callable[..., None]:
-    """``init``, which says what an argument is called here if it gets the name that other libraries give it."""
+    """``init`` with a helpful error for an argument under the name that other libraries give it."""
 
     @wraps(init)
     def with_hints(self: Any, *args: Any, **kwargs: Any) -> None:

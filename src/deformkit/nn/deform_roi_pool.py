@@ -30,7 +30,7 @@ class DeformRoIPool(nn.Module):
 
     Raises:
         TypeError: an argument has the wrong type or dtype.
-        ValueError: a value, a shape or a batch index that does not fit, by name.
+        ValueError: a value, a shape or a batch index does not fit; the message names the argument.
 
     Example:
         >>> layer = DeformRoIPool(7, spatial_scale=1 / 16)
@@ -102,15 +102,15 @@ class PackedDeformRoIPool(DeformRoIPool):
         output_channels: C, channels of the input and of the output.
         deform_fc_channels: width of the fully connected layers.
         modulated: multiply each bin by a predicted mask between 0 and 1.
-        device: where the parameters are.
-        dtype: of the parameters.
+        device: the device of the parameters.
+        dtype: the dtype of the parameters.
 
     Shapes of ``forward(input, rois)``:
         ``input [B, C, *S]``; ``rois [R, 1 + 2N]`` as in :class:`DeformRoIPool`; output ``[R, C, *output_size]``.
 
     Raises:
         TypeError: an argument has the wrong type or dtype.
-        ValueError: a value, a shape or a batch index that does not fit, by name.
+        ValueError: a value, a shape or a batch index does not fit; the message names the argument.
 
     Example:
         >>> layer = PackedDeformRoIPool(7, 8, spatial_scale=1 / 16, modulated=True)

@@ -82,8 +82,8 @@ class MSDeformAttn(nn.Module):
         n_heads: H; it divides ``d_model``.
         n_points: P, points of one head on one level; or a list with one number for each level.
         spatial_dims: N, axes of a level: 1, 2 or 3.
-        device: where the parameters are.
-        dtype: of the parameters.
+        device: the device of the parameters.
+        dtype: the dtype of the parameters.
 
     Shapes of ``forward(query, reference_points, input_flatten, input_spatial_shapes, input_level_start_index=None,
     input_padding_mask=None)``, all coordinates **x first**, normalised to 0 .. 1 over the levels:
@@ -102,7 +102,7 @@ class MSDeformAttn(nn.Module):
 
     Raises:
         TypeError: an argument has the wrong type or dtype.
-        ValueError: a value or a shape that does not fit, by name.
+        ValueError: a value or a shape does not fit; the message names the argument.
 
     Example:
         >>> layer = MSDeformAttn(64, n_levels=2, n_heads=4)
@@ -199,7 +199,7 @@ class MSDeformAttn(nn.Module):
 
         Raises:
             TypeError: an argument has the wrong type or dtype.
-            ValueError: a shape that does not fit, by name.
+            ValueError: a shape does not fit; the message names the argument.
 
         Example:
             >>> layer = MSDeformAttn(64, n_levels=2, n_heads=4)

@@ -11,7 +11,8 @@ from ._torch import has_storage
 
 Boundary = Literal["zeros", "border"]
 
-# The operators take the index of a name: each string that passes torch's stable ABI allocates memory that nobody frees.
+# The operators take the index of a name, because a string that passes torch's stable ABI allocates memory that is never
+# freed.
 CHOICES = {"boundary": ("zeros", "border"), "mode": ("linear", "nearest")}
 
 FLOATING = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
@@ -23,7 +24,7 @@ def ntuple(value: int | Sequence[int], axes: int, name: str, least: int) -> list
         values = [value] * axes
     else:
         try:
-            # The compiler knows the type of an int that it keeps symbolic, but not its __index__.
+            # The compiler knows the type of a symbolic int, but not its __index__.
             values = [v if type(v) is int else int(v.__index__()) for v in value]  # type: ignore[union-attr]
         except (TypeError, AttributeError):
             raise TypeError(f"{name} is {value!r}; it must be an int or a sequence of {axes} ints") from None
@@ -57,7 +58,7 @@ def times(size: Sequence[int]) -> str:
 
 
 def unsplit_hint(channels: int, taps: int, axes: int) -> str:
-    """What to add to the message about an offset of ``channels`` that seems to hold a mask as well, else nothing."""
+    """The end of a message about an offset of ``channels`` that seems to contain a mask as well; else empty."""
     groups, rest = divmod(channels, taps * (axes + 1))
     if rest or groups < 1:
         return ""
@@ -109,20 +110,20 @@ def check_count(name: str, value: Any, least: int = 1) -> None:
 
 
 def check_choice(name: str, value: object, choices: Sequence[str], more: str = "") -> None:
-    """Raise a ValueError unless ``value`` is one of ``choices``, or what ``more`` says."""
+    """Raise a ValueError unless ``value`` is one of ``choices``; ``more`` names what else is allowed."""
     if value not in choices:
         raise ValueError(f"{name} is {value!r}; it must be one of {', '.join(map(repr, choices))}{more}")
 
 
 def check_floating(name: str, value: Any) -> None:
-    """Raise unless ``value`` is a tensor of a dtype that the operators take."""
+    """Raise unless ``value`` is a tensor of a dtype that the operators support."""
     check_tensor(name, value)
     if value.dtype not in FLOATING:
         raise TypeError(f"{name} has dtype {value.dtype}; it must be float16, bfloat16, float32 or float64")
 
 
 def check_alike(name: str, value: Any, leader_name: str, leader: Tensor, dtype: bool = True) -> None:
-    """Raise unless ``value`` is a tensor on the device of ``leader`` and, but under autocast, of its dtype."""
+    """Raise unless ``value`` is a tensor on the device of ``leader`` and, except under autocast, of its dtype."""
     check_tensor(name, value)
     if value.device != leader.device:
         raise ValueError(f"{name} is on {value.device}; it must be on {leader.device}, as {leader_name} is")
@@ -131,14 +132,14 @@ def check_alike(name: str, value: Any, leader_name: str, leader: Tensor, dtype: 
 
 
 def _autocast(value: Tensor) -> bool:
-    """Whether autocast is about to change the dtype of ``value``: it leaves float64 alone."""
+    """Whether autocast is about to change the dtype of ``value``; it leaves float64 alone."""
     kind = value.device.type
     castable = value.dtype in FLOATING and value.dtype != torch.float64
     return castable and torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind)
 
 
 def check_stored(name: str, value: Tensor | None) -> None:
-    """Raise a ValueError if the memory of ``value`` was freed, as sharding and offloading do with its storage."""
+    """Raise a ValueError if the storage of ``value`` was freed, as sharding and offloading do."""
     if value is not None and value.numel() and has_storage(value):
         last = value.storage_offset() + sum((s - 1) * step for s, step in zip(value.shape, value.stride(), strict=True))
         found, needed = value.untyped_storage().nbytes(), (last + 1) * value.element_size()
@@ -147,7 +148,7 @@ def check_stored(name: str, value: Tensor | None) -> None:
 
 
 def check_offset_dtype(offset: Tensor, beside: str, dtype: torch.dtype) -> None:
-    """Raise unless coordinates in the dtype of ``offset`` go with ``beside`` (such as ``"an input"``) of ``dtype``."""
+    """Raise unless offsets of this dtype are supported with ``beside`` (such as ``"an input"``) of ``dtype``."""
     if offset.dtype not in FLOATING or (offset.dtype == torch.float64) != (dtype == torch.float64):
         expected = "torch.float64" if dtype == torch.float64 else "torch.float32 or a half dtype"
         raise TypeError(f"offset has dtype {offset.dtype}; with {beside} of {dtype} it must be {expected}")
@@ -177,7 +178,7 @@ def checked_output_size(
     padding: Sequence[int],
     dilation: Sequence[int],
 ) -> list[int]:
-    """:func:`conv_output_size` for the field ``name``; a ValueError if that, or the field, is empty."""
+    """:func:`conv_output_size` for the field ``name``; a ValueError if the output or the field is empty."""
     for what, values, least in (
         ("kernel_size", kernel_size, 1),
         ("stride", stride, 1),
@@ -199,7 +200,7 @@ def checked_output_size(
 
 
 def compute_dtype(dtype: torch.dtype) -> torch.dtype:
-    """Dtype in which coordinates and sums are kept: float64 for float64, float32 for everything else."""
+    """The dtype of coordinates and sums: float64 for float64, float32 for all other dtypes."""
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 

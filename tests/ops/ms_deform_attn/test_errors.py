@@ -190,7 +190,7 @@ WRONG: dict[str, tuple[dict[str, Any], type[Exception], str]] = {
     "num_points and a level axis": (
         {"num_points": [4, 4]},
         ValueError,
-        "num_points is [4, 4]; it must be left out beside sampling_locations [B, Q, H, L, P, N]",
+        "num_points is [4, 4]; it must be None with sampling_locations [B, Q, H, L, P, N]",
     ),
     "no num_points": (
         {**FLAT, "num_points": None},
