@@ -9,8 +9,7 @@ case.
 import sys
 
 if sys.version_info < (3, 10):  # noqa: UP036 -- pip runs this file before it reads requires-python
-    sys.exit("deformkit needs Python 3.10 or newer; %s is Python %d.%d." % (sys.executable, *sys.version_info[:2]))  #
-    noqa: UP031
+    sys.exit("deformkit needs Python 3.10 or newer; %s is Python %d.%d." % (sys.executable, *sys.version_info[:2]))  # noqa: UP031
 
 import hashlib
 import importlib.util

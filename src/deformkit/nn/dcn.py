@@ -312,8 +312,8 @@ class DCNv4(_DCN):
         output_bias: whether ``output_proj`` has a bias.
         without_pointwise: whether to leave out ``value_proj`` and ``output_proj``.
 
-    Shapes: ``input [N, *S, C]``, output ``[N, *out, C]``; or flat, ``input [N, L, C]`` with ``forward(input, shape=S)``,
-    output ``[N, Lout, C]``.
+    Shapes: ``input [N, *S, C]``, output ``[N, *out, C]``; or flat, ``input [N, L, C]`` with
+    ``forward(input, shape=S)``, output ``[N, Lout, C]``.
 
     Raises:
         TypeError: an argument has the wrong type or dtype.
@@ -380,7 +380,7 @@ class DCNv4(_DCN):
         return used[..., :offsets].unflatten(-1, (self._taps, self.spatial_dims)), used[..., offsets:]
 
     def forward(self, input: Tensor, shape: Sequence[int] | None = None) -> Tensor:
-        """Compute the output ``[N, *out, C]`` for an input ``[N, *S, C]``, or flat for a flat input with ``shape`` S."""
+        """Compute ``[N, *out, C]`` from ``[N, *S, C]``, or a flat output from a flat input with ``shape`` S."""
         check_tensor("input", input)
         size = None if shape is None else ntuple(shape, self.spatial_dims, "shape", 1)
         if input.dim() == 3 and self.spatial_dims > 1:

@@ -350,7 +350,7 @@ class _PackedDeformConv(_DeformConv):
 
 
 class PackedDeformConv1d(_PackedDeformConv):
-    """Deformable convolution of a sequence that predicts its offsets; :class:`PackedDeformConv2d` with one spatial axis.
+    """Deformable convolution of a sequence with predicted offsets; :class:`PackedDeformConv2d` with one spatial axis.
 
     Shapes: ``input [B, C, L]``, output ``[B, Cout, Lout]``.
 
@@ -400,7 +400,7 @@ class PackedDeformConv2d(_PackedDeformConv):
 
 
 class PackedDeformConv3d(_PackedDeformConv):
-    """Deformable convolution of a volume that predicts its offsets; :class:`PackedDeformConv2d` with three spatial axes.
+    """Deformable convolution of a volume with predicted offsets; :class:`PackedDeformConv2d` with three spatial axes.
 
     Shapes: ``input [B, C, D, H, W]``, output ``[B, Cout, Dout, Hout, Wout]``.
 
