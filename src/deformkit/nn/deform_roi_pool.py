@@ -18,10 +18,12 @@ class DeformRoIPool(nn.Module):
     ``p = start + gamma * length * offset[r, bin] + (bin + (i + 1/2) / n) * length / output_size``
 
     Args:
-        output_size: number of bins along each axis of the input, one int for all axes or N ints. spatial_scale: number
-        of pixels of the input in one unit of the RoIs, such as 1/16. sampling_ratio: n, the number of samples in a bin
-        along each axis; 0: the length of the bin in pixels, rounded up. gamma: distance by which an offset of 1 moves a
-        bin, relative to the length of its RoI. spatial_dims: N, the number of axes of a RoI: 1, 2 or 3.
+        output_size: number of bins along each axis of the input, one int for all axes or N ints.
+        spatial_scale: number of pixels of the input in one unit of the RoIs, such as 1/16.
+        sampling_ratio: n, the number of samples in a bin along each axis; 0: the length of the bin in pixels, rounded
+            up.
+        gamma: distance by which an offset of 1 moves a bin, relative to the length of its RoI.
+        spatial_dims: N, the number of axes of a RoI: 1, 2 or 3.
 
     Shapes of ``forward(input, rois, offset=None)``:
         ``input [B, C, *S]``; ``rois [R, 1 + 2N]``: the index of the image, then the corners, **x first**, float32
