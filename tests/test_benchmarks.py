@@ -58,7 +58,7 @@ def test_tables_are_those_of_the_results() -> None:
     assert done.returncode == 0, done.stderr
 
 
-def test_targets_are_of_cases_that_there_are() -> None:
+def test_targets_refer_to_existing_cases() -> None:
     program = """
 import targets
 from deformkit._testing import rivals

@@ -102,7 +102,7 @@ def test_a_wrong_or_failing_implementation_is_not_timed(monkeypatch: pytest.Monk
 
 
 @pytest.mark.parametrize("name", ["2d", "2d-v1"])
-def test_mmcv_is_called_as_it_asks_to_be(monkeypatch: pytest.MonkeyPatch, name: str) -> None:
+def test_mmcv_is_called_with_its_own_signature(monkeypatch: pytest.MonkeyPatch, name: str) -> None:
     """With our functions of its names and signatures in its place, as mmcv builds for few environments."""
     from deformkit.compat import mmcv
 
@@ -177,7 +177,7 @@ def test_demo_without_its_extra(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.parametrize("missing", ["typer", "rich"])
-def test_without_the_extra_one_line_is_said(
+def test_a_missing_extra_is_one_line(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], missing: str
 ) -> None:
     for name in [name for name in sys.modules if name.split(".")[0] == missing]:

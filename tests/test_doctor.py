@@ -45,7 +45,7 @@ def test_the_report_fits_a_terminal() -> None:
     assert not wide
 
 
-def test_the_cure_is_in_the_verdict_where_there_are_no_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_verdict_says_how_to_compile_missing_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(doctor._kernels, "selection", _kernels.Selection("AVX2"))
     head, verdict = doctor._verdict(0, 7)
     assert head == "all 7 checks passed, but slow"
@@ -73,14 +73,14 @@ def test_a_kernel_that_raises_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
     assert "RuntimeError: an illegal instruction" in " ".join(diagnosis.text.split())
 
 
-def test_which_kernel_answers() -> None:
+def test_which_kernel_is_used() -> None:
     expected = f"C++ {_kernels.selection.isa}" if _kernels.selection.isa else "reference"
     for name in operators:
         assert doctor.kernel(name, "cpu") == expected
         assert doctor.kernel(name, "meta") == "reference"
 
 
-def test_what_a_gpu_would_lack_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_report_names_what_a_gpu_would_need(monkeypatch: pytest.MonkeyPatch) -> None:
     reasons = "\n".join(doctor._reasons())
     assert ("sees no device" in reasons) != torch.cuda.is_available()
     assert ("Triton: not installed" in reasons) != bool(find_spec("triton"))
@@ -92,7 +92,7 @@ def test_what_a_gpu_would_lack_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.skipif(not find_spec("triton"), reason="needs Triton")
-def test_triton_answers_on_a_gpu() -> None:
+def test_triton_kernels_are_used_on_a_gpu() -> None:
     for name in operators:
         assert doctor.kernel(name, "cuda") == "Triton"
 

@@ -179,7 +179,7 @@ def said(function: Callable[..., Any], inputs: Any) -> str:
     return " ".join(dk.verify(function, function, inputs).notes)
 
 
-def test_says_how_many_points_lie_at_minus_one() -> None:
+def test_notes_count_points_at_minus_one() -> None:
     # The first tap of a padded layer without offsets reads at -1 in the first row and column.
     made = dk.nn.PackedDeformConv2d(2, 3, 3, padding=1)
     assert "16 of 36 points lie exactly at -1" not in said(layer(), torch.randn(1, 2, 2, 2))
@@ -207,7 +207,7 @@ ATTENTION = torch.randn(1, 30, 1, 4), torch.rand(1, 1, 1, 1, 2)
 
 
 @pytest.mark.parametrize("half", [torch.float16, torch.bfloat16], ids=["float16", "bfloat16"])
-def test_says_what_half_precision_does(half: torch.dtype) -> None:
+def test_notes_explain_half_precision(half: torch.dtype) -> None:
     text = said(layer().to(half), torch.randn(1, 2, 5, 6).to(half))
     assert f"In {str(half).removeprefix('torch.')} deformkit accumulates in float32" in text
     assert "rounded to half precision" in text

@@ -130,7 +130,7 @@ def test_a_new_packed_layer_is_the_plain_convolution(axes: int, window: dict[str
     assert_close(layer(input), plain.double()(input.double()))
 
 
-def test_packed_takes_a_plain_state_dict(axes: int) -> None:
+def test_packed_layer_loads_a_plain_state_dict(axes: int) -> None:
     plain, layer = PLAIN[axes](4, 8, 3), PACKED[axes](4, 8, 3, modulated=True)
     result = layer.load_state_dict(plain.state_dict(), strict=False)
     assert result.missing_keys == ["offset_head.weight", "offset_head.bias"] and not result.unexpected_keys
@@ -241,7 +241,7 @@ def test_copies(axes: int) -> None:
         assert repr(other) == repr(layer)
 
 
-def test_repr_says_what_is_not_the_default() -> None:
+def test_repr_shows_arguments_that_are_not_defaults() -> None:
     assert repr(dk.nn.DeformConv2d(4, 8, 3)) == "DeformConv2d(4, 8, kernel_size=(3, 3), stride=(1, 1))"
     layer = dk.nn.PackedDeformConv1d(4, 8, 3, 1, "same", bias=False, modulated=True, offset_groups=2, boundary="border")
     for part in ("padding=same", "bias=False", "offset_groups=2", "boundary=border", "modulated=True", "(offset_head)"):
@@ -390,7 +390,7 @@ def test_wrong_forward() -> None:
 
 
 @pytest.mark.parametrize("unsplit", [27, 54])
-def test_an_unsplit_offset_is_told_apart(unsplit: int) -> None:
+def test_an_unsplit_offset_is_recognised(unsplit: int) -> None:
     layer = dk.nn.DeformConv2d(6, 8, 3, padding=1, offset_groups=unsplit // 27)
     with pytest.raises(ValueError, match=rf"{unsplit} = .* x 9 taps x \(2 coordinates \+ 1 mask\)"):
         layer(torch.randn(2, 6, 5, 6), torch.zeros(2, unsplit, 5, 6))

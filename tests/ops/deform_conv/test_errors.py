@@ -119,7 +119,7 @@ def test_a_wrong_argument_is_named(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", [name for name in WRONG if name != "boundary"])
-def test_the_bare_operator_raises_too(name: str) -> None:
+def test_the_bare_operator_raises_an_error_too(name: str) -> None:
     """torch.ops.deformkit called with what the public function would refuse: an error, never memory out of bounds."""
     change, _, _ = WRONG[name]
     named = {**CASE.arguments(), **change}
@@ -168,7 +168,7 @@ def test_the_wrong_number_of_axes(dimensions: tuple[int, int]) -> None:
         function(**named)
 
 
-def test_fake_tensors_are_checked_as_well() -> None:
+def test_fake_tensors_are_checked_too() -> None:
     """What would fail at run time fails while a graph is traced."""
     named = {name: v.to("meta") if isinstance(v, Tensor) else v for name, v in CASE.arguments().items()}
     named["offset"] = no(2, 24, 7, 9, device="meta")
@@ -184,7 +184,7 @@ def test_steps_in_every_form() -> None:
         assert torch.equal(dk.deform_conv2d(**named), expected)
 
 
-def test_an_offset_that_holds_a_mask_too_is_told_apart() -> None:
+def test_an_offset_that_contains_a_mask_is_recognised() -> None:
     input, weight = torch.randn(1, 8, 5, 5), torch.randn(4, 8, 3, 3)
     for channels, groups in ((27, "1 group"), (81, "3 groups")):
         split = f"{channels} = {groups} x 9 taps x (2 coordinates + 1 mask): .* mask [:, {channels // 27 * 18}:]"

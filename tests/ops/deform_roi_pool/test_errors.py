@@ -146,7 +146,7 @@ def test_a_wrong_argument_is_named(name: str) -> None:
 
 @needs_kernel("deform_roi_pool")
 @pytest.mark.parametrize("name", WRONG)
-def test_the_bare_operator_raises_too(name: str) -> None:
+def test_the_bare_operator_raises_an_error_too(name: str) -> None:
     """torch.ops.deformkit called with what the public function would refuse: an error, never memory out of bounds."""
     change, _, _ = WRONG[name]
     named = {**CASE.arguments(), **change}
@@ -210,7 +210,7 @@ def test_inverted_rois_warn_once() -> None:
     assert warning.filename == __file__
 
 
-def test_fake_tensors_are_checked_as_well() -> None:
+def test_fake_tensors_are_checked_too() -> None:
     """What would fail at run time fails while a graph is traced."""
     named = {name: v.to("meta") if isinstance(v, Tensor) else v for name, v in CASE.arguments().items()}
     named["offset"] = no(4, 2, 2, 3, device="meta")

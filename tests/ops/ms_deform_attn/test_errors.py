@@ -234,7 +234,7 @@ def test_a_wrong_argument_is_named(name: str) -> None:
         dk.ms_deform_attn(**sound(**change))
 
 
-def test_what_is_changed_above_is_sound() -> None:
+def test_the_unchanged_call_is_valid() -> None:
     assert dk.ms_deform_attn(**sound()).shape == dk.ms_deform_attn(**sound(**FLAT)).shape == (2, 5, 24)
 
 
@@ -288,7 +288,7 @@ def test_fake_tensors_are_checked(name: str) -> None:
 
 @needs_kernel("ms_deform_attn")
 @pytest.mark.parametrize("name", BARE)
-def test_the_bare_operator_raises_too(name: str) -> None:
+def test_the_bare_operator_raises_an_error_too(name: str) -> None:
     """torch.ops.deformkit called with what the public function would refuse: an error, never memory out of bounds."""
     args = bare(**BARE[name])
     with pytest.raises((RuntimeError, ValueError, TypeError, NotImplementedError)):
