@@ -47,8 +47,8 @@ def _reproducible() -> Iterator[None]:
     random.seed(0)
     torch.manual_seed(0)
     _suspect.given.clear()
-    # Many tests sample far outside on purpose.
-    _suspect.looks_left = 0
+    # Many tests sample far outside, and from inverted RoIs, on purpose.
+    _suspect.looks_left.update(rois=0, locations=0)
     threads = torch.get_num_threads()
     torch.use_deterministic_algorithms(True)
     assert torch.utils.deterministic.fill_uninitialized_memory

@@ -1,7 +1,7 @@
 """Warnings about arguments that are legal and nearly always a mistake.
 
-They are told from values, so only where reading them is cheap: on the CPU, and not while a graph is traced. On a GPU a
-look at the values would wait for the device.
+The values of tensors reveal them. They are read only if this is cheap, on the CPU and outside of tracing: on a GPU it
+would wait for the device.
 """
 
 import warnings
@@ -11,10 +11,10 @@ from torch import Tensor
 
 from ._torch import tracing, wrapped
 
-# A mistake in the units is there from the first call on, and what a training loop repeats need not be looked at again.
-looks_left = 8
+# The number of further calls whose values are checked: such a mistake shows in the first calls, and repeats itself.
+looks_left = {"rois": 64, "locations": 8}
 
-# The warnings that were given: each comes once in a process.
+# The kinds of warnings that were given; each is given once in a process.
 given: set[str] = set()
 
 _QUERIES = 64
@@ -22,16 +22,19 @@ _SEVERAL = 0.35
 
 
 def readable(value: Tensor) -> bool:
-    """Whether the values can be read at no cost: not on another device, and neither traced nor transformed."""
+    """Whether reading the values is cheap: they are on the CPU, and neither traced nor transformed."""
     eager = not torch.compiler.is_compiling() and not tracing()
     return eager and value.device.type == "cpu" and type(value) is Tensor and not wrapped(value)
 
 
 def warn_of_inverted_rois(rois: Tensor) -> None:
     """Warn if a region of ``rois [R, 1 + 2N]`` ends before it begins."""
-    if "inverted" in given or not readable(rois):
+    if not looks_left["rois"] or "inverted" in given or not readable(rois):
         return
+    looks_left["rois"] -= 1
     low, high = rois.detach()[:, 1:].chunk(2, 1)
+    if not (high < low).any():
+        return
     inverted = (high < low) & low.isfinite() & high.isfinite()
     if inverted.any():
         row = int(inverted.any(1).nonzero()[0])
@@ -53,10 +56,9 @@ def warn_of_gradient(name: str, value: Tensor) -> None:
 
 def warn_of_location_units(locations: Tensor) -> None:
     """Warn if the normalised ``locations [B, Q, H, P, N]`` look like pixels, or like grid_sample's -1 to 1."""
-    global looks_left
-    if not looks_left or not locations.numel() or not readable(locations):
+    if not looks_left["locations"] or not locations.numel() or not readable(locations):
         return
-    looks_left -= 1
+    looks_left["locations"] -= 1
     some = locations.detach()[:, :: -(-locations.shape[1] // _QUERIES)]
     far = ((some < -1) | (some > 2)).any(-1)
     if far.double().mean() > 0.5:

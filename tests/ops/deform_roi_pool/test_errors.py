@@ -9,6 +9,7 @@ from rooms import needs_kernel
 from torch import Tensor
 
 import deformkit as dk
+from deformkit.ops import _suspect
 from deformkit.ops._library import operators
 from deformkit.ops.deform_roi_pool.cases import Case
 
@@ -193,7 +194,8 @@ def test_a_batch_index_out_of_range_is_never_read(axes: int, index: float, ratio
         compiled(args[1])
 
 
-def test_inverted_rois_warn_once() -> None:
+def test_inverted_rois_warn_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(_suspect.looks_left, "rois", 9)
     named = CASE.arguments()
     boxes = torch.tensor([[0.0, 2.0, 1.0, 4.0, 3.0], [1.0, 6.0, 5.0, 2.0, 2.0], [0.0, 1.0, 5.0, 3.0, 2.0]])
     empty = torch.tensor([[0.0, 2.0, 1.0, 2.0, 1.0]])

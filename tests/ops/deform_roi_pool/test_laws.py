@@ -3,7 +3,6 @@
 from typing import Any
 
 import hypothesis.strategies as st
-import pytest
 import torch
 from hypothesis import given, settings
 from rooms import double, needs_kernel
@@ -15,7 +14,6 @@ from deformkit._testing import assert_close, assert_equal, evaluate
 from deformkit.ops._library import operators
 from deformkit.ops.deform_roi_pool.cases import Case
 
-inverted = pytest.mark.filterwarnings("ignore:.* RoIs are inverted:UserWarning")
 laws = settings(max_examples=40, deadline=None, derandomize=True, database=None)
 seeds = st.integers(0, 2**31 - 1)
 
@@ -223,7 +221,6 @@ def test_an_offset_of_one_bin_is_the_next_bin(case: Case, seed: int, data: st.Da
     assert_close(moved.narrow(2 + axis, 0, bins), plain.narrow(2 + axis, 1, bins))
 
 
-@inverted
 @laws
 @given(geometries(with_offset=False).filter(lambda case: case.sampling_ratio > 0), seeds, st.data())
 def test_an_inverted_roi_is_sampled_backwards(case: Case, seed: int, data: st.DataObject) -> None:

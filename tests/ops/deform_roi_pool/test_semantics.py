@@ -14,7 +14,6 @@ from deformkit.ops.deform_roi_pool.cases import Case
 
 OURS = [call for call in CALLS if call.operator.name == "deform_roi_pool"]
 every_case = pytest.mark.parametrize("call", OURS, ids=lambda c: c.case.name)
-inverted = pytest.mark.filterwarnings("ignore:.* RoIs are inverted:UserWarning")
 ratios = pytest.mark.parametrize("ratio", [0, 2], ids=["adaptive", "fixed"])
 PLAIN = {
     1: Case("1d", 2, 4, (9,), 4, (3,)),
@@ -127,7 +126,6 @@ def test_an_empty_roi(axes: int) -> None:
     assert not fixed["offset"][0].any()
 
 
-@inverted
 @pytest.mark.parametrize("axis", [0, -1])
 def test_an_inverted_roi_has_no_samples_of_its_own(axes: int, axis: int) -> None:
     """Inverted on one axis alone; with a fixed ratio it is sampled backwards, which the laws test."""
@@ -138,7 +136,6 @@ def test_an_inverted_roi_has_no_samples_of_its_own(axes: int, axis: int) -> None
     assert not found["output"][0].any() and not found["offset"][0].any() and found["output"][1:].any()
 
 
-@inverted
 def test_all_rois_without_samples(axes: int, dtype: torch.dtype) -> None:
     named = {**PLAIN[axes].arguments(dtype), "sampling_ratio": 0}
     named["rois"][:, 1 : 1 + axes], named["rois"][:, 1 + axes :] = 3.0, 2.0
@@ -206,7 +203,6 @@ def test_nan_corner_is_visible_and_local(axes: int, ratio: int, corner: int, wit
         assert_equal(marked["offset"][~rows], clean["offset"][~rows])
 
 
-@inverted
 def test_nan_corner_shows_beside_an_inverted_axis() -> None:
     rois = torch.tensor([[0.0, torch.nan, 4.0, 3.0, 2.0], [0.0, 1.0, 4.0, 3.0, torch.nan]])
     assert dk.deform_roi_pool(torch.ones(1, 1, 6, 6), rois, output_size=2).isnan().all()

@@ -321,7 +321,7 @@ WRONG_UNITS = {
 @pytest.mark.parametrize("units", WRONG_UNITS)
 def test_locations_in_other_units_warn_once(monkeypatch: pytest.MonkeyPatch, units: str) -> None:
     locations, message = WRONG_UNITS[units]
-    monkeypatch.setattr(_suspect, "looks_left", 3)
+    monkeypatch.setitem(_suspect.looks_left, "locations", 3)
     value, weights = torch.randn(2, 600, 2, 3), torch.ones(2, 100, 2, 1, 4)
     dk.ms_deform_attn(value, [(20, 30)], torch.rand_like(locations) * 1.2 - 0.1, weights)
     with pytest.warns(UserWarning, match=message) as caught:
@@ -330,5 +330,5 @@ def test_locations_in_other_units_warn_once(monkeypatch: pytest.MonkeyPatch, uni
     _suspect.given.clear()
     for _ in range(2):
         dk.ms_deform_attn(value, [(20, 30)], torch.rand_like(locations), weights)
-    assert _suspect.looks_left == 0
+    assert _suspect.looks_left["locations"] == 0
     dk.ms_deform_attn(value, [(20, 30)], locations, weights)  # no more is looked at, and nothing said

@@ -59,8 +59,8 @@ def deform_roi_pool(
         ``[R, C, *output_size]`` in the dtype of ``input``, accumulated in float32, or float64 for a float64 input.
 
         With ``sampling_ratio=0`` an empty or inverted RoI (``high <= low`` on an axis) has no samples and pools to 0.
-        With a fixed ratio an empty RoI is sampled at its point, and an inverted one in reverse order. On a CPU a
-        warning names the first inverted RoI, which usually is a box given as centre and size. A NaN offset gives NaN in
+        With a fixed ratio an empty RoI is sampled at its point, and an inverted one in reverse order. On a CPU the
+        first calls warn of an inverted RoI, which usually is a box given as centre and size. A NaN offset gives NaN in
         its bin and in its own gradient; a NaN corner gives NaN in the whole RoI. With an infinite corner, points are at
         infinity and count as 0, or are undefined and NaN; the gradient of the offsets is NaN. With
         ``sampling_ratio=0`` a RoI whose length is not finite has one sample in a bin.
