@@ -9,8 +9,8 @@ from math import prod
 from typing import Any
 
 import torch
-from rooms import operator
 
+from deformkit._testing.cases import operator
 from deformkit.ops._shape import conv_output_size
 
 BYTES = 3.35e12

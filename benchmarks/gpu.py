@@ -27,11 +27,12 @@ import triton
 from gpu_cases import DTYPES, Workload, workloads
 from gpu_clock import Clock, CudaClock
 from gpu_rivals import ABSENT, COMPILED, OURS, adapters
-from measure import error, tolerance
-from rivals import Call, Unfit, reference
 from triton.runtime import driver
 
 from deformkit import __version__
+from deformkit._testing import half_of_digits
+from deformkit._testing.gate import error
+from deformkit._testing.rivals import Call, Unfit, reference
 
 PASSES = ("forward", "forward + backward")
 RED_ROWS = 2**20
@@ -116,7 +117,7 @@ def _rows(
         except Exception as failure:  # a GPU out of memory, a kernel that does not build: the rest is still to be seen
             skipped[name] = f"failed: {type(failure).__name__}: {(str(failure).splitlines() or [''])[0]}"
         else:
-            if worst <= tolerance(dtype):
+            if worst <= half_of_digits(dtype):
                 found[name] = call, {"error": worst}
             else:
                 skipped[name] = f"wrong: error {worst:.2g}"

@@ -4,8 +4,13 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
-from rooms import aggregate, attn, conv, operator, roi, tiny
 from torch import Tensor
+
+from deformkit._testing.cases import operator, tiny
+from deformkit.ops.deform_aggregate import cases as aggregate
+from deformkit.ops.deform_conv import cases as conv
+from deformkit.ops.deform_roi_pool import cases as roi
+from deformkit.ops.ms_deform_attn import cases as attn
 
 _DETECTION = ((100, 167), (50, 84), (25, 42), (13, 21))
 _MASK2FORMER = ((32, 32), (64, 64), (128, 128))

@@ -13,7 +13,8 @@ from typing import Any
 
 import floors
 from gpu_cases import CASES, DTYPES, NEAR, _has
-from rooms import operator
+
+from deformkit._testing.cases import operator
 
 HERE = Path(__file__).parent
 DOCS = HERE.parent / "docs"

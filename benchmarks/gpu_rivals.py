@@ -1,4 +1,4 @@
-"""What else answers a call on a GPU, behind the adapter of ``rivals.py``."""
+"""What else answers a call on a GPU, behind the adapters of ``deformkit._testing.rivals``."""
 
 import importlib.util
 from collections.abc import Callable
@@ -6,9 +6,10 @@ from typing import Any
 
 import torch
 from gpu_cases import Workload
-from rivals import Call, Unfit, compiled_reference, differentiable, ours
 from torch import Tensor
 from torch.nn import functional as F
+
+from deformkit._testing.rivals import Call, Unfit, compiled_reference, differentiable, ours
 
 OURS = "deformkit"
 

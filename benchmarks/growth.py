@@ -5,11 +5,16 @@ from dataclasses import replace
 from typing import Any
 
 import torch
-from measure import PASSES, cotangent
-from rivals import ours
-from rooms import about, aggregate, attn, conv, operator, roi
 
-from deformkit import bench
+from deformkit._testing.cases import about, operator
+from deformkit._testing.gate import cotangent
+from deformkit._testing.rivals import ours
+from deformkit._testing.timing import alternate
+from deformkit.bench import PASSES
+from deformkit.ops.deform_aggregate import cases as aggregate
+from deformkit.ops.deform_conv import cases as conv
+from deformkit.ops.deform_roi_pool import cases as roi
+from deformkit.ops.ms_deform_attn import cases as attn
 
 FACTORS = (1, 2, 4, 8, 16)
 GROWING = [
@@ -37,7 +42,7 @@ def size_rows(base: Any, seconds: float, factors: Iterable[int] = FACTORS) -> It
         calls = {factor: ours(case, case.arguments()) for factor, case in cases.items()}
         for what in PASSES:
             runs = {str(f): call.forward() if what == PASSES[0] else call.both() for f, call in calls.items()}
-            times = {int(name): timing.median for name, timing in bench.alternate(runs, seconds).items()}
+            times = {int(name): timing.median for name, timing in alternate(runs, seconds).items()}
             # Against twice the base, below which the cost of a call itself and of waking threads shows.
             start = sorted(times)[1]
             linear = {factor: time / times[start] * start / factor for factor, time in times.items()}
@@ -66,7 +71,7 @@ def thread_rows(cases: Iterable[Any], seconds: float) -> Iterator[dict[str, Any]
         same = all(torch.equal(other[name], value) for name, value in results[0].items() for other in results[1:])
         for what in PASSES:
             run = call.forward() if what == PASSES[0] else call.both()
-            timings = bench.alternate({str(threads): _at(threads, run) for threads in (1, 2)}, seconds)
+            timings = alternate({str(threads): _at(threads, run) for threads in (1, 2)}, seconds)
             times = {name: timing.median for name, timing in timings.items()}
             speedup = times["1"] / times["2"]
             yield {**about(case), "pass": what, "times": times, "speedup": speedup, "same": same}

@@ -17,9 +17,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from measure import PASSES
-from rivals import ABSENT, Unfit, rivals
-from rooms import ROOMS, about, aggregate, attn, conv, operator, roi, tiny
+
+from deformkit._testing.cases import ROOMS, about, operator, tiny
+from deformkit._testing.rivals import ABSENT, Unfit, rivals
+from deformkit.bench import PASSES
+from deformkit.ops.deform_aggregate import cases as aggregate
+from deformkit.ops.deform_conv import cases as conv
+from deformkit.ops.deform_roi_pool import cases as roi
+from deformkit.ops.ms_deform_attn import cases as attn
 
 HUGE = [
     conv.Case("2d 64x1024x1024", 1, 64, (1024, 1024), 64, (3, 3), padding=1),

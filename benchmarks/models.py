@@ -6,11 +6,12 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
-from measure import PASSES, timed, tolerance
 from torch import Tensor, nn
 from zoo import build, inputs
 
 import deformkit
+from deformkit._testing import half_of_digits
+from deformkit.bench import PASSES, timed
 
 HOST, OURS = "transformers", "deformkit"
 SIZE, TINY = 384, 96
@@ -30,7 +31,7 @@ def rows(names: Sequence[str], seconds: float, tiny: bool = False) -> Iterator[d
             expected, found = calls[HOST](), calls[OURS]()
             worst = max(_apart(found[key], value) for key, value in expected.items())
             notes: dict[str, Any] = {OURS: {"error": worst}}
-            if not worst <= tolerance(torch.float32):
+            if not worst <= half_of_digits(torch.float32):
                 notes[OURS]["skipped"] = f"wrong: error {worst:.2g}"
                 del calls[OURS]
             about = {"operator": name, "case": name, "sizes": f"{arguments['pixel_values'].shape[-1]} pixels"}

@@ -10,10 +10,10 @@ from functools import partial
 from typing import Any
 
 import torch
-from rivals import ABSENT, OURS, Unfit, rivals
-from rooms import about, operator
 
-from deformkit import bench
+from deformkit._testing.cases import about, operator
+from deformkit._testing.rivals import ABSENT, OURS, Unfit, rivals
+from deformkit._testing.timing import alternate
 from deformkit.ops._library import operators
 
 
@@ -40,7 +40,7 @@ def rows(cases: Iterable[Any], names: Collection[str], seconds: float) -> Iterat
         }
         for what, by_rival in runs.items():
             kernels = alone if what.endswith("backward") else alone[:1]
-            timings = bench.alternate({"kernel": partial(_below_autograd, kernels), **by_rival}, seconds, most=200)
+            timings = alternate({"kernel": partial(_below_autograd, kernels), **by_rival}, seconds, most=200)
             times = {name: timing.median for name, timing in timings.items()}
             over = times[OURS] - times["kernel"]
             yield {**about(case), "pass": what, "times": times, "overhead": over}

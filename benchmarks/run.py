@@ -2,12 +2,8 @@
 
 import argparse
 import json
-import os
-import platform
 import sys
 from collections.abc import Iterable, Iterator
-from datetime import datetime, timezone
-from importlib import metadata
 from typing import Any
 
 import growth
@@ -17,11 +13,11 @@ import models
 import overhead
 import table
 import torch
-from rivals import ABSENT, DEFINITION, EVERYONE, OURS, PACKAGES
-from rooms import ROOMS, operator, tiny
 from zoo import MODELS
 
-from deformkit import __version__, _kernels, doctor
+from deformkit import bench
+from deformkit._testing.cases import ROOMS, operator, tiny
+from deformkit._testing.rivals import DEFINITION, EVERYONE, OURS
 
 
 def main() -> None:
@@ -29,7 +25,7 @@ def main() -> None:
     if options.threads:
         torch.set_num_threads(options.threads)
     for section in options.sections or table.SECTIONS:
-        document = {"section": section, **origin(), "rows": []}
+        document = {"section": section, **bench.origin(), "rows": []}
         for row in _rows(section, options):
             print(f"{section}: {row['operator']} {row['sizes']}, {row['pass']}", file=sys.stderr, flush=True)
             document["rows"].append(row)
@@ -39,27 +35,6 @@ def main() -> None:
             (table.RESULTS / f"{section}.json").write_text(json.dumps(document, indent=1) + "\n")
     if options.save:
         table.PAGE.write_text(table.page(table.load()))
-
-
-def origin() -> dict[str, Any]:
-    """Where and with what the figures come about; the load is that of whatever else ran before."""
-    selection = _kernels.selection
-    versions = {"python": platform.python_version(), "torch": torch.__version__, "deformkit": __version__}
-    present = {name: metadata.version(name) for name in PACKAGES if name not in ABSENT}
-    return {
-        "date": datetime.now(timezone.utc).date().isoformat(),
-        "machine": {
-            "processor": doctor.processor(),
-            "cores": os.cpu_count(),
-            "threads": torch.get_num_threads(),
-            "capability": selection.capability,
-            "kernels": selection.isa or "none (the reference answers)",
-            "load": round(os.getloadavg()[0], 2),
-            "system": f"{platform.system()} {platform.machine()}",
-        },
-        "versions": {**versions, **present},
-        "absent": ABSENT,
-    }
 
 
 def _rows(section: str, options: argparse.Namespace) -> Iterator[dict[str, Any]]:
@@ -75,7 +50,7 @@ def _rows(section: str, options: argparse.Namespace) -> Iterator[dict[str, Any]]
     cases = chosen(small if options.tiny else [case for name in names for case in ROOMS[name].BENCHMARKS])
     libraries = options.rivals or [name for name in EVERYONE if name not in DEFINITION]
     if section in table.OPERATORS:
-        yield from measure.rows(cases, options.rivals or EVERYONE, seconds)
+        yield from bench.rows(cases, options.rivals or EVERYONE, seconds)
     elif section == "half":
         yield from measure.half_rows(cases, seconds)
     elif section == "memory":

@@ -58,11 +58,13 @@ def test_tables_are_those_of_the_results() -> None:
     assert done.returncode == 0, done.stderr
 
 
-def test_targets_are_of_cases_that_there_are() -> None:
+def test_targets_refer_to_existing_cases() -> None:
     program = """
-import rooms, rivals, targets
+import targets
+from deformkit._testing import rivals
+from deformkit._testing.cases import ROOMS
 for table in targets.TABLES:
-    cases = {case.name: case for case in rooms.ROOMS[table.operator].BENCHMARKS}
+    cases = {case.name: case for case in ROOMS[table.operator].BENCHMARKS}
     for name in table.cases:
         assert set(table.targets) <= set(rivals.rivals(cases[name], rivals.EVERYONE)), name
 """

@@ -67,7 +67,7 @@ def test_without_a_compiler_the_message_says_how_to_get_one(tmp_path: Path) -> N
 @pytest.mark.parametrize(
     ("compiler", "version"), [("GNU", "11.4"), ("Clang", "14.0"), ("AppleClang", "13.1"), ("MSVC", "19.44")]
 )
-def test_a_compiler_that_will_not_do_is_named(tmp_path: Path, compiler: str, version: str) -> None:
+def test_an_unsupported_compiler_is_named(tmp_path: Path, compiler: str, version: str) -> None:
     forced = [f"-DCMAKE_CXX_COMPILER_{key}={value}" for key, value in [("ID", compiler), ("VERSION", version)]]
     known = ["-DCMAKE_CXX_COMPILER=/bin/true", "-DCMAKE_CXX_COMPILER_FORCED=ON", "-DCMAKE_CXX_COMPILER_ID_RUN=ON"]
     done = configure(tmp_path, *known, *forced)
@@ -135,7 +135,7 @@ def test_the_torch_around_an_isolated_build_is_found() -> None:
     assert done.stdout.strip() == "['cmake'] ['cmake']", done.stderr
 
 
-def test_torch_is_asked_for_where_there_is_none() -> None:
+def test_torch_is_required_if_it_is_missing() -> None:
     program = "deformkit_build.find_torch = lambda: None\nprint(deformkit_build.get_requires_for_build_wheel())"
     done = backend(STUB + program)
     assert done.stdout.strip() == "['cmake', 'torch>=2.10']", done.stderr
@@ -143,7 +143,7 @@ def test_torch_is_asked_for_where_there_is_none() -> None:
     assert backend(STUB + program).stdout.splitlines()[1] == "['cmake']"
 
 
-def test_a_torch_without_the_headers_or_too_old_will_not_do(tmp_path: Path) -> None:
+def test_a_torch_without_headers_or_too_old_is_not_used(tmp_path: Path) -> None:
     header = tmp_path / "include" / "torch" / "headeronly" / "version.h"
     header.parent.mkdir(parents=True)
     answers = []

@@ -36,7 +36,7 @@ def test_a_lower_precision_inside_fails() -> None:
 
 
 @pytest.mark.parametrize("special", [torch.nan, torch.inf, -torch.inf])
-def test_what_is_not_finite_has_to_be_where_it_is_expected(special: float) -> None:
+def test_non_finite_values_must_be_in_the_expected_places(special: float) -> None:
     marked = TRUTH.clone()
     marked[3] = special
     assert_close(marked, marked)

@@ -16,7 +16,7 @@ pytest.importorskip("matplotlib")
 pytest.importorskip("rich")
 
 
-def test_it_trains_both_and_writes_a_picture(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_both_networks_are_trained_and_a_picture_is_written(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     out = tmp_path / "look.png"
     results = demo.main(seeds=2, steps=3, out=out)
     assert out.read_bytes().startswith(b"\x89PNG")

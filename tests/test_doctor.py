@@ -1,5 +1,6 @@
 """The report of what runs here."""
 
+import math
 import subprocess
 import sys
 from importlib.util import find_spec
@@ -21,13 +22,35 @@ def test_every_operator_dtype_and_dimension_is_tested() -> None:
 
 
 def test_report() -> None:
-    diagnosis = doctor.diagnose()
+    steps = []
+    diagnosis = doctor.diagnose(lambda done, total: steps.append((done, total)))
     assert diagnosis.healthy
-    for part in (torch.__version__, doctor.processor(), "Self-test", "passed", *(f"{name} 2-D" for name in FORWARD)):
+    assert steps == [(done, len(steps)) for done in range(len(steps))] and len(steps) > 2 * 3 * len(FORWARD)
+    head, verdict, *_ = diagnosis.text.split("\n\n")
+    if _kernels.selection.isa:
+        assert head == f"### deformkit doctor: all {len(steps)} checks passed"
+        assert verdict == f"The CPU uses the C++ {_kernels.selection.isa} kernels."
+    else:
+        assert head.endswith("passed, but slow") and _kernels.CURE in " ".join(verdict.split())
+    for part in (torch.__version__, doctor.processor(), "Self-test", *(f"{name} 2-D" for name in FORWARD)):
         assert part in diagnosis.text
     for isa, reason in _kernels.selection.reasons.items():
-        assert f"- C++ {isa}: {reason}" in diagnosis.text
+        assert f"- C++ {isa}: {reason}" in " ".join(diagnosis.text.split())
     assert "\x1b" not in diagnosis.text
+
+
+def test_the_report_fits_a_terminal() -> None:
+    lines = doctor.report().splitlines()
+    wide = [line for line in lines if len(line) > 79 and doctor.processor() not in line]
+    assert not wide
+
+
+def test_the_verdict_says_how_to_compile_missing_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(doctor._kernels, "selection", _kernels.Selection("AVX2"))
+    head, verdict = doctor._verdict(0, 7)
+    assert head == "all 7 checks passed, but slow"
+    assert verdict.startswith("No compiled kernels are in use on the CPU") and verdict.endswith(_kernels.CURE)
+    assert doctor._verdict(2, 7)[0] == "2 of 7 checks FAILED"
 
 
 @pytest.mark.parametrize("wrong", [1.1, float("nan")])
@@ -36,7 +59,8 @@ def test_a_wrong_kernel_is_found(monkeypatch: pytest.MonkeyPatch, wrong: float) 
     monkeypatch.setattr(type(operator), "__call__", lambda self, *args: self.reference(*args) * wrong)
     diagnosis = doctor.diagnose()
     assert not diagnosis.healthy
-    assert "FAILED" in diagnosis.text and "FAIL" in diagnosis.text and "output is off by" in diagnosis.text
+    said = "output has " if math.isnan(wrong) else "output is off by"
+    assert "FAILED" in diagnosis.text.split("\n\n")[0] and said in " ".join(diagnosis.text.split())
 
 
 def test_a_kernel_that_raises_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -46,29 +70,29 @@ def test_a_kernel_that_raises_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(type(operators[FORWARD[0]]), "__call__", fail)
     diagnosis = doctor.diagnose()
     assert not diagnosis.healthy
-    assert "RuntimeError: an illegal instruction" in diagnosis.text
+    assert "RuntimeError: an illegal instruction" in " ".join(diagnosis.text.split())
 
 
-def test_which_kernel_answers() -> None:
+def test_which_kernel_is_used() -> None:
     expected = f"C++ {_kernels.selection.isa}" if _kernels.selection.isa else "reference"
     for name in operators:
         assert doctor.kernel(name, "cpu") == expected
         assert doctor.kernel(name, "meta") == "reference"
 
 
-def test_what_a_gpu_would_lack_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_report_names_what_a_gpu_would_need(monkeypatch: pytest.MonkeyPatch) -> None:
     reasons = "\n".join(doctor._reasons())
     assert ("sees no device" in reasons) != torch.cuda.is_available()
     assert ("Triton: not installed" in reasons) != bool(find_spec("triton"))
     monkeypatch.setattr(doctor.gpu, "available", lambda: False)
     monkeypatch.setattr(torch.version, "hip", "6.4")
     reasons = "\n".join(doctor._reasons())
-    assert "Triton: not installed, so the reference would answer on a GPU" in reasons
-    assert "ROCm 6.4: the Triton kernels compile for it, and have never been run on it" in reasons
+    assert "Triton: not installed; the reference implementation would be used on a GPU" in reasons
+    assert "ROCm 6.4: the Triton kernels compile for it and have never been run on it" in reasons
 
 
 @pytest.mark.skipif(not find_spec("triton"), reason="needs Triton")
-def test_triton_answers_on_a_gpu() -> None:
+def test_triton_kernels_are_used_on_a_gpu() -> None:
     for name in operators:
         assert doctor.kernel(name, "cuda") == "Triton"
 

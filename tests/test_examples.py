@@ -10,7 +10,7 @@ NEEDS = {"detection_2d": ("sklearn", "matplotlib", "rich")}
 EXAMPLES = sorted((Path(__file__).parents[1] / "examples").glob("*.py"))
 
 
-def test_there_are_examples() -> None:
+def test_examples_exist() -> None:
     assert len(EXAMPLES) >= 3
 
 

@@ -61,7 +61,7 @@ def test_libraries_in_any_of_the_package_directories(tmp_path: Path, loaded: lis
     assert result.path == tmp_path / "installed" / "lib" / "deformkit_avx2.so"
 
 
-def test_without_a_library_one_warning_says_so_with_the_cure(tmp_path: Path) -> None:
+def test_one_warning_without_a_library_says_how_to_compile_it(tmp_path: Path) -> None:
     with pytest.warns(RuntimeWarning) as caught:
         result = load([tmp_path], "AVX512")
     (warning,) = caught
@@ -72,7 +72,7 @@ def test_without_a_library_one_warning_says_so_with_the_cure(tmp_path: Path) -> 
     assert set(result.reasons) == set(ISAS)
 
 
-def test_with_a_library_nothing_is_said(tmp_path: Path, loaded: list[str]) -> None:
+def test_no_warning_with_a_library(tmp_path: Path, loaded: list[str]) -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         load([make(tmp_path, ["baseline"])], "AVX512")

@@ -53,7 +53,7 @@ CHANGES: list[tuple[dict[str, object], str]] = [
 ]
 
 
-def test_what_is_wrong_is_found() -> None:
+def test_wrong_results_are_found() -> None:
     rows = [{**SOUND, **change} for change, _ in CHANGES]
     done = run("-c", f"import offline; print(*offline.problems({[SOUND, *rows]!r}, [{SOUND!r}]), sep='\\n')")
     assert done.returncode == 0, done.stderr

@@ -71,7 +71,7 @@ def test_a_wrong_element_is_found(error: float) -> None:
     assert found.absolute == pytest.approx(expected, rel=0.1)
     with pytest.raises(AssertionError, match=r"output .*\[1, 4, 2\].* OFF"):
         report.check()
-    with pytest.raises(AssertionError, match="1 of 4 are off by more than rounding"):
+    with pytest.raises(AssertionError, match="1 of 4 differ by more than rounding"):
         dk.verify(by_grid_sample, wrong, attention_inputs(), strict=True)
 
 
@@ -160,7 +160,7 @@ def test_other_shapes_and_names() -> None:
     one, other = nn.Linear(4, 3), nn.Linear(4, 3, bias=False)
     other.load_state_dict({"weight": one.weight.detach()})
     report = dk.verify(one, other, torch.randn(2, 4))
-    assert "Only a has gradient of bias: not compared." in report.notes
+    assert "Only a has gradient of bias; nothing is compared there." in report.notes
     report = dk.verify(lambda x: x, lambda x: x[:1], torch.randn(2, 4))
     assert not report.ok and report.quantities[0].absolute == float("inf")
     with pytest.raises(ValueError, match=r"a gives output, gradient of .* and b gives output.x.*; they have no output"):
@@ -179,7 +179,7 @@ def said(function: Callable[..., Any], inputs: Any) -> str:
     return " ".join(dk.verify(function, function, inputs).notes)
 
 
-def test_says_how_many_points_lie_at_minus_one() -> None:
+def test_notes_count_points_at_minus_one() -> None:
     # The first tap of a padded layer without offsets reads at -1 in the first row and column.
     made = dk.nn.PackedDeformConv2d(2, 3, 3, padding=1)
     assert "16 of 36 points lie exactly at -1" not in said(layer(), torch.randn(1, 2, 2, 2))
@@ -207,9 +207,9 @@ ATTENTION = torch.randn(1, 30, 1, 4), torch.rand(1, 1, 1, 1, 2)
 
 
 @pytest.mark.parametrize("half", [torch.float16, torch.bfloat16], ids=["float16", "bfloat16"])
-def test_says_what_half_precision_does(half: torch.dtype) -> None:
+def test_notes_explain_half_precision(half: torch.dtype) -> None:
     text = said(layer().to(half), torch.randn(1, 2, 5, 6).to(half))
-    assert f"In {str(half).removeprefix('torch.')} deformkit adds up in float32" in text
+    assert f"In {str(half).removeprefix('torch.')} deformkit accumulates in float32" in text
     assert "rounded to half precision" in text
     assert "half" not in said(layer(), torch.randn(1, 2, 5, 6))
 
@@ -218,4 +218,4 @@ def test_report_is_a_table() -> None:
     lines = str(dk.verify(by_grid_sample, ours, attention_inputs())).splitlines()
     assert lines[0].split() == "quantity dtype difference relative at a's error b's error allowed".split()
     assert [line.split()[0] for line in lines[1:5]] == ["output", "gradient", "gradient", "gradient"]
-    assert "the same but for rounding" in lines
+    assert "equal up to rounding" in lines

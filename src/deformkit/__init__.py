@@ -1,21 +1,30 @@
 """Deformable operators for PyTorch in one, two and three dimensions."""
 
+import sys as _sys
+from pathlib import Path as _Path
 from types import ModuleType as _ModuleType
 
-from . import _kernels as _kernels
-from . import nn as nn
-from . import reference as reference
-from ._patching import patch as patch
-from ._patching import unpatch as unpatch
-from ._verify import verify as verify
-from .ops import deform_aggregate as deform_aggregate
-from .ops import deform_conv1d as deform_conv1d
-from .ops import deform_conv2d as deform_conv2d
-from .ops import deform_conv3d as deform_conv3d
-from .ops import deform_roi_pool as deform_roi_pool
-from .ops import ms_deform_attn as ms_deform_attn
-
 __version__ = "0.1.0"
+
+try:
+    import torch as _torch  # noqa: F401
+except (ImportError, OSError):
+    # The command `deformkit doctor` says what is wrong with torch, and imports this package first.
+    if _Path((_sys.argv or [""])[0]).stem not in ("-m", "deformkit"):
+        raise
+else:
+    from . import _kernels as _kernels
+    from . import nn as nn
+    from . import reference as reference
+    from ._patching import patch as patch
+    from ._patching import unpatch as unpatch
+    from ._verify import verify as verify
+    from .ops import deform_aggregate as deform_aggregate
+    from .ops import deform_conv1d as deform_conv1d
+    from .ops import deform_conv2d as deform_conv2d
+    from .ops import deform_conv3d as deform_conv3d
+    from .ops import deform_roi_pool as deform_roi_pool
+    from .ops import ms_deform_attn as ms_deform_attn
 
 
 def __getattr__(name: str) -> _ModuleType:
@@ -24,4 +33,6 @@ def __getattr__(name: str) -> _ModuleType:
         from importlib import import_module
 
         return import_module(f"{__name__}.compat")
-    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    is_layer = callable(getattr(globals().get("nn"), name, None))
+    hint = f"; it is {__name__}.nn.{name}" if is_layer else ""
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}{hint}")

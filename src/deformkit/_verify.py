@@ -1,5 +1,6 @@
-"""Two modules or functions side by side: outputs and every gradient, and what of the difference is expected."""
+"""Comparison of two modules or functions: outputs, every gradient, and which differences are expected."""
 
+import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, fields, is_dataclass
@@ -12,16 +13,14 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import keystr, tree_flatten_with_path, tree_unflatten
 
+from ._testing import LEAST, half_of_digits
 from .ops._library import NAMESPACE
 from .ops.deform_aggregate import reference as deform_aggregate
 from .ops.sample.reference import tap_grid
 
 _HALF = (torch.float16, torch.bfloat16)
 
-# Rounding goes by the terms of a sum: a result that is this much smaller than others of its kind has cancelled.
-_LEAST = 1e-3
-
-# In so many roundings a caller may compute a coordinate.
+# The number of roundings in which a caller may compute a coordinate.
 _ROUNDINGS = 4
 
 
@@ -32,25 +31,25 @@ class Quantity:
     name: str
     dtype: torch.dtype
     absolute: float
-    """The largest difference of an element; infinite where only one side is finite, or the shapes differ."""
+    """The largest difference of an element; infinite if only one side is finite there, or if the shapes differ."""
     relative: float
-    """The same over the largest value of side a."""
+    """``absolute`` divided by the largest value of side a."""
     index: tuple[int, ...]
-    """Where that is."""
+    """The position of the largest difference."""
     errors: tuple[float, float] | None
     """The largest errors of a and of b against side a in float64; None without that run."""
     allowed: float
-    """The most that b's error (without a float64 run, the difference) may be by rounding alone."""
+    """The largest error of b (without a float64 run, the largest difference) that rounding explains."""
 
     @property
     def ok(self) -> bool:
-        """Whether rounding explains it."""
+        """Whether rounding explains the difference."""
         return (self.absolute if self.errors is None else self.errors[1]) <= self.allowed
 
 
 @dataclass(frozen=True)
 class Report:
-    """What :func:`verify` found; print it."""
+    """The result of :func:`verify`; print it."""
 
     quantities: tuple[Quantity, ...]
     notes: tuple[str, ...]
@@ -71,9 +70,7 @@ class Report:
         widths = [max(len(row[column]) for row in rows) for column in range(len(head))]
         lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
         wrong = sum(not quantity.ok for quantity in self.quantities)
-        verdict = (
-            f"{wrong} of {len(self.quantities)} are off by more than rounding" if wrong else "the same but for rounding"
-        )
+        verdict = f"{wrong} of {len(self.quantities)} differ by more than rounding" if wrong else "equal up to rounding"
         return "\n".join([*lines, "", verdict, *(f"- {note}" for note in self.notes)])
 
 
@@ -85,28 +82,28 @@ def verify(
     ``difference = max |b(inputs) - a(inputs)|``, for each output, and for the gradient of
     ``sum(cotangent * output)``, with a fixed random cotangent, by each floating input and each parameter.
 
-    ``a`` also runs in float64. ``b`` passes if its error against that is at most twice the error of ``a``, plus a few
-    roundings. Where that run fails or gives something else (a dtype written into the code, dropout), ``b`` passes if
-    half of the digits agree.
+    ``a`` is also run in float64. ``b`` passes if its error relative to that run is at most twice the error of ``a``,
+    plus a few roundings. If the float64 run fails or computes something else (because of a dtype written into the code,
+    or dropout), ``b`` passes if half of the digits agree.
 
-    The modules stay as they are: parameters, buffers, ``.grad``, training mode, and the state of torch's random
-    numbers. Both sides start from the same one.
+    Nothing is changed: neither parameters, buffers, ``.grad`` and the training mode of the modules nor the state of
+    torch's random number generators, from which both sides start alike.
 
     Args:
         a: the module or function to trust.
         b: the one to compare; parameters are matched by their names.
-        inputs: what to call both with: a tensor, a sequence of positional or a mapping of keyword arguments.
-        gradients: whether to compare gradients too; of floating tensors, also where they do not require one.
-        strict: whether to raise if a difference is more than rounding.
+        inputs: the arguments of both: a tensor, a sequence of positional or a mapping of keyword arguments.
+        gradients: whether to compare gradients too, by all floating tensors, even if they do not require one.
+        strict: whether to raise an error if a difference is larger than rounding explains.
 
     Returns:
-        A report: print it, or read its ``ok``, ``quantities`` and ``notes``. The notes say in words which differences
-        are to be expected here.
+        A report: print it, or read its ``ok``, ``quantities`` and ``notes``. The notes explain which differences are
+        expected.
 
     Raises:
         TypeError: ``a`` or ``b`` cannot be called.
         ValueError: the two sides have no output tensor in common.
-        AssertionError: a difference is more than rounding, and ``strict``.
+        AssertionError: ``strict``, and a difference is larger than rounding explains.
 
     Example:
         >>> import torch
@@ -130,7 +127,7 @@ def verify(
     for name in names:
         largest[_kind(name)] = max(largest[_kind(name)], _largest(found_a[name]))
     quantities = tuple(
-        _compare(name, found_a[name], found_b[name], truth.get(name) if truth else None, _LEAST * largest[_kind(name)])
+        _compare(name, found_a[name], found_b[name], truth.get(name) if truth else None, LEAST * largest[_kind(name)])
         for name in names
     )
     notes = [*([reason] if reason else []), *_unmatched(found_a, found_b), *_expected(quantities, call, b)]
@@ -141,7 +138,7 @@ def verify(
 
 
 class _Call:
-    """The inputs, and how to evaluate a side at copies of them."""
+    """The inputs, at copies of which each side is evaluated."""
 
     def __init__(self, inputs: Any) -> None:
         if isinstance(inputs, Tensor) or not isinstance(inputs, Sequence | Mapping):
@@ -154,7 +151,7 @@ class _Call:
     def evaluate(
         self, side: Callable[..., Any], gradients: bool, dtype: torch.dtype | None = None
     ) -> dict[str, Tensor]:
-        """Outputs, and gradients by inputs and parameters, all by name; in ``dtype`` instead of the side's own."""
+        """Outputs and gradients by inputs and parameters, by name; in ``dtype`` instead of the dtypes of the side."""
         copies = [_copied(leaf, dtype, gradients) for leaf in self.leaves]
         leaves = {
             f"gradient of {name}": copy
@@ -171,10 +168,13 @@ class _Call:
             def run(*args: Any, **kwargs: Any) -> Any:
                 return torch.func.functional_call(module, state, args, kwargs)
 
-        # A layer may change its input in place, but not a leaf.
+        # A layer may change its input in place; a leaf of the graph may not be changed.
         arguments = [copy.clone() if isinstance(copy, Tensor) else copy for copy in copies]
         with _seeded([*copies, *state.values()]), torch.enable_grad() if gradients else torch.no_grad():
-            result = self._called(run, arguments)
+            # Regions get no gradient from any implementation, and all floating inputs require one here.
+            with warnings.catch_warnings():
+                warnings.filterwarnings("ignore", "rois requires a gradient")
+                result = self._called(run, arguments)
             outputs = {name: value for name, value in _tensors(result, "output")}
             found = {name: value.detach() for name, value in outputs.items()}
             ends = {name: value for name, value in outputs.items() if value.requires_grad}
@@ -187,20 +187,20 @@ class _Call:
     def truth(
         self, side: Callable[..., Any], gradients: bool, found: Mapping[str, Tensor]
     ) -> tuple[dict[str, Tensor] | None, str | None]:
-        """The same of ``side`` in float64; or None, and why that says nothing about rounding."""
+        """The result of ``side`` in float64; or None, and why it says nothing about rounding."""
         try:
             truth = self.evaluate(side, gradients, torch.float64)
-        except Exception as failure:  # whatever code that was not written for float64 raises
+        except Exception as failure:  # code that was not written for float64 may raise anything
             return None, f"No float64 run to compare with: {type(failure).__name__}: {str(failure).splitlines()[0]}"
         for name, value in found.items():
             if name.startswith("output") and value.is_floating_point():
                 true = truth.get(name)
-                if true is None or _difference(value, true)[0] > _half_of_digits(value.dtype) * _largest(true):
-                    return None, f"No float64 run to compare with: {name} of a is something else there"
+                if true is None or _difference(value, true)[0] > half_of_digits(value.dtype) * _largest(true):
+                    return None, f"No float64 run to compare with: {name} of a differs there by more than rounding"
         return truth, None
 
     def points(self, side: Callable[..., Any]) -> "_Points":
-        """How many points our operators read in a run of ``side``."""
+        """The number of points that our operators sample in a run of ``side``."""
         with _Points() as points:
             self.evaluate(side, False)
         return points
@@ -211,7 +211,7 @@ class _Call:
 
 
 class _Points(TorchDispatchMode):
-    """Counts the points of every call of our operators, those at -1 along an axis, and those about on a grid line."""
+    """Counts the points of every call of our operators, those exactly at -1, and those on or close to a grid line."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -262,30 +262,30 @@ _PLACES: dict[str, Callable[..., Iterator[Tensor]]] = {
 
 
 def _expected(quantities: Sequence[Quantity], call: _Call, side: Callable[..., Any]) -> Iterator[str]:
-    """The differences to be expected here, in words."""
+    """The differences that are expected, in words."""
     if any(quantity.absolute > 0 for quantity in quantities):
-        yield "Sums are added in another order: the last digits differ, and through many layers a few more."
+        yield "Sums are added in another order: the last digits differ, and a few more after many layers."
     halves = sorted({str(q.dtype).removeprefix("torch.") for q in quantities if q.dtype in _HALF})
     if halves:
         yield (
-            f"In {' and '.join(halves)} deformkit adds up in float32 and rounds once; whoever adds up in half "
-            "precision is further from the truth."
+            f"In {' and '.join(halves)} deformkit accumulates in float32 and rounds once; an implementation that "
+            "accumulates in half precision has a larger error."
         )
         yield (
-            "Coordinates: deformkit computes with them in float32. Those that the caller has rounded to half precision "
-            "are off by up to a pixel on large maps, on both sides."
+            "deformkit computes coordinates in float32. Coordinates that the caller has rounded to half precision are "
+            "off by up to a pixel on large maps, on both sides."
         )
     points = call.points(side)
     if points.on_line:
         yield (
-            f"{points.on_line} of {points.all} points lie on a grid line, or as near as rounding: the gradient by "
-            "such a point has two sides, and the rounding of each implementation decides between them."
+            f"{points.on_line} of {points.all} points lie on a grid line, up to rounding: the gradient by such a point "
+            "differs on the two sides of the line, and the rounding of each implementation decides between them."
         )
     if points.on_edge:
         yield (
-            f"{points.on_edge} of {points.all} points lie exactly at -1 on an axis: there deformkit, torchvision and "
-            "grid_sample give the right-hand derivative by the point; the CUDA kernels of mmcv, Deformable DETR, DCNv3 "
-            "and DCNv4 give 0."
+            f"{points.on_edge} of {points.all} points lie exactly at -1 on an axis: deformkit, torchvision and "
+            "grid_sample return the right-hand derivative by such a point; the CUDA kernels of mmcv, Deformable DETR, "
+            "DCNv3 and DCNv4 return 0."
         )
 
 
@@ -293,7 +293,7 @@ def _unmatched(found_a: Mapping[str, Tensor], found_b: Mapping[str, Tensor]) -> 
     for side, here, there in (("a", found_a, found_b), ("b", found_b, found_a)):
         alone = [name for name in here if name not in there]
         if alone:
-            yield f"Only {side} has {_listed(alone)}: not compared."
+            yield f"Only {side} has {_listed(alone)}; nothing is compared there."
 
 
 def _listed(names: Any) -> str:
@@ -311,13 +311,13 @@ def _compare(name: str, a: Tensor, b: Tensor, truth: Tensor | None, least: float
         floor = _eps(dtype) * (2 if dtype in _HALF else 32) * max(largest, least)
         allowed = 2 * errors[0] + floor
     else:
-        errors, allowed = None, _half_of_digits(dtype) * max(largest, least)
+        errors, allowed = None, half_of_digits(dtype) * max(largest, least)
     relative = absolute / largest if largest else (inf if absolute else 0.0)
     return Quantity(name, dtype, absolute, relative, index, errors, allowed)
 
 
 def _difference(actual: Tensor, expected: Tensor) -> tuple[float, tuple[int, ...]]:
-    """The largest difference and where it is; infinite where only one is finite or the shapes differ."""
+    """The largest difference and its position; infinite if only one side is finite there, or if the shapes differ."""
     if actual.shape != expected.shape:
         return inf, ()
     if not actual.numel():
@@ -337,10 +337,6 @@ def _largest(value: Tensor) -> float:
 
 def _eps(dtype: torch.dtype) -> float:
     return torch.finfo(dtype).eps if dtype.is_floating_point else 0.0
-
-
-def _half_of_digits(dtype: torch.dtype) -> float:
-    return _eps(dtype) ** 0.5
 
 
 def _kind(name: str) -> str:
@@ -364,7 +360,7 @@ def _cotangent(output: Tensor) -> Tensor:
 
 @contextmanager
 def _seeded(values: Sequence[Any]) -> Iterator[None]:
-    """The same random numbers for everyone inside, and outside as if nobody had drawn any."""
+    """Start from the same random numbers, and restore the state of the generators afterwards."""
     devices = {value.device.index for value in values if isinstance(value, Tensor) and value.device.type == "cuda"}
     with torch.random.fork_rng(sorted(devices)):
         torch.manual_seed(0)
@@ -372,7 +368,7 @@ def _seeded(values: Sequence[Any]) -> Iterator[None]:
 
 
 def _tensors(value: Any, name: str) -> Iterator[tuple[str, Tensor]]:
-    """The tensors in what a call returned, by name."""
+    """The tensors in the result of a call, by name."""
     if isinstance(value, Tensor):
         yield name, value
     elif isinstance(value, Mapping):

@@ -27,7 +27,7 @@ UNDEFORMED = "#9fb4c7"
 
 @dataclass
 class Result:
-    """What became of one network."""
+    """The results of one network."""
 
     name: str
     network: nn.Sequential
@@ -37,13 +37,13 @@ class Result:
 
     @property
     def parameters(self) -> int:
-        """Number of learnt numbers."""
+        """The number of learnable parameters."""
         return sum(p.numel() for p in self.network.parameters())
 
 
 @dataclass
 class Data:
-    """Digits of which no image is in both halves; the test half is warped once, the training half anew each epoch."""
+    """Digits, split into training and test images; test images are warped once, training images anew in each epoch."""
 
     train_images: Tensor
     train_labels: Tensor
@@ -52,7 +52,7 @@ class Data:
 
 
 def network(deformable: bool) -> nn.Sequential:
-    """A classifier of three 3x3 convolutions over a stem: plain ones, or modulated deformable ones."""
+    """A classifier of a stem and three 3x3 convolutions, which are plain or modulated deformable ones."""
 
     def block(layer: nn.Module, channels: int) -> list[nn.Module]:
         return [layer, nn.BatchNorm2d(channels), nn.ReLU()]
@@ -89,7 +89,7 @@ def load_digits(seed: int) -> Data:
 
 
 def warp(images: Tensor, generator: torch.Generator) -> Tensor:
-    """Each digit rotated, scaled, sheared, shifted and bent at random, on a canvas of ``CANVAS`` pixels."""
+    """Rotate, scale, shear, shift and bend each digit at random, on a canvas of ``CANVAS`` pixels."""
     count = len(images)
 
     def uniform(low: float, high: float, *shape: int) -> Tensor:
@@ -140,7 +140,7 @@ def _batches(data: Data, generator: torch.Generator) -> Iterator[tuple[Tensor, T
 
 @dataclass
 class Look:
-    """Which points of the image one output position of the network reads."""
+    """The points of the image on which one output position of the network depends."""
 
     image: Tensor
     label: int
@@ -153,10 +153,10 @@ class Look:
 
 @torch.inference_mode()
 def look(model: nn.Sequential, image: Tensor, label: int) -> Look:
-    """Follow the points of the position that speaks most for the predicted digit back to the image.
+    """Trace the position with the largest evidence for the predicted digit back to points of the image.
 
-    A layer reads its input at ``stride*p - padding + dilation*k + offset(p)``. These points are positions of the layer
-    before, whose offsets there are interpolated; and so on to the image: one point for each path of taps.
+    A layer samples its input at ``stride*p - padding + dilation*k + offset(p)``. These points are positions in the
+    output of the previous layer, whose offsets are interpolated there, and so on: one point for each path of taps.
     """
     model.eval()
     layers: list[tuple[nn.Module, Tensor | None, Tensor | None]] = []
@@ -186,7 +186,7 @@ def _trace(layers: list[Any], points: Tensor, deformed: bool) -> tuple[Tensor, T
     for layer, offset, mask in reversed(layers):
         stride = torch.tensor(layer.stride)
         if offset is None:
-            # A plain layer reads a window; its middle stands for it.
+            # The window of a plain layer is represented by its centre.
             middle = [
                 d * (k - 1) / 2 - p for d, k, p in zip(layer.dilation, layer.kernel_size, layer.padding, strict=True)
             ]
@@ -245,7 +245,7 @@ def picture(looks: list[Look], out: str | Path, title: str) -> None:
         style = {"markersize": size, "markeredgecolor": colour, "markerfacecolor": face}
         return Line2D([], [], linestyle="", marker=marker, **style)  # type: ignore[arg-type]
 
-    # A legend is filled column by column: nine taps in their places, then the rest.
+    # A legend is filled column by column: first the nine taps in their places, then the other entries.
     heights, sides = ("top", "middle", "bottom"), ("left", "middle", "right")
     names = {f"{row} {column}": 3 * i + j for j, column in enumerate(sides) for i, row in enumerate(heights)}
     handles = [handle("o", TAPS[tap], TAPS[tap], 5) for tap in names.values()]
@@ -268,20 +268,20 @@ def picture(looks: list[Look], out: str | Path, title: str) -> None:
 def main(
     seeds: int = 3, epochs: int = 25, out: str | Path = "warped_digits.png", steps: int | None = None
 ) -> list[Any]:
-    """Train both networks for each seed, print how they did, and draw where the deformable one looks.
+    """Train both networks for each seed, print their accuracies, and draw where the deformable one samples.
 
     Args:
-        seeds: how many repetitions; a seed decides on the split, the warps, the order and the initial weights of both.
-        epochs: how often each training image is seen, each time in another warp.
-        out: where the picture goes; its suffix is its format.
-        steps: how many batches, in place of ``epochs``.
+        seeds: number of repetitions; the seed determines the split, the warps, the order and the initial weights.
+        epochs: number of passes over the training images, each with other warps.
+        out: the file of the picture; its suffix determines the format.
+        steps: number of batches, in place of ``epochs``.
 
     Returns:
         For each seed the :class:`Result` of the plain and of the deformable network.
 
     Raises:
         SystemExit: a package that the demonstration needs is missing.
-        ValueError: an argument that cannot be, before any training.
+        ValueError: an argument is not valid; nothing is trained.
     """
     for module, package in (("rich", "rich"), ("sklearn", "scikit-learn"), ("matplotlib", "matplotlib")):
         if find_spec(module) is None:
@@ -316,7 +316,7 @@ def main(
             results.append(pair)
     console.print(_table(results))
     console.print(
-        "Spread: sample standard deviation. What the deformable network has more of parameters predicts its offsets "
+        "Spread: sample standard deviation. The additional parameters of the deformable network predict its offsets "
         "and masks."
     )
 

@@ -1,30 +1,28 @@
-"""What runs here, and whether it computes what it should: a block of text to paste into a bug report.
+"""Which kernels are in use on this machine, and whether their results are right: a text to paste into a bug report.
 
-Needs nothing but torch: ``python -c "from deformkit.doctor import report; print(report())"``.
+It needs nothing but torch: ``python -c "from deformkit.doctor import report; print(report())"``.
 """
 
 import importlib
 import os
-import platform
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from importlib import metadata
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from . import __version__, _kernels
-from ._testing import FLOOR, evaluate
+from . import _environment, _kernels
+from ._environment import paragraph, table
+from ._environment import processor as processor
+from ._testing import compare, evaluate
 from .ops import gpu
 from .ops._library import NAMESPACE, Operator, operators
 from .ops._torch import has_kernel
 
 DTYPES = (torch.float32, torch.bfloat16)
 _FAILURES_SHOWN = 12
-_SPEAKING_VARIABLES = ("ATEN_CPU_CAPABILITY", "MKL_NUM_THREADS", "OMP_NUM_THREADS", "TRITON_INTERPRET")
 
 
 @dataclass(frozen=True)
@@ -58,26 +56,44 @@ def report() -> str:
     return diagnose().text
 
 
-def diagnose() -> Diagnosis:
-    """Look at the machine, at the kernels that are registered, and test them: about two seconds."""
+def diagnose(progress: Callable[[int, int], None] | None = None) -> Diagnosis:
+    """Look at the machine and at the kernels that are registered, and test them, which takes a few seconds.
+
+    Args:
+        progress: called before each check with the number of checks that are done, and of all.
+    """
     start = time.perf_counter()
-    checks = list(self_test())
+    checks = list(self_test(progress))
     seconds = time.perf_counter() - start
     failed = [check for check in checks if check.problem]
-    verdict = f"{len(failed)} of {len(checks)} checks FAILED" if failed else f"passed, {len(checks)} checks"
+    head, verdict = _verdict(len(failed), len(checks))
     sections = [
-        "### deformkit doctor",
-        _table(["what", "found"], list(_surroundings())),
-        "Which kernel answers:",
-        _table(["operator", *devices()], list(_answers())),
-        "Why not another:",
-        "\n".join(f"- {line}" for line in _reasons()),
-        f"Self-test against the float64 reference, values and gradients: {verdict}, {seconds:.1f} s. "
-        "The figure is the worst error, relative to the largest value.",
-        _table(["operator", "device", *map(_short, DTYPES)], list(_verdicts(checks))),
+        f"### deformkit doctor: {head}",
+        paragraph(verdict),
         *(["\n".join(_failures(failed))] if failed else []),
+        table(["what", "found"], list(_surroundings())),
+        "Kernels in use:",
+        table(["operator", *devices()], list(_answers())),
+        "Kernels not in use:",
+        "\n".join(paragraph(f"- {line}", "  ") for line in _reasons()),
+        paragraph(
+            f"Self-test, {len(checks)} checks in {seconds:.1f} s: values and gradients beside the reference "
+            "implementation in float64. Each figure is the largest error relative to the largest value."
+        ),
+        table(["operator", "device", *map(_short, DTYPES)], list(_verdicts(checks))),
     ]
     return Diagnosis("\n\n".join(sections), healthy=not failed)
+
+
+def _verdict(failed: int, checks: int) -> tuple[str, str]:
+    """A headline, and what there is to be done or known."""
+    isa = _kernels.selection.isa
+    speed = (
+        f"The CPU uses the C++ {isa} kernels." if isa else f"No compiled kernels are in use on the CPU. {_kernels.CURE}"
+    )
+    if failed:
+        return f"{failed} of {checks} checks FAILED", f"Results may be wrong: please report this. {speed}"
+    return f"all {checks} checks passed" + ("" if isa else ", but slow"), speed
 
 
 def devices() -> list[str]:
@@ -87,24 +103,37 @@ def devices() -> list[str]:
 
 
 def kernel(operator: str, device: str) -> str:
-    """What answers a call of ``operator``, by name, with tensors on ``device``."""
+    """The implementation of ``operator`` that is used for tensors on ``device``."""
     key = {"cpu": "CPU", "cuda": "CUDA"}.get(device)
     if key is None or not has_kernel(f"{NAMESPACE}::{operator}", key):
         return "reference"
     return "Triton" if key == "CUDA" else f"C++ {_kernels.selection.isa or 'from elsewhere'}"
 
 
-def self_test() -> Iterator[Check]:
-    """Run the cases of every operator, forward and backward, on each device that is here.
+def self_test(progress: Callable[[int, int], None] | None = None) -> Iterator[Check]:
+    """Run the cases of every operator, forward and backward, on each device of this machine.
 
-    That is every case on the CPU, and elsewhere one for each number of axes: there, each has kernels to be compiled.
+    On the CPU these are all cases; elsewhere one for each number of axes, because each has kernels to be compiled.
+
+    Args:
+        progress: called before each check with the number of checks that are done, and of all.
     """
-    for name, cases in _cases().items():
-        for device in devices():
-            if _present(device):
-                for case in cases if device == "cpu" else _one_each(cases):
-                    for dtype in DTYPES:
-                        yield _check(operators[name], case, dtype, device)
+    planned = _planned()
+    for done, (name, case, dtype, device) in enumerate(planned):
+        if progress:
+            progress(done, len(planned))
+        yield _check(operators[name], case, dtype, device)
+
+
+def _planned() -> list[tuple[str, Any, torch.dtype, str]]:
+    """The operator, the case, the dtype and the device of every check."""
+    return [
+        (name, case, dtype, device)
+        for name, cases in _cases().items()
+        for device in filter(_present, devices())
+        for case in (cases if device == "cpu" else _one_each(cases))
+        for dtype in DTYPES
+    ]
 
 
 def _one_each(cases: Sequence[Any]) -> list[Any]:
@@ -130,12 +159,10 @@ def _check(operator: Operator, case: Any, dtype: torch.dtype, device: str) -> Ch
     worst, problems = 0.0, []
     parts = ["output", *(f"gradient of {operator.arguments[i]}" for i in positions)]
     for part, true, middle, found in zip(parts, truth, reference, actual, strict=True):
-        scale = true.abs().max().item()
-        error = (found.cpu().double() - true).abs().max().item()
-        allowed = 2 * (middle.double() - true).abs().max().item() + FLOOR[dtype] * scale
-        if not error <= allowed:
-            problems.append(f"{part} is off by {error:.2g} at values up to {scale:.2g}; allowed are {allowed:.2g}")
-        worst = max(worst, error / scale if scale else error, key=_badness)
+        judged = compare(found.cpu(), true, middle, part)
+        if judged.problem:
+            problems.append(judged.problem)
+        worst = max(worst, judged.error / judged.scale, key=_badness)
     return Check(*about, worst, "; ".join(problems) or None)
 
 
@@ -149,29 +176,14 @@ def _cases() -> dict[str, list[Any]]:
 
 
 def _surroundings() -> Iterator[list[str]]:
-    yield ["deformkit", __version__]
-    yield ["Python", f"{platform.python_version()} ({platform.python_implementation()})"]
+    yield from _environment.packages()
     yield ["torch", torch.__version__]
-    yield ["triton", _installed("triton") or _installed("pytorch-triton") or "not installed"]
-    yield ["system", f"{platform.system()} {platform.release()}, {platform.machine()}"]
-    yield ["processor", processor()]
+    yield from _environment.system()
     yield ["instruction set", f"{_kernels.selection.capability} by torch; kernels: {_kernels.selection.isa or 'none'}"]
     yield ["threads", f"{torch.get_num_threads()} of {os.cpu_count()} cores"]
     for index in range(torch.cuda.device_count()):
         yield [f"cuda:{index}", torch.cuda.get_device_name(index)]
-    for name in _SPEAKING_VARIABLES:
-        if name in os.environ:
-            yield [name, os.environ[name]]
-
-
-def processor() -> str:
-    """The name of the processor."""
-    listing = Path("/proc/cpuinfo")
-    if listing.exists():
-        for line in listing.read_text().splitlines():
-            if line.startswith("model name"):
-                return line.split(":", 1)[1].strip()
-    return platform.processor() or platform.machine()
+    yield from _environment.variables()
 
 
 def _answers() -> Iterator[list[str]]:
@@ -183,7 +195,7 @@ def _answers() -> Iterator[list[str]]:
 def _answer(name: str, device: str) -> str:
     forward, backward = kernel(name, device), kernel(f"{name}_backward", device)
     both = forward if forward == backward else f"{forward}; backward: {backward}"
-    return both if _present(device) else f"{both} (no such device here)"
+    return both if _present(device) else f"{both} (no device)"
 
 
 def _reasons() -> Iterator[str]:
@@ -193,13 +205,13 @@ def _reasons() -> Iterator[str]:
         built = f"for CUDA {torch.version.cuda}" if torch.version.cuda else "without CUDA"
         yield f"CUDA: torch, built {built}, sees no device"
     if not gpu.available():
-        yield "Triton: not installed, so the reference would answer on a GPU"
+        yield "Triton: not installed; the reference implementation would be used on a GPU"
     if torch.version.hip:
-        yield f"ROCm {torch.version.hip}: the Triton kernels compile for it, and have never been run on it"
+        yield f"ROCm {torch.version.hip}: the Triton kernels compile for it and have never been run on it"
     for name in operators:
         for device in devices():
             if _present(device) and kernel(name, device) == "reference":
-                yield f"{name} on {device}: no kernel is registered, so the reference answers"
+                yield f"{name} on {device}: no kernel is registered; the reference implementation is used"
 
 
 def _verdicts(checks: Sequence[Check]) -> Iterator[list[str]]:
@@ -219,7 +231,7 @@ def _badness(error: float) -> tuple[bool, float]:
 
 def _failures(failed: Sequence[Check]) -> Iterator[str]:
     for check in failed[:_FAILURES_SHOWN]:
-        yield f"- {check.name}: {check.problem}"
+        yield paragraph(f"- {check.name}: {check.problem}", "  ")
     if len(failed) > _FAILURES_SHOWN:
         yield f"- and {len(failed) - _FAILURES_SHOWN} more"
 
@@ -229,20 +241,5 @@ def _present(device: str) -> bool:
     return device == "cpu" or (accelerator is not None and accelerator.type == device)
 
 
-def _installed(package: str) -> str | None:
-    try:
-        return metadata.version(package)
-    except metadata.PackageNotFoundError:
-        return None
-
-
 def _short(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")
-
-
-def _table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    lines = [head, ["---"] * len(head), *rows]
-    widths = [max(len(line[i]) for line in lines) for i in range(len(head))]
-    return "\n".join(
-        "| " + " | ".join(cell.ljust(w) for cell, w in zip(line, widths, strict=True)) + " |" for line in lines
-    )

@@ -84,7 +84,7 @@ def test_part_of_a_model_holds_shared_functions_too() -> None:
     assert module.multi_scale_deformable_attention_v2 is original
 
 
-def test_who_replaced_a_shared_function_after_us_keeps_it(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_shared_function_that_others_replaced_later_stays_theirs(monkeypatch: pytest.MonkeyPatch) -> None:
     layer, _ = attention("rt_detr_v2")
     module = sys.modules[type(layer).__module__]
     monkeypatch.setattr(module, "multi_scale_deformable_attention_v2", module.multi_scale_deformable_attention_v2)
@@ -94,7 +94,7 @@ def test_who_replaced_a_shared_function_after_us_keeps_it(monkeypatch: pytest.Mo
     assert module.multi_scale_deformable_attention_v2 is theirs
 
 
-def test_shared_function_that_someone_put_back_is_replaced_again() -> None:
+def test_shared_function_that_others_restored_is_replaced_again() -> None:
     layer, arguments = attention("rt_detr_v2")
     module = sys.modules[type(layer).__module__]
     original = module.multi_scale_deformable_attention_v2
@@ -188,13 +188,13 @@ def test_twice(layer: tuple[nn.Module, dict[str, Any]]) -> None:
     assert not ours(lambda: host(**arguments))
 
 
-def test_layer_that_someone_gave_a_forward_stays() -> None:
+def test_layer_with_a_forward_of_its_own_is_not_replaced() -> None:
     layer, _ = attention("deformable_detr")
     layer.attn.forward = lambda *args: None
     assert not dk.patch(layer, strict=False).replaced
 
 
-def test_hooks_of_the_core_see_what_it_gets() -> None:
+def test_hooks_of_the_core_see_its_inputs() -> None:
     host, arguments = attention("deformable_detr")
     seen: list[tuple[Any, ...]] = []
     host.attn.register_forward_hook(lambda module, args, output: seen.append(args))
@@ -206,7 +206,7 @@ def test_hooks_of_the_core_see_what_it_gets() -> None:
 
 
 @pytest.mark.parametrize("model_type", ["deformable_detr", "mask2former"])
-def test_layer_of_another_release_stays(model_type: str) -> None:
+def test_layer_of_another_release_is_not_replaced(model_type: str) -> None:
     """One whose forward takes what ours does not know: its core, a layer or a function, is replaced all the same."""
     host, arguments = attention(model_type)
     base: Any = type(host)
@@ -224,6 +224,16 @@ def test_layer_of_another_release_stays(model_type: str) -> None:
 
 
 # What it refuses, and what it leaves alone
+
+
+@pytest.mark.parametrize("maker", ["torch.compile", "torch.jit.script", "torch.fx"])
+def test_a_model_in_which_a_compiler_left_nothing_to_replace(maker: str) -> None:
+    plain = nn.Sequential(nn.Linear(2, 2))
+    make = {"torch.compile": torch.compile, "torch.jit.script": torch.jit.script, "torch.fx": torch.fx.symbolic_trace}
+    with pytest.raises(ValueError, match=rf"; part of it comes from .*{maker}.*: patch the model before that$"):
+        dk.patch(nn.Sequential(make[maker](plain)))
+    with pytest.raises(ValueError, match=r"with strict=False that is no error$"):
+        dk.patch(plain)
 
 
 def test_nothing_to_replace() -> None:

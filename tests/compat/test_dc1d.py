@@ -274,7 +274,7 @@ def test_offsets_may_be_in_another_precision_than_the_input() -> None:
         ({"input": torch.rand(2, 4, 2)}, "offsets has 8 positions"),
     ],
 )
-def test_what_does_not_fit_is_refused_by_name(arguments: dict[str, Tensor], message: str) -> None:
+def test_an_argument_that_does_not_fit_is_named(arguments: dict[str, Tensor], message: str) -> None:
     layer = ours.DeformConv1d(4, 6, 3)
     fitting = {"input": torch.rand(2, 4, 10), "offsets": torch.rand(2, 1, 8, 3)}
     with pytest.raises(ValueError, match=message):

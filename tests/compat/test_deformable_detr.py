@@ -134,7 +134,7 @@ def test_levels_that_start_elsewhere(wrong: Any) -> None:
         layer(torch.randn(1, 4, 8), torch.rand(1, 4, 2, 2), torch.randn(1, 47, 8), SHAPES, wrong)
 
 
-def test_an_index_on_another_device_is_not_waited_for() -> None:
+def test_an_index_on_another_device_is_not_read() -> None:
     value, locations, weights = torch.randn(1, 47, 2, 3), torch.rand(1, 4, 2, 2, 3, 2), torch.rand(1, 4, 2, 2, 3)
     elsewhere = torch.empty(2, dtype=torch.int64, device="meta")
     output = compat.MSDeformAttnFunction.apply(value, SHAPES, elsewhere, locations, weights, 64)

@@ -370,7 +370,7 @@ def test_the_convolution_of_release_3_is_torchvisions() -> None:
         (lambda: attend(padding_mask=torch.ones(2, 29).bool()), r"padding_mask has shape \[2, 29\]"),
     ],
 )
-def test_what_does_not_fit_is_refused_by_name(call: Callable[[], Any], message: str) -> None:
+def test_an_argument_that_does_not_fit_is_named(call: Callable[[], Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         call()
 

@@ -293,7 +293,7 @@ def test_unknown_names() -> None:
     assert "DCNv3" not in sys.modules
 
 
-def test_a_module_that_can_be_imported_stays(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_module_that_can_be_imported_is_not_replaced(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "DCNv3.py").write_text("real = True")
     monkeypatch.syspath_prepend(tmp_path)
     assert compat.install("DCNv3", "_ext") == ("_ext",)

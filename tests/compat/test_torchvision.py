@@ -150,7 +150,7 @@ def test_torchscript(bias: bool) -> None:
 
 
 @pytest.mark.parametrize("step", [2, (2, 2), [2, 2]], ids=["int", "tuple", "list"])
-def test_torchscript_takes_steps_in_every_form(step: Any) -> None:
+def test_torchscript_accepts_steps_in_every_form(step: Any) -> None:
     input, weight = torch.randn(1, 2, 9, 9), torch.randn(3, 2, 3, 3)
     named = {"stride": step, "padding": step, "dilation": step}
     expected = compat.deform_conv2d(input, torch.zeros(1, 18, 5, 5), weight, **named)

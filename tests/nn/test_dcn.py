@@ -384,7 +384,7 @@ def test_copies(axes: int, name: str) -> None:
         assert repr(other) == repr(layer)
 
 
-def test_repr_says_what_is_not_the_default() -> None:
+def test_repr_shows_arguments_that_are_not_defaults() -> None:
     assert repr(dk.nn.DCNv4(64, without_pointwise=True)) == (
         "DCNv4(\n  64, kernel_size=(3, 3), stride=(1, 1), pad=(1, 1), group=4\n"
         "  (offset_mask): Linear(in_features=64, out_features=112, bias=True)\n)"
@@ -533,3 +533,9 @@ def test_what_is_no_tensor(name: str) -> None:
         ValueError, match=re.escape("offset has shape [1, 2]; it must have 6 axes, the last three of 4x9x2")
     ):
         LAYERS[name](8).sampling_locations(torch.zeros(1, 2))
+
+
+@pytest.mark.parametrize("kind", [dk.nn.DCNv3, dk.nn.DCNv4])
+def test_channels_first_are_recognised(kind: type[nn.Module]) -> None:
+    with pytest.raises(ValueError, match=r"input has 30 channels; .*; channels come last here: input\.movedim"):
+        kind(16, group=2)(torch.randn(2, 16, 20, 30))

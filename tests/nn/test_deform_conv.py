@@ -2,6 +2,7 @@
 
 import copy
 import doctest
+import inspect
 import io
 import math
 import pickle
@@ -129,7 +130,7 @@ def test_a_new_packed_layer_is_the_plain_convolution(axes: int, window: dict[str
     assert_close(layer(input), plain.double()(input.double()))
 
 
-def test_packed_takes_a_plain_state_dict(axes: int) -> None:
+def test_packed_layer_loads_a_plain_state_dict(axes: int) -> None:
     plain, layer = PLAIN[axes](4, 8, 3), PACKED[axes](4, 8, 3, modulated=True)
     result = layer.load_state_dict(plain.state_dict(), strict=False)
     assert result.missing_keys == ["offset_head.weight", "offset_head.bias"] and not result.unexpected_keys
@@ -240,7 +241,7 @@ def test_copies(axes: int) -> None:
         assert repr(other) == repr(layer)
 
 
-def test_repr_says_what_is_not_the_default() -> None:
+def test_repr_shows_arguments_that_are_not_defaults() -> None:
     assert repr(dk.nn.DeformConv2d(4, 8, 3)) == "DeformConv2d(4, 8, kernel_size=(3, 3), stride=(1, 1))"
     layer = dk.nn.PackedDeformConv1d(4, 8, 3, 1, "same", bias=False, modulated=True, offset_groups=2, boundary="border")
     for part in ("padding=same", "bias=False", "offset_groups=2", "boundary=border", "modulated=True", "(offset_head)"):
@@ -386,6 +387,46 @@ def test_wrong_forward() -> None:
         layer.sampling_locations(offset[0, 0])
     with pytest.raises(ValueError, match="offset has spatial size 4x6; the output has 5x6"):
         layer(input, offset[:, :, :4])
+
+
+@pytest.mark.parametrize("unsplit", [27, 54])
+def test_an_unsplit_offset_is_recognised(unsplit: int) -> None:
+    layer = dk.nn.DeformConv2d(6, 8, 3, padding=1, offset_groups=unsplit // 27)
+    with pytest.raises(ValueError, match=rf"{unsplit} = .* x 9 taps x \(2 coordinates \+ 1 mask\)"):
+        layer(torch.randn(2, 6, 5, 6), torch.zeros(2, unsplit, 5, 6))
+
+
+def test_a_packed_layer_checks_its_input_first(axes: int) -> None:
+    """Before its offset head runs, whose errors are torch's."""
+    layer = getattr(dk.nn, f"PackedDeformConv{axes}d")(8, 4, 3, padding=1)
+    sound = torch.randn(2, 8, *range(5, 5 + axes))
+    for call in (layer, layer.predict):
+        with pytest.raises(ValueError, match=r"^input has 3 channels; this layer has in_channels=8$"):
+            call(sound[:, :3])
+        with pytest.raises(ValueError, match=rf"^input has shape .*; it must have {axes + 2} axes, or {axes + 1} unba"):
+            call(sound[0, 0])
+        with pytest.raises(ValueError, match=rf"^input has 2 channels; .*; its {axes + 1} axes are taken as"):
+            call(sound[..., 0])
+        with pytest.raises(TypeError, match=r"^input has dtype torch\.float16; it must be torch\.float32, as weight's"):
+            call(sound.half())
+        with pytest.raises(TypeError, match=r"^input has dtype torch\.int64; it must be float16"):
+            call(sound.long())
+
+
+@pytest.mark.parametrize("kind", ["DeformConv", "PackedDeformConv"])
+def test_messages_name_the_public_layer(kind: str, axes: int) -> None:
+    name = f"{kind}{axes}d"
+    make = getattr(dk.nn, name)
+    with pytest.raises(TypeError, match=rf"^{name}\.__init__\(\) missing 1 required positional argument"):
+        make(4, 4)
+    layer = make(4, 4, 3)
+    with pytest.raises(TypeError, match=rf"^{name}\.forward\(\) "):
+        layer()
+    for theirs in ("deform_groups", "deformable_groups"):
+        with pytest.raises(TypeError, match=f"^{name} has no argument '{theirs}'; it is called 'offset_groups' here"):
+            make(4, 4, 3, **{theirs: 2})
+    assert "offset_groups" in inspect.signature(make).parameters
+    assert type(copy.deepcopy(layer)) is make and make.forward.__doc__
 
 
 def test_docstring_examples_run() -> None:

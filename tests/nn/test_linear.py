@@ -129,7 +129,7 @@ OTHERS = {
 
 
 @pytest.mark.parametrize("make", OTHERS.values(), ids=OTHERS.keys())
-def test_what_is_no_plain_layer_answers_itself(make: Callable[[], nn.Module]) -> None:
+def test_other_layers_compute_themselves(make: Callable[[], nn.Module]) -> None:
     layer = make()
     input = torch.randn(300, 8, dtype=next(layer.parameters()).dtype)
     assert not convolved(layer, input)

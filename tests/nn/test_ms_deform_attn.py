@@ -99,7 +99,7 @@ def test_state_dict_and_initialisation_are_those_of_deformable_detr() -> None:
 
 
 @pytest.mark.parametrize("heads", [1, 2, 3, 8, 13])
-def test_a_new_layer_looks_into_as_many_directions_as_it_has_heads(axes: int, heads: int) -> None:
+def test_each_head_of_a_new_layer_samples_in_its_own_direction(axes: int, heads: int) -> None:
     made = MSDeformAttn(4 * heads, 2, heads, [2, 3], spatial_dims=axes)
     offsets = made.sampling_offsets.bias.detach().unflatten(0, (heads, 5, axes))
     largest = offsets.abs().amax(-1)

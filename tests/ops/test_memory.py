@@ -108,7 +108,7 @@ print(resident() - before)
 @pytest.mark.skipif(sys.platform != "linux", reason="resident memory is read as Linux tells it")
 @pytest.mark.parametrize("threads", [1, 2])
 @pytest.mark.parametrize("layer", ["conv", "depthwise", "aggregate", "attention", "roi"])
-def test_training_keeps_no_memory(layer: str, threads: int) -> None:
+def test_training_does_not_accumulate_memory(layer: str, threads: int) -> None:
     """What 5,000 steps may keep, 20 MB, in proportion."""
     steps = 1000
     command = [sys.executable, "-c", GROWTH, str(threads), layer, str(steps)]

@@ -168,7 +168,7 @@ def count(output, total, ROWS: tl.constexpr):  # type: ignore[no-untyped-def]
     tl.atomic_add(total.value, 1.0)
 
 
-def test_autotuning_takes_the_fastest_and_leaves_sums_as_one_run_does(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_autotuning_chooses_the_fastest_and_does_not_change_sums(monkeypatch: pytest.MonkeyPatch) -> None:
     if not triton_kernels.interpreting():
         pytest.skip("what is timed here are kernels in the interpreter")
     timed, configs = [], [launch.Config({"ROWS": rows}) for rows in (16, 32, 64)]

@@ -1,4 +1,4 @@
-"""What host libraries call deformable: their names, and what answers in their place, in their signatures."""
+"""The deformable functions and layers of host libraries, and their replacements with the same signatures."""
 
 import re
 from collections.abc import Callable, Sequence
@@ -24,29 +24,29 @@ _METHODS: dict[str, Mode] = {"default": "linear", "discrete": "nearest"}
 
 @dataclass(frozen=True)
 class Part:
-    """A function, an autograd Function or a layer of a host, and what takes its place."""
+    """A function, an autograd Function or a layer of a host, and its replacement."""
 
     module: str
-    """A regular expression for the whole name of the module that defines it."""
+    """A regular expression for the full name of the module that defines it."""
     name: str
-    """Of a function the name; of a layer a regular expression for it."""
+    """The name of a function, or a regular expression for the name of a layer."""
     ours: Callable[..., Any] | str
-    """For a layer its ``forward``, for an autograd Function its ``apply``; ``"host:name"``: what compat has for it."""
+    """The ``forward`` of a layer or the ``apply`` of an autograd Function; ``"host:name"`` refers to compat."""
     operator: str
     core: str | None = None
-    """Of a layer: what it holds under this name is a part too, or the layer stays as it is."""
+    """An attribute of the layer that must be a part too; otherwise the layer is not replaced."""
 
     def function(self) -> Callable[..., Any]:
-        """What takes its place."""
+        """The replacement."""
         if callable(self.ours):
             return self.ours
-        # Imported on need: whoever patches no such host does without compat.
+        # compat is imported only if such a host is patched.
         host, names = self.ours.split(":")
         return attrgetter(names)(import_module(f"deformkit.compat.{host}"))
 
 
 def find(parts: Sequence[Part], defined: Any) -> Part | None:
-    """The part that the class or function ``defined`` is, by the names of its module and its own."""
+    """The part with the name and the module of the class or function ``defined``, if any."""
     name, module = str(getattr(defined, "__name__", "")), str(getattr(defined, "__module__", ""))
     for part in parts:
         if re.fullmatch(part.name, name) and re.fullmatch(part.module, module):
@@ -90,7 +90,7 @@ def _transformers_attention(
 
     padding = None if attention_mask is None else ~attention_mask
     value, weights = value_and_weights(self, query, encoder_hidden_states, padding)
-    # What is returned is what is attended with: whoever asks for its gradient gets one.
+    # The returned weights are those that are used, so that gradients can be taken by them.
     weights = weights.unflatten(-1, locations.shape[3:5])
     shapes = (spatial_shapes, spatial_shapes_list, level_start_index)
     output = self.attn(value, *shapes, locations, weights, self.im2col_step)
@@ -110,7 +110,7 @@ def _transformers_pixel_decoder(
     output_attentions: bool = False,
     spatial_shapes: Any = None,
 ) -> tuple[Tensor, Tensor]:
-    # Releases before there was a list give the tensor alone.
+    # Earlier releases pass the tensor alone.
     sizes = spatial_shapes.tolist() if spatial_shapes_list is None else spatial_shapes_list
     query = self.with_pos_embed(hidden_states, position_embeddings)
     extents = torch.tensor([[width, height] for height, width in sizes], device=query.device)
@@ -149,7 +149,7 @@ def _transformers_layer(
 def multi_scale_deformable_attention(
     value: Tensor, value_spatial_shapes: SpatialShapes, sampling_locations: Tensor, attention_weights: Tensor
 ) -> Tensor:
-    """The function of transformers and of ultralytics; theirs has one number of points for all levels."""
+    """The function of transformers and of ultralytics, which has the same number of points on every level."""
     return _attend(value, value_spatial_shapes, sampling_locations, attention_weights)
 
 
@@ -222,7 +222,7 @@ _DETR = r"(.*\.)?ms_deform_attn_func"
 _DETR_FUNCTION = "deformable_detr:ms_deform_attn_core_pytorch"
 _DETR_APPLY = "deformable_detr:MSDeformAttnFunction.apply"
 
-# Those whose layer takes the arguments and has the formula of Deformable DETR's, mask and all.
+# Models whose layer has the arguments and the formula of Deformable DETR's, including the mask.
 _DETR_LIKE = (
     r"transformers\.models\.(deformable_detr|rt_detr|rf_detr|lw_detr|grounding_dino|mm_grounding_dino|omdet_turbo"
     r"|pp_doclayout_v[234])\..*"
@@ -240,7 +240,7 @@ LAYERS = (
     Part(_MMCV, "ModulatedDeformConv2dPack", "mmcv:ModulatedDeformConv2dPack.forward", "deform_conv2d"),
     Part(_MMCV, "DeformRoIPool", _mmcv_roi_layer, "deform_roi_pool"),
 )
-"""Replaced one by one, in the given model alone."""
+"""Layers, which are replaced one by one in the given model alone."""
 
 FUNCTIONS = (
     Part(_TRANSFORMERS, "multi_scale_deformable_attention", multi_scale_deformable_attention, "ms_deform_attn"),
@@ -261,4 +261,4 @@ FUNCTIONS = (
     Part(_DETR, "ms_deform_attn_core_pytorch", _DETR_FUNCTION, "ms_deform_attn"),
     Part(_DETR, "MSDeformAttnFunction", _DETR_APPLY, "ms_deform_attn"),
 )
-"""Replaced where a module of the model holds one; else in the namespace where the model's code looks it up."""
+"""Functions, which are replaced as attributes of modules, or in the namespace in which the code looks them up."""

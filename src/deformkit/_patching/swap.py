@@ -13,14 +13,16 @@ from types import CodeType, FunctionType, MethodType, ModuleType
 from typing import Any, cast
 from weakref import ref
 
+import torch
 from torch import nn
+from torch.fx import GraphModule
 
 from .hosts import FUNCTIONS, HOSTS, LAYERS, PACKAGES, Part, find
 
-# What a module of the model had before, by name: travels with copies and pickles, so that those can be restored too.
+# The attributes that a module had before, by name. Copies and pickles keep them, so that these can be restored too.
 _BEFORE = "_deformkit_before"
 
-# Packages whose classes look up no host's function.
+# Packages whose classes do not look up functions of a host.
 _PLAIN = ("torch", "builtins", "collections", "typing", "abc", "deformkit")
 
 
@@ -31,11 +33,11 @@ class Replacement:
     host: str
     """The class or function, with the module that defines it."""
     operator: str
-    """The function or layer of deformkit that answers instead."""
+    """The function or layer of deformkit that replaces it."""
     count: int
-    """Instances of the class; for a function the modules of the model that hold it or look it up."""
+    """The number of instances of the class, or of modules that hold the function or look it up."""
     shared: str | None = None
-    """The name that now gives our function to everyone who looks it up; None: only this model changed."""
+    """The name under which the function was replaced for all models; None if only this model changed."""
 
     def __str__(self) -> str:
         name = "that name" if self.shared == self.host else self.shared
@@ -45,12 +47,12 @@ class Replacement:
 
 @dataclass(frozen=True)
 class Patch:
-    """What :func:`patch` did; print it."""
+    """The result of :func:`patch`; print it."""
 
     model: nn.Module = field(repr=False)
     replaced: tuple[Replacement, ...]
     already: tuple[Replacement, ...] = ()
-    """What an earlier call had replaced in this model."""
+    """The parts that an earlier call had replaced in this model."""
 
     def __str__(self) -> str:
         lines = [f"replaced {replacement}" for replacement in self.replaced]
@@ -60,7 +62,7 @@ class Patch:
 
 @dataclass
 class _Shared:
-    """A name in a host's namespace that gives our function, and the models for whose sake it does."""
+    """A name in a namespace of a host under which our function is found, and the models that need it."""
 
     namespace: Any
     name: str
@@ -69,39 +71,41 @@ class _Shared:
     users: set[ref[nn.Module]] = field(default_factory=set)
 
     def used(self) -> bool:
-        """Whether a model that needs it is still there."""
+        """Whether a model that needs it still exists."""
         return any(user() is not None for user in self.users)
 
 
 _shared: dict[str, _Shared] = {}
 
-# One thread at a time patches. The holder may be interrupted, in its own thread too, by the end of a patched model.
+# One thread at a time patches. The deletion of a patched model may interrupt it, even in its own thread.
 _lock = RLock()
 _working: list[None] = []
 _gone: list[None] = []
 
 
 def patch(model: nn.Module, strict: bool = True) -> Patch:
-    """Swap the deformable parts of a host library for ours, in place: transformers', torchvision's, mmcv's and others'.
+    """Replace the deformable layers and functions of a host library in a model by those of deformkit, in place.
 
-    ``patch(model)(x) = model(x)`` but for rounding, faster. Parameters, state-dict, ``isinstance`` and ``repr`` stay as
-    they are. Wherever a part is a layer or held by one, only this model changes; a function that the host's code looks
-    up by its name is replaced under that name, for every model of that code, until the last patched one is restored or
-    no longer there: the description says which. Copies and pickles of a layer that was replaced are ours too. A second
-    call finds nothing more to do and says so. Several threads may patch. Patch before ``torch.compile``. No library is
-    imported.
+    The outputs of the model are the same up to rounding. Parameters, state-dict, ``isinstance`` and ``repr`` do not
+    change.
+
+    If a part is a layer or an attribute of a layer, only this model changes. A function that the code of the host looks
+    up by name is replaced under that name for every model that uses this code, until the last patched model is restored
+    or deleted; the returned description says so. Copies and pickles of a replaced layer are replaced too. A second call
+    changes nothing and says so. Threads may call ``patch`` at the same time. Patch a model before ``torch.compile``. No
+    host library is imported.
 
     Args:
-        model: any module; itself or what it contains may come from transformers, torchvision, mmcv, ultralytics,
-            rfdetr or Deformable DETR.
-        strict: whether to raise if there is nothing to replace.
+        model: a module that is, or contains, modules of transformers, torchvision, mmcv, ultralytics, rfdetr or
+            Deformable DETR.
+        strict: whether to raise an error if there is nothing to replace.
 
     Returns:
-        What was replaced, to be printed; :func:`unpatch` takes it, or the model.
+        A description of what was replaced; print it, or pass it to :func:`unpatch`.
 
     Raises:
-        TypeError: ``model`` is no module.
-        ValueError: there is nothing to replace, and ``strict``.
+        TypeError: ``model`` is not a module.
+        ValueError: ``strict``, and there is nothing to replace.
 
     Example:
         >>> import torch
@@ -114,7 +118,7 @@ def patch(model: nn.Module, strict: bool = True) -> Patch:
     if strict and not result.replaced and not result.already:
         raise ValueError(
             f"model is a {type(model).__name__} without any deformable part of {HOSTS} that patch knows; "
-            "with strict=False that is no error"
+            f"with strict=False that is no error{_compiled_hint(model)}"
         )
     return result
 
@@ -138,7 +142,7 @@ def _patch(model: nn.Module) -> Patch:
         for namespace, name in _lookups(cls):
             place = f"{namespace.__name__}.{name}"
             original = getattr(namespace, name)
-            # Whoever put the host's own back meanwhile gets ours again.
+            # Other code may have restored the function of the host in the meantime.
             if place not in _shared or original is not _shared[place].ours:
                 _shared[place] = _Shared(namespace, name, original, _function(original))
                 setattr(namespace, name, _shared[place].ours)
@@ -149,16 +153,16 @@ def _patch(model: nn.Module) -> Patch:
 
 
 def unpatch(model: nn.Module | Patch) -> None:
-    """Undo :func:`patch`: the host's own parts are back in ``model``.
+    """Undo :func:`patch`: restore the layers and functions of the host library in ``model``.
 
-    Also of a copy of a patched model, or of what a pickle of one gave. A function that was replaced under its name
-    comes back with the last patched model that looks it up. A model that is not patched stays as it is.
+    This also works for copies and unpickled copies of a patched model. A function that was replaced under its name is
+    restored with the last patched model that uses it. A model that is not patched does not change.
 
     Args:
-        model: the module, or what :func:`patch` returned.
+        model: the module, or the result of :func:`patch`.
 
     Raises:
-        TypeError: ``model`` is neither.
+        TypeError: ``model`` is neither of these.
 
     Example:
         >>> import torch
@@ -178,7 +182,7 @@ def unpatch(model: nn.Module | Patch) -> None:
 
 @contextmanager
 def _alone() -> Iterator[None]:
-    """While this lasts, no other thread swaps anything, and what models that end leave behind stays where it is."""
+    """Keep other threads from patching, and postpone the clean-up for models that are deleted meanwhile."""
     with _lock:
         _working.append(None)
         try:
@@ -189,13 +193,13 @@ def _alone() -> Iterator[None]:
 
 
 def _forget(user: ref[nn.Module]) -> None:
-    """Called when a model ends that looked up a function of ours, by any thread and between any two steps of it."""
+    """Called when a model that used a replaced function is deleted, in any thread and at any time."""
     _gone.append(None)
     _forget_gone()
 
 
 def _forget_gone() -> None:
-    # Whoever ends a model may hold a lock that the thread in our way waits for: that thread does it when it is done.
+    # Waiting for the lock could deadlock here. The thread that holds it cleans up when it is done.
     while _gone and _lock.acquire(blocking=False):
         try:
             if _working:
@@ -207,13 +211,28 @@ def _forget_gone() -> None:
 
 
 def _put_back() -> None:
-    """Give the hosts the functions back that no model needs from us any more."""
+    """Restore the functions of the hosts that no patched model needs any more."""
     for place, shared in list(_shared.items()):
         if not shared.used():
             del _shared[place]
-            # Whoever replaced it once more, after us, keeps what they put there.
+            # A function that other code has put there after us stays.
             if getattr(shared.namespace, shared.name, None) is shared.ours:
                 setattr(shared.namespace, shared.name, shared.original)
+
+
+def _compiled_hint(model: nn.Module) -> str:
+    """The end of a message about a compiled model, which must be patched before; else empty."""
+    # A compiled module exists only if the compiler, whose import takes more than a second, was imported.
+    optimized = getattr(sys.modules.get("torch._dynamo.eval_frame"), "OptimizedModule", ())
+    made_by: dict[Any, str] = {
+        optimized: "torch.compile",
+        torch.jit.ScriptModule: "torch.jit.script or torch.jit.trace",
+        GraphModule: "torch.export or torch.fx",
+    }
+    for kind, maker in made_by.items():
+        if any(isinstance(module, kind) for module in model.modules()):
+            return f"; part of it comes from {maker}: patch the model before that"
+    return ""
 
 
 def _check_module(model: Any) -> None:
@@ -222,7 +241,7 @@ def _check_module(model: Any) -> None:
 
 
 def _changes(module: nn.Module) -> Iterator[tuple[str, Any, Any]]:
-    """What to change in this instance: a name, what it gives now, and what it shall give."""
+    """The attributes of this instance to change: name, present value and new value."""
     attributes, cls = vars(module), cast(Any, type(module))
     if _replaceable(module):
         yield "__class__", cls, _swapped(cls)
@@ -232,16 +251,16 @@ def _changes(module: nn.Module) -> Iterator[tuple[str, Any, Any]]:
 
 
 def _replaceable(module: Any) -> bool:
-    """Whether this is a layer of a host with the forward, and with the core, that its class gave it."""
+    """Whether this is a layer of a host whose forward and core are those of its class."""
     plain = isinstance(module, nn.Module) and "forward" not in vars(module)
     part = _layer(type(module)) if plain else None
     return part is not None and (part.core is None or _replaceable(getattr(module, part.core, None)))
 
 
 def _layer(cls: type) -> Part | None:
-    """The part that gives ``cls`` its forward: a subclass with a forward of its own is another layer.
+    """The part that defines the forward of ``cls``; a subclass with a forward of its own is another layer.
 
-    So is one of another release, if its forward takes arguments that ours does not know.
+    So is a layer of another release whose forward takes arguments that ours does not have.
     """
     definer: Any = next((base for base in cls.__mro__ if "forward" in vars(base)), None)
     part = find(LAYERS, definer)
@@ -249,14 +268,14 @@ def _layer(cls: type) -> Part | None:
 
 
 def _arguments(function: Any) -> set[str]:
-    """The names of what ``function`` takes."""
+    """The names of the parameters of ``function``."""
     parameters = inspect.signature(function).parameters.values()
     return {parameter.name for parameter in parameters if parameter.kind is not parameter.VAR_KEYWORD}
 
 
 @cache
 def _swapped(base: Any) -> Any:
-    """The subclass of a host's layer that has our forward, and passes for the layer in everything else."""
+    """A subclass of a layer of a host that has our forward and otherwise behaves like the layer."""
     part = _layer(base)
     assert part is not None
     namespace = {name: getattr(base, name) for name in ("__module__", "__qualname__", "__doc__")}
@@ -264,7 +283,7 @@ def _swapped(base: Any) -> Any:
 
 
 def _reduce(module: Any, protocol: Any) -> tuple[Any, ...]:
-    # A pickle finds a class by its name, and by this one's it would find the host's.
+    # A pickle finds a class by its name, which would be the class of the host.
     base = vars(module)[_BEFORE]["__class__"]
     return _empty, (base,), *base.__reduce_ex__(module, max(int(protocol), 2))[2:]
 
@@ -275,7 +294,7 @@ def _empty(base: type) -> Any:
 
 
 def _owner(value: Any) -> Any:
-    """The function or class that ``value`` is; of the bound ``apply`` of an autograd Function, that class."""
+    """``value``, or the class of an autograd Function if ``value`` is its bound ``apply``."""
     owner = getattr(value, "__self__", None)
     return owner if isinstance(owner, type) and value.__name__ == "apply" else value
 
@@ -285,7 +304,7 @@ def _part(value: Any) -> Part | None:
 
 
 def _function(value: Any) -> Any:
-    """What takes the place of a host's function, class of a function, or bound ``apply`` of one."""
+    """The replacement of a function of a host, of an autograd Function, or of its bound ``apply``."""
     part = _part(value)
     assert part is not None
     function = part.function()
@@ -293,14 +312,14 @@ def _function(value: Any) -> Any:
 
 
 def _lookups(cls: type) -> Iterator[tuple[Any, str]]:
-    """The namespaces and names where methods of ``cls`` look up a function that is, or by now was, a host's."""
+    """The namespaces and names in which methods of ``cls`` look up functions of a host, replaced or not."""
     found: dict[str, tuple[Any, str]] = {}
     for base in cls.__mro__:
         if base.__module__.partition(".")[0] in _PLAIN:
             continue
         for name, method in vars(base).items():
             method = inspect.unwrap(getattr(method, "__func__", method)) if callable(method) else None
-            # What __init__ looks up it keeps in the instance.
+            # Functions that __init__ looks up are attributes of the instance.
             if isinstance(method, FunctionType) and name != "__init__":
                 for chain in _chains(method.__code__, method.__globals__):
                     site = _resolve(method.__globals__, chain)
@@ -310,7 +329,7 @@ def _lookups(cls: type) -> Iterator[tuple[Any, str]]:
 
 
 def _leads_on(value: Any) -> bool:
-    """Whether a global name with this value may give a host's function, by itself or by an attribute."""
+    """Whether a global name with this value, or one of its attributes, may be a function of a host."""
     if isinstance(value, ModuleType):
         return value.__name__.partition(".")[0] in PACKAGES
     return _part(value) is not None or any(shared.ours is value for shared in _shared.values())
@@ -319,7 +338,7 @@ def _leads_on(value: Any) -> bool:
 def _chains(code: CodeType, names: dict[str, Any]) -> Iterator[list[str]]:
     """The global names that ``code`` reads, with the attributes read of them, as in ``["torchvision", "ops"]``."""
     chain: list[str] = []
-    # Taking code apart is slow, and most code reads no such name.
+    # Disassembly is slow, and most code reads no such name.
     worthwhile = any(_leads_on(names[name]) for name in code.co_names if name in names)
     for instruction in dis.get_instructions(code) if worthwhile else ():
         if instruction.opname == "LOAD_GLOBAL":
@@ -337,7 +356,7 @@ def _chains(code: CodeType, names: dict[str, Any]) -> Iterator[list[str]]:
 
 
 def _resolve(names: dict[str, Any], chain: list[str]) -> tuple[Any, str] | None:
-    """Where along ``chain`` there is a host's function: its namespace, a module, and its name there."""
+    """The module and the name in ``chain`` at which a function of a host is found, if any."""
     namespace = sys.modules.get(names.get("__name__", ""))
     for name in chain:
         value = vars(namespace).get(name) if isinstance(namespace, ModuleType) else None
@@ -349,7 +368,7 @@ def _resolve(names: dict[str, Any], chain: list[str]) -> tuple[Any, str] | None:
 
 
 def _described(value: Any) -> tuple[str, str, str | None]:
-    """Of a host's function or layer class: the name of what was replaced, and of our operator."""
+    """The name of a function or layer of a host, and the name of the operator that replaces it."""
     if isinstance(value, type) and issubclass(value, nn.Module):
         value = next(base for base in value.__mro__ if "forward" in vars(base))
         part = find(LAYERS, value)

@@ -1,4 +1,4 @@
-"""Multi-scale deformable attention with the arguments that its many hosts hand around, forward and backward."""
+"""Multi-scale deformable attention with the arguments that host libraries use, forward and backward."""
 
 from collections.abc import Sequence
 from itertools import accumulate
@@ -9,6 +9,7 @@ from torch import Tensor
 
 from ..ops import ms_deform_attn
 from ..ops._shape import check_floating, check_tensor, code_of, compute_dtype, prod
+from ..ops._suspect import readable
 from ..ops.ms_deform_attn.op import SpatialShapes, level_sizes
 from ._autocast import without_autocast
 from ._gradient import checked_gradient
@@ -21,14 +22,14 @@ def attend(
     sampling_locations: Tensor,
     attention_weights: Tensor,
 ) -> Tensor:
-    """:func:`deformkit.ms_deform_attn` of images, where locations and weights may come in any floating dtype.
+    """:func:`deformkit.ms_deform_attn` of images, where locations and weights may have any floating dtype.
 
     Args:
         value: ``[B, S, H, D]``; its dtype is that of the output, under autocast too.
         spatial_shapes: ``[L, 2]``, the size (h, w) of each level.
         level_start_index: where each level starts in ``value``, see :func:`check_level_start_index`.
         sampling_locations: ``[B, Q, H, L, P, 2]``, (x, y) from 0 to 1; in half precision they are read as float32.
-        attention_weights: ``[B, Q, H, L, P]``; computed with in value's dtype.
+        attention_weights: ``[B, Q, H, L, P]``; computed with in the dtype of ``value``.
 
     Returns:
         ``[B, Q, H*D]``.
@@ -46,7 +47,7 @@ def attend_backward(
     attention_weights: Tensor,
     grad_output: Tensor,
 ) -> list[Tensor]:
-    """The gradients of :func:`attend` by value, locations and weights, each in the dtype of what it belongs to."""
+    """The gradients of :func:`attend` by value, locations and weights, each in the dtype of its tensor."""
     given = (value, sampling_locations, attention_weights)
     args = _arguments(value, spatial_shapes, level_start_index, sampling_locations, attention_weights)
     value, sizes, locations, weights = args
@@ -65,19 +66,21 @@ def attend_backward(
 
 
 def check_level_start_index(level_start_index: Any, sizes: Sequence[Sequence[int]]) -> None:
-    """Raise unless the levels start one behind the other, which is the only layout that the operator reads.
+    """Raise unless the levels lie one after the other, which is the only layout that the operator supports.
 
-    A tensor on another device than the CPU is believed: to read it would wait for the device.
+    A tensor on a device other than the CPU is not checked, because reading it would wait for the device.
     """
-    if level_start_index is None or not _readable(level_start_index):
+    if level_start_index is None:
         return
     if isinstance(level_start_index, Tensor):
+        if not readable(level_start_index):
+            return
         level_start_index = level_start_index.flatten().tolist()
     expected = [0, *accumulate(prod(size) for size in sizes)][:-1]
     if list(level_start_index) != expected:
         raise ValueError(
             f"level_start_index is {list(level_start_index)}; with levels of {[list(size) for size in sizes]} that lie "
-            f"one behind the other it must be {expected}"
+            f"one after the other it must be {expected}"
         )
 
 
@@ -99,15 +102,3 @@ def _arguments(
     check_level_start_index(level_start_index, sizes)
     locations = sampling_locations.to(compute_dtype(value.dtype))
     return value, sizes, locations, attention_weights.to(value.dtype)
-
-
-def _readable(value: Any) -> bool:
-    """Whether its numbers are at hand: not on another device, and not only traced or transformed."""
-    if not isinstance(value, Tensor):
-        return True
-    return (
-        not torch.compiler.is_compiling()
-        and value.device.type == "cpu"
-        and type(value) is Tensor
-        and not torch._C._functorch.is_functorch_wrapped_tensor(value)
-    )

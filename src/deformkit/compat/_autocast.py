@@ -1,4 +1,4 @@
-"""What the hosts whose functions autocast does not touch share."""
+"""Code for hosts whose functions autocast does not affect."""
 
 from contextlib import AbstractContextManager, nullcontext
 

@@ -1,4 +1,4 @@
-"""What the backward functions of the hosts share."""
+"""Code that the backward functions of the hosts share."""
 
 from collections.abc import Callable, Sequence
 

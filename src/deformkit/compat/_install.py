@@ -15,12 +15,12 @@ _SHIMS: dict[str, tuple[str, tuple[str, ...]]] = {
     "dcn_v2": ("dcn_v2", ()),
 }
 
-# What stood in the place of a shim, by the full name of the module; None: nothing.
+# The module that a shim replaced, by its full name; None if there was none.
 _replaced: dict[str, ModuleType | None] = {}
 
 
 def install(*names: str, force: bool = False) -> tuple[str, ...]:
-    """Let ``import <name>`` find deformkit where a compiled extension is missing, so that old code runs as it is.
+    """Let ``import <name>`` find deformkit in place of a missing compiled extension, so that old code runs unchanged.
 
     Call it before the first import of the program that needs the extension. The names are
 
@@ -30,18 +30,18 @@ def install(*names: str, force: bool = False) -> tuple[str, ...]:
     * ``"DCNv4"``: that package, without its attention;
     * ``"_ext"`` and ``"dcn_v2"``: the extension of DCNv2 (CenterNet and others), and its layers.
 
-    A module that can be imported stays what it is; to find that out, it is imported. One that is there but raises when
-    it is imported, because it was built for another torch or wants a GPU, is replaced.
+    A module that can be imported is not replaced; it is imported to find this out. A module whose import fails, because
+    it was built for another torch or needs a GPU, is replaced.
 
     Args:
-        names: what to install; none: all.
-        force: replace what can be imported too.
+        names: the names to install; without arguments, all of them.
+        force: whether to replace modules that can be imported too.
 
     Returns:
-        Those of the names behind which deformkit stands now.
+        The names under which deformkit is now found.
 
     Raises:
-        ValueError: a name that is none of these; then nothing is installed.
+        ValueError: a name is none of these; nothing is installed.
 
     Example:
         >>> import deformkit.compat
@@ -68,9 +68,9 @@ def install(*names: str, force: bool = False) -> tuple[str, ...]:
 
 
 def uninstall(*names: str) -> tuple[str, ...]:
-    """Undo :func:`install`: let ``import`` find again what it would find without deformkit.
+    """Undo :func:`install`, so that ``import`` finds what it would find without deformkit.
 
-    What has imported a shim already keeps it.
+    Code that has imported a shim keeps it.
 
     Args:
         names: what to take out; none: all.
@@ -89,7 +89,7 @@ def uninstall(*names: str) -> tuple[str, ...]:
 
 
 def _known(names: tuple[str, ...]) -> list[str]:
-    """The names that are meant, in the order of the table; a ValueError if there is another one among them."""
+    """The names to install, in the order of the table; a ValueError if one is unknown."""
     for name in names:
         if name not in _SHIMS:
             raise ValueError(f"{name!r} cannot be installed; there are {', '.join(map(repr, _SHIMS))}")
@@ -106,7 +106,7 @@ def _importable(name: str) -> bool:
 
 
 def _put(path: str, module: ModuleType | None) -> None:
-    """Make ``module`` what ``import path`` finds; None: nothing."""
+    """Let ``import path`` find ``module``, or nothing if it is None."""
     sys.modules.pop(path, None)
     if module is not None:
         sys.modules[path] = module

@@ -37,7 +37,7 @@ def from_mmcv(published: Mapping[str, Tensor], *, modulated: bool, prefix: str =
         A new dictionary with all entries of ``published``, those of the layer by our names.
 
     Raises:
-        ValueError: an entry that is missing or has the wrong size, by name.
+        ValueError: an entry is missing or has the wrong size; the message names it.
 
     Example:
         >>> from deformkit.compat.mmcv import ModulatedDeformConv2dPack
@@ -67,7 +67,7 @@ def to_mmcv(state: Mapping[str, Tensor], *, modulated: bool, prefix: str = "") -
         A new dictionary with all entries of ``state``, those of the layer by mmcv's names.
 
     Raises:
-        ValueError: an entry that is missing or has the wrong size, by name.
+        ValueError: an entry is missing or has the wrong size; the message names it.
 
     Example:
         >>> from deformkit.nn import PackedDeformConv2d
@@ -139,7 +139,7 @@ def from_torchvision(
         A new dictionary with all entries of ``published``, those of the layer by our names.
 
     Raises:
-        ValueError: an entry that is missing or has the wrong size, by name.
+        ValueError: an entry is missing or has the wrong size; the message names it.
 
     Example:
         >>> from torch.nn import Conv2d, Module

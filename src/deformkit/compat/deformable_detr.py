@@ -14,23 +14,23 @@ __all__ = ["MSDeformAttn", "MSDeformAttnFunction", "ms_deform_attn_core_pytorch"
 def ms_deform_attn_core_pytorch(
     value: Tensor, value_spatial_shapes: SpatialShapes, sampling_locations: Tensor, attention_weights: Tensor
 ) -> Tensor:
-    """Multi-scale deformable attention, by the name of the slow function that Deformable DETR has for debugging.
+    """Multi-scale deformable attention, under the name of the function of Deformable DETR for debugging.
 
     See :func:`deformkit.ms_deform_attn`. Locations and weights may have another floating dtype than ``value``:
-    locations are read as float32 (float64 beside a float64 value), weights in value's dtype.
+    locations are read as float32 (float64 beside a float64 value), weights in the dtype of ``value``.
 
     Args:
         value: ``[B, S, H, D]``: the levels, each flattened in row-major order, one after the other.
         value_spatial_shapes: ``[L, 2]``, the size (h, w) of each level; a tensor or a list.
         sampling_locations: ``[B, Q, H, L, P, 2]``, (x, y) from 0 to 1.
-        attention_weights: ``[B, Q, H, L, P]``, used as they are.
+        attention_weights: ``[B, Q, H, L, P]``, used without a softmax.
 
     Returns:
-        ``[B, Q, H*D]`` in value's dtype.
+        ``[B, Q, H*D]`` in the dtype of ``value``.
 
     Raises:
-        TypeError: an argument is no tensor, or has a wrong dtype.
-        ValueError: a shape, device or size that does not fit, by name.
+        TypeError: an argument is not a tensor, or has a wrong dtype.
+        ValueError: a shape, device or size does not fit; the message names the argument.
 
     Example:
         >>> import torch
@@ -43,7 +43,7 @@ def ms_deform_attn_core_pytorch(
 
 
 class MSDeformAttnFunction:
-    """Where Deformable DETR calls its kernel: only ``apply``, which is differentiable through the operator itself."""
+    """The ``autograd.Function`` of Deformable DETR: only ``apply``, which is differentiable through the operator."""
 
     @staticmethod
     def apply(
@@ -54,16 +54,17 @@ class MSDeformAttnFunction:
         attention_weights: Tensor,
         im2col_step: int = 64,
     ) -> Tensor:
-        """:func:`ms_deform_attn_core_pytorch` with two arguments more.
+        """:func:`ms_deform_attn_core_pytorch` with two more arguments.
 
         Args:
-            value: this, and all of which no more is said, as in :func:`ms_deform_attn_core_pytorch`.
+            value: the levels. Parameters that are not described here are as in
+                :func:`ms_deform_attn_core_pytorch`.
             value_spatial_shapes: sizes of the levels.
-            value_level_start_index: ``[L]``, where each level starts in ``value``. The sizes say so already; an index
-                on the CPU that says something else is an error, one on another device is not read.
+            value_level_start_index: ``[L]``, where each level starts in ``value``. It follows from the sizes: an index
+                on the CPU that contradicts them is an error; an index on another device is not read.
             sampling_locations: (x, y) from 0 to 1.
             attention_weights: of the points.
-            im2col_step: has no meaning here.
+            im2col_step: has no effect.
 
         Example:
             >>> import torch
@@ -76,15 +77,15 @@ class MSDeformAttnFunction:
 
 
 class MSDeformAttn(nn.MSDeformAttn):
-    """The layer of Deformable DETR: :class:`deformkit.nn.MSDeformAttn`, which looks at ``input_level_start_index`` too.
+    """The layer of Deformable DETR: :class:`deformkit.nn.MSDeformAttn`, which also checks ``input_level_start_index``.
 
     The arguments, the initialisation and the state-dict are Deformable DETR's.
 
     Args:
-        d_model: width of queries, inputs and outputs.
-        n_levels: L, levels of the pyramid.
-        n_heads: H; it divides ``d_model``.
-        n_points: P, points of one head on one level.
+        d_model: number of channels of queries, inputs and outputs.
+        n_levels: L, the number of levels of the pyramid.
+        n_heads: H, the number of heads, which must divide ``d_model``.
+        n_points: P, the number of points of one head on one level.
 
     Shapes of ``forward(query, reference_points, input_flatten, input_spatial_shapes, input_level_start_index,
     input_padding_mask=None)``: ``query [B, Q, d_model]``; ``reference_points [B, Q, L, 2]``, (x, y), or boxes
@@ -94,7 +95,7 @@ class MSDeformAttn(nn.MSDeformAttn):
 
     Raises:
         TypeError: an argument has the wrong type or dtype.
-        ValueError: a value or a shape that does not fit, by name.
+        ValueError: a value or a shape does not fit; the message names the argument.
 
     Example:
         >>> import torch
@@ -122,7 +123,7 @@ class MSDeformAttn(nn.MSDeformAttn):
         input_level_start_index: Any = None,
         input_padding_mask: Tensor | None = None,
     ) -> Tensor:
-        """What every query reads; see the class for shapes."""
+        """Compute the output for every query; see the class for shapes."""
         sizes = self._sizes(input_spatial_shapes)
         check_level_start_index(input_level_start_index, sizes)
         return super().forward(query, reference_points, input_flatten, sizes, None, input_padding_mask)

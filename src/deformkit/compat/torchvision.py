@@ -33,9 +33,10 @@ def deform_conv2d(
     dilation: int | list[int] | tuple[int, int] = (1, 1),
     mask: Tensor | None = None,
 ) -> Tensor:
-    """Deformable convolution, as ``torchvision.ops.deform_conv2d``: :func:`deformkit.deform_conv2d` by its own name.
+    """Deformable convolution, as ``torchvision.ops.deform_conv2d``; see :func:`deformkit.deform_conv2d`.
 
-    ``torch.jit.script`` and ``torch.jit.trace`` take it. Under autocast it computes in float32, as torchvision does.
+    It supports ``torch.jit.script`` and ``torch.jit.trace``. Under autocast it computes in float32, as torchvision
+    does.
 
     Args:
         input: ``[B, C, H, W]``.
@@ -43,16 +44,16 @@ def deform_conv2d(
         weight: ``[Cout, C/groups, kh, kw]``.
         bias: ``[Cout]`` or None.
         stride: step of the output positions, in pixels.
-        padding: how far the first tap lies before the input, in pixels.
-        dilation: distance of two taps, in pixels.
+        padding: distance of the first tap from the edge of the input, in pixels.
+        dilation: distance between two taps, in pixels.
         mask: ``[B, og*kh*kw, Hout, Wout]`` factors of the taps, or None.
 
     Returns:
         ``[B, Cout, Hout, Wout]`` in the dtype of ``input``.
 
     Raises:
-        TypeError: an argument is no tensor, or has a wrong dtype. It is a RuntimeError as well, as torchvision's.
-        ValueError: a shape, device or size that does not fit, by name. It is a RuntimeError as well.
+        TypeError: an argument is not a tensor, or has a wrong dtype. It is also a RuntimeError, as in torchvision.
+        ValueError: a shape, device or size does not fit; the message names it. It is also a RuntimeError.
 
     Example:
         >>> import torch
@@ -99,24 +100,24 @@ def _as_torchvision(
 class DeformConv2d(nn.DeformConv2d):
     """The layer ``torchvision.ops.DeformConv2d``: :class:`deformkit.nn.DeformConv2d` with any number of offset groups.
 
-    The arguments, the initialisation and the state-dict are torchvision's. The number of offset groups is read off the
-    offsets at each call, as torchvision does.
+    The arguments, the initialisation and the state-dict are torchvision's. The number of offset groups is
+    derived from the offsets at each call, as in torchvision.
 
     Args:
         in_channels: C, channels of the input.
         out_channels: Cout, channels of the output.
         kernel_size: number of taps along each axis.
         stride: step of the output positions, in pixels.
-        padding: how far the first tap lies before the input, in pixels.
-        dilation: distance of two taps, in pixels.
-        groups: the channels are convolved in so many separate groups.
-        bias: whether to add a learnt bias.
+        padding: distance of the first tap from the edge of the input, in pixels.
+        dilation: distance between two taps, in pixels.
+        groups: number of groups of channels that are convolved separately.
+        bias: whether to add a learnable bias.
 
     Shapes of ``forward(input, offset, mask=None)``: as those of :func:`deform_conv2d`.
 
     Raises:
         TypeError: an argument has the wrong type or dtype.
-        ValueError: a value or a shape that does not fit, by name.
+        ValueError: a value or a shape does not fit; the message names the argument.
 
     Example:
         >>> import torch
@@ -145,8 +146,8 @@ class DeformConv2d(nn.DeformConv2d):
         super().__init__(in_channels, out_channels, *window, groups, bias)
 
     def forward(self, input: Tensor, offset: Tensor, mask: Tensor | None = None) -> Tensor:
-        """The convolution of ``input`` at points moved by ``offset``, each tap multiplied by ``mask``."""
-        # The operator reads the number of groups off the shapes: a wrong one would be taken for another layer.
+        """Convolve ``input`` at points that ``offset`` moves, with each tap multiplied by ``mask``."""
+        # The operator derives the number of groups from the shapes and would accept another one.
         if isinstance(input, Tensor) and input.dim() == 4 and input.shape[1] != self.in_channels:
             raise ArgumentValueError(
                 f"input has {input.shape[1]} channels; this layer has in_channels={self.in_channels}"

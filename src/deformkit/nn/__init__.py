@@ -1,4 +1,4 @@
-"""Layers over the operators, in the manner of :mod:`torch.nn`."""
+"""Layers that call the operators, in the style of :mod:`torch.nn`."""
 
 from ._convert import dcnv3_state_dict as dcnv3_state_dict
 from ._convert import dcnv4_state_dict as dcnv4_state_dict

@@ -1,4 +1,4 @@
-"""State-dicts of published layers, permuted into the order of taps and coordinates that is used here."""
+"""Converts state-dicts of published layers to the order of taps and coordinates that deformkit uses."""
 
 from collections.abc import Mapping, Sequence
 
@@ -17,24 +17,24 @@ def dcnv3_state_dict(
     remove_center: bool = False,
     prefix: str = "",
 ) -> dict[str, Tensor]:
-    """A state-dict of the published DCNv3 in the order of :class:`deformkit.nn.DCNv3`, or the other way round.
+    """Convert a state-dict of the published DCNv3 to the order of :class:`deformkit.nn.DCNv3`, or back.
 
-    The published layer counts its taps column after column and its offsets as (x, y); ours counts taps row after row
-    and offsets as (h, w). The rows of the heads ``offset`` and ``mask`` are permuted accordingly, all other entries are
-    taken as they are. Both changes undo themselves, and so does this function.
+    The published layer has its taps in column-major order and its offsets as (x, y); ours has taps in row-major order
+    and offsets as (h, w). The rows of the heads ``offset`` and ``mask`` are permuted accordingly; all other entries are
+    unchanged. The function is its own inverse.
 
     Args:
-        published: names and values, of the layer alone or of a whole network.
-        kernel_size: as the layer's; it must be square.
-        group: as the layer's.
-        remove_center: as the layer's.
-        prefix: what the names of the layer's entries begin with, such as ``"levels.0.blocks.1.dcn."``.
+        published: the state-dict of the layer or of a whole network.
+        kernel_size: kernel size of the layer, which must be square.
+        group: ``group`` of the layer.
+        remove_center: ``remove_center`` of the layer.
+        prefix: the prefix of the names of the layer's entries, such as ``"levels.0.blocks.1.dcn."``.
 
     Returns:
         A new dictionary with all entries of ``published``.
 
     Raises:
-        ValueError: an entry that is missing or has the wrong size, by name.
+        ValueError: an entry is missing or has the wrong size; the message names it.
 
     Example:
         >>> import torch
@@ -61,22 +61,22 @@ def dcnv4_state_dict(
     remove_center: bool = False,
     prefix: str = "",
 ) -> dict[str, Tensor]:
-    """A state-dict of the published DCNv4 in the order of :class:`deformkit.nn.DCNv4`, or the other way round.
+    """Convert a state-dict of the published DCNv4 to the order of :class:`deformkit.nn.DCNv4`, or back.
 
-    As :func:`dcnv3_state_dict`, for the one head ``offset_mask``; the unused rows at its end stay where they are.
+    This is :func:`dcnv3_state_dict` for the single head ``offset_mask``; the unused rows at its end are unchanged.
 
     Args:
-        published: names and values, of the layer alone or of a whole network.
-        kernel_size: as the layer's; it must be square.
-        group: as the layer's.
-        remove_center: as the layer's.
-        prefix: what the names of the layer's entries begin with.
+        published: the state-dict of the layer or of a whole network.
+        kernel_size: kernel size of the layer, which must be square.
+        group: ``group`` of the layer.
+        remove_center: ``remove_center`` of the layer.
+        prefix: the prefix of the names of the layer's entries.
 
     Returns:
         A new dictionary with all entries of ``published``.
 
     Raises:
-        ValueError: an entry that is missing or has the wrong size, by name.
+        ValueError: an entry is missing or has the wrong size; the message names it.
 
     Example:
         >>> from deformkit.nn import DCNv4
@@ -92,7 +92,7 @@ def dcnv4_state_dict(
 
 
 def _transposed_taps(kernel_size: int | Sequence[int], remove_center: bool) -> Tensor:
-    """For each tap counted row after row its number among those counted column after column; and the other way."""
+    """The column-major number of each tap in row-major order; the permutation is its own inverse."""
     height, width = ntuple(kernel_size, 2, "kernel_size", 1)
     if height != width:
         raise ValueError(f"kernel_size is {height}x{width}; the published layers have square kernels")
@@ -108,7 +108,7 @@ def _transposed_taps(kernel_size: int | Sequence[int], remove_center: bool) -> T
 def _permute_heads(
     published: Mapping[str, Tensor], prefix: str, group: int, heads: dict[str, Tensor], multiple_of: int
 ) -> dict[str, Tensor]:
-    """Permute the rows of some linear maps: those of each group alike, and none of those behind the groups."""
+    """Permute the rows of linear layers, in every group alike; rows after the last group are unchanged."""
     result = dict(published)
     for head, rows in heads.items():
         used = group * len(rows)

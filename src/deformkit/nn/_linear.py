@@ -1,4 +1,4 @@
-"""Linear layers on a CPU, through the quicker of the products that torch has."""
+"""Linear layers on a CPU, through the faster of the matrix products that torch has."""
 
 from typing import Any
 
@@ -7,18 +7,18 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.nn.modules.module import _has_any_global_hook
 
-# Where there are fewer multiplications than this, the product takes less time than what surrounds it.
+# With fewer multiplications than this, the product takes less time than the code around it.
 _MANY_PRODUCTS = 2**23
 
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 
 
 def linear(layer: nn.Module, input: Tensor) -> Tensor:
-    """``layer(input)``, for a layer that is a ``Linear`` unless someone put something else in its place.
+    """``layer(input)``, where ``layer`` is a ``Linear`` or a module that replaces it.
 
-    Where torch has MKL, it multiplies float32 matrices by that, and convolves by oneDNN, which can be much the quicker.
-    So a plain ``Linear`` is computed as what it is as well: a convolution with a kernel of one element, of a single row
-    of pixels with channels last.
+    If torch was built with MKL, it uses MKL for float32 matrix products and oneDNN for convolutions, and oneDNN can be
+    much faster. A ``Linear`` is therefore computed as the equivalent convolution with a kernel of one element, over a
+    single row of pixels with channels last.
     """
     if not _convolves(layer, input):
         return layer(input)
@@ -38,7 +38,7 @@ def _convolves(layer: Any, input: Tensor) -> bool:
         return False
     if "forward" in vars(layer) or _has_any_global_hook() or any(getattr(layer, name) for name in _HOOKS):
         return False
-    # A weight of another class, such as a quantised one, knows how to be multiplied, and may know nothing else.
+    # A weight of another class, such as a quantised one, may support matrix products alone.
     return (
         type(layer.weight) in (Tensor, nn.Parameter)
         and input.device.type == layer.weight.device.type == "cpu"

@@ -21,7 +21,7 @@ _ACTIVATION: dict[str, type[nn.Module]] = {"GELU": nn.GELU, "SiLU": nn.SiLU, "Re
 
 
 class _DCN(nn.Module):
-    """What both layers share: the window, and the steps around the operator."""
+    """The base of both layers: the window, and the steps before and after the operator."""
 
     def __init__(
         self,
@@ -63,16 +63,16 @@ class _DCN(nn.Module):
         self._taps = tap_count(self.kernel_size, remove_center)
 
     def sampling_locations(self, offset: Tensor) -> Tensor:
-        """Where the layer reads its input.
+        """The positions at which the layer samples its input.
 
         ``locations = stride*o - pad + centre + offset_scale * (dilation*k - centre + offset)``
 
         Args:
-            offset: ``[N, *out, group, K, spatial_dims]`` in pixels, as :meth:`predict` gives it.
+            offset: ``[N, *out, group, K, spatial_dims]`` in pixels, as :meth:`predict` returns it.
 
         Returns:
-            The same shape, in tensor-axis order, in pixels of the input: 0 is the centre of its first pixel. In float32
-            or float64; points may lie outside.
+            The positions in the same shape, in tensor-axis order, in pixels of the input, where 0 is the centre of the
+            first pixel; float32 or float64. Points may lie outside.
 
         Raises:
             ValueError: the shape of ``offset`` does not fit the layer.
@@ -96,7 +96,7 @@ class _DCN(nn.Module):
         return base + shift
 
     def extra_repr(self) -> str:
-        """The number of channels and of groups, the window, and what is not at its default."""
+        """The numbers of channels and groups, the window, and the arguments that are not at their defaults."""
         text = f"{self.channels}, kernel_size={self.kernel_size}, stride={self.stride}, pad={self.pad}"
         text += f", group={self.group}"
         if max(self.dilation) > 1:
@@ -109,7 +109,7 @@ class _DCN(nn.Module):
         return text
 
     def _add_center_feature_scale(self, **factory: Any) -> None:
-        # Bare parameters, not a Linear: the names of the published state-dicts.
+        # Parameters instead of a Linear, for the names of the published state-dicts.
         if self.center_feature_scale:
             self.center_feature_scale_proj_weight = nn.Parameter(torch.empty(self.group, self.channels, **factory))
             self.center_feature_scale_proj_bias = nn.Parameter(torch.empty(self.group, **factory))
@@ -126,7 +126,8 @@ class _DCN(nn.Module):
         if input.dim() != axes:
             raise ValueError(f"input has shape {list(input.shape)}; it must have {axes} axes, the channels last")
         if input.shape[-1] != self.channels:
-            raise ValueError(f"input has {input.shape[-1]} channels; this layer has channels={self.channels}")
+            first = "; channels come last here: input.movedim(1, -1)" if input.shape[1] == self.channels else ""
+            raise ValueError(f"input has {input.shape[-1]} channels; this layer has channels={self.channels}{first}")
         self._out_size(input)
 
     def _out_size(self, input: Tensor) -> list[int]:
@@ -134,7 +135,7 @@ class _DCN(nn.Module):
         return checked_output_size("input", input.shape[1:-1], *window)
 
     def _at_centres(self, field: Tensor) -> Tensor:
-        """``field [N, *S, C]`` at the centre of each window: ``[N, *out, C]``. Beyond the field the nearest element."""
+        """``field [N, *S, C]`` at the centre of each window, or the nearest element to it: ``[N, *out, C]``."""
         for axis, out in enumerate(self._out_size(field), 1):
             k, s, p, d = (steps[axis - 1] for steps in (self.kernel_size, self.stride, self.pad, self.dilation))
             if s > 1 or 2 * p != d * (k - 1):
@@ -175,45 +176,45 @@ class _DCN(nn.Module):
 
 
 class DCNv3(_DCN):
-    """The layer of InternImage: deformable aggregation with a softmax over the taps, on a tensor with channels last.
+    """The layer of InternImage: deformable aggregation with a softmax over the taps, for tensors with channels last.
 
-    ``features = activation(norm(depthwise_convolution(input)))``, read at the centre of each window, gives
-    ``offset = offset_head(features)`` and ``mask = softmax over taps of mask_head(features)``, for each group; then
+    The layer computes ``features = activation(norm(depthwise_convolution(input)))`` at the centre of each window. For
+    each group, ``offset = offset_head(features)`` and ``mask = softmax over taps of mask_head(features)``. Then
 
     ``output = output_proj(deform_aggregate(input_proj(input), offset, mask))``
 
-    With ``center_feature_scale`` a share ``s = sigmoid(linear(features))`` of each group is the projected input at the
-    centre of the window: ``aggregated * (1-s) + input_proj(input) * s``.
+    With ``center_feature_scale`` the projected input at the centre of the window is blended in with the factor
+    ``s = sigmoid(linear(features))`` of each group: ``aggregated * (1-s) + input_proj(input) * s``.
 
-    The names of the arguments, and of the entries of the state-dict, are the published ones. The values of a published
-    state-dict come in another order of taps and coordinates: see :func:`deformkit.nn.dcnv3_state_dict`.
+    The arguments and the entries of the state-dict have the published names. The values of a published state-dict are
+    in another order of taps and coordinates; see :func:`deformkit.nn.dcnv3_state_dict`.
 
-    Where ``stride`` is not 1 or ``pad`` does not keep the size, the features are computed at all positions of the input
-    and then read at ``stride*o - pad + centre``, ``centre = dilation*(kernel_size-1) // 2``. The published layer is not
-    defined there.
+    If ``stride`` is not 1 or ``pad`` does not keep the size, the features are computed at all positions of the input
+    and taken at ``stride*o - pad + centre`` with ``centre = dilation*(kernel_size-1) // 2``. The published layer is
+    undefined in these cases.
 
     Args:
-        channels: C, of the input and of the output.
-        kernel_size: number of taps along each axis; K in all, or one less with ``remove_center``.
-        dw_kernel_size: of the depthwise convolution, odd; None: as ``kernel_size``.
+        channels: C, channels of the input and of the output.
+        kernel_size: number of taps along each axis; K in total, or one less with ``remove_center``.
+        dw_kernel_size: kernel size of the depthwise convolution, which must be odd; None: ``kernel_size``.
         stride: step of the output positions, in pixels.
-        pad: how far the first tap lies before the input, in pixels.
-        dilation: distance of two taps, in pixels.
+        pad: distance of the first tap from the edge of the input, in pixels.
+        dilation: distance between two taps, in pixels.
         group: number of groups of channels; each has its own offsets and masks.
-        offset_scale: factor of everything that separates a tap from the centre of its window.
+        offset_scale: factor that scales the distance of each point from the centre of its window.
         act_layer: ``"GELU"``, ``"SiLU"`` or ``"ReLU"``.
         norm_layer: ``"LN"`` (over the channels) or ``"BN"``.
-        center_feature_scale: whether to mix in the centre, see above.
-        remove_center: leave out the middle tap; every kernel size must be odd.
+        center_feature_scale: whether to blend in the centre; see above.
+        remove_center: whether to leave out the middle tap; every kernel size must be odd.
         spatial_dims: number of spatial axes, 1, 2 or 3.
-        device: where the parameters are.
-        dtype: of the parameters.
+        device: the device of the parameters.
+        dtype: the dtype of the parameters.
 
     Shapes: ``input [N, *S, C]``, output ``[N, *out, C]``.
 
     Raises:
         TypeError: an argument has the wrong type or dtype.
-        ValueError: a value or a shape that does not fit, by name.
+        ValueError: a value or a shape does not fit; the message names the argument.
 
     Example:
         >>> import torch
@@ -263,16 +264,16 @@ class DCNv3(_DCN):
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
-        """Set the heads to zero, so that offsets are 0 and every tap weighs 1/K; draw the rest."""
+        """Initialise the heads to zero, so that offsets are 0 and weights 1/K, and the other layers at random."""
         self._reset(zero=(self.offset, self.mask), xavier=(self.input_proj, self.output_proj))
 
     def predict(self, input: Tensor) -> tuple[Tensor, Tensor]:
-        """The offsets ``[N, *out, group, K, spatial_dims]`` and the masks ``[N, *out, group, K]`` for an input."""
+        """Predict the offsets ``[N, *out, group, K, spatial_dims]`` and masks ``[N, *out, group, K]`` for an input."""
         self._check_input(input)
         return self._heads(self._features(input))
 
     def forward(self, input: Tensor) -> Tensor:
-        """The output ``[N, *out, C]`` for an input ``[N, *S, C]``."""
+        """Compute the output ``[N, *out, C]`` for an input ``[N, *S, C]``."""
         self._check_input(input)
         value, features = linear(self.input_proj, input), self._features(input)
         aggregated = self._aggregate(value, *self._heads(features))
@@ -287,34 +288,36 @@ class DCNv3(_DCN):
 
 
 class DCNv4(_DCN):
-    """The layer of FlashInternImage: :class:`DCNv3` without softmax, its offsets and masks from one linear map.
+    """The layer of FlashInternImage: :class:`DCNv3` without softmax, with offsets and masks from one linear layer.
 
-    ``offset, mask = offset_mask(input)``, of ``input`` or, with ``dw_kernel_size``, of its depthwise convolution, read
-    at the centre of each window; then
+    The layer computes ``offset, mask = offset_mask(input)`` at the centre of each window; with ``dw_kernel_size``, a
+    depthwise convolution is applied to ``input`` before. Then
 
     ``output = output_proj(deform_aggregate(value_proj(input), offset, mask))``
 
-    The output of ``offset_mask`` holds for each group its K*N offsets, then its K masks; behind the last group as many
-    unused channels as make their number a multiple of 8. With ``center_feature_scale`` a share
-    ``s = sigmoid(linear(aggregated))`` of each group is the projected input at the centre of the window:
+    The output of ``offset_mask`` contains the K*N offsets and then the K masks of each group. Unused channels after the
+    last group make the number of channels a multiple of 8. With ``center_feature_scale`` the projected input at the
+    centre of the window is blended in with the factor ``s = sigmoid(linear(aggregated))`` of each group:
     ``aggregated * (1-s) + value_proj(input) * s``.
 
-    The names of the arguments, and of the entries of the state-dict, are the published ones. The values of a published
-    state-dict come in another order of taps and coordinates: see :func:`deformkit.nn.dcnv4_state_dict`. The masks start
-    at zero, so that a new layer gives the bias of its ``output_proj``; they are the first to learn.
+    The arguments and the entries of the state-dict have the published names. The values of a published state-dict are
+    in another order of taps and coordinates; see :func:`deformkit.nn.dcnv4_state_dict`. The masks are initialised to
+    zero, so that a new layer returns the bias of its ``output_proj``.
 
     Args:
-        channels: this and all that is not said here as in :class:`DCNv3`.
-        dw_kernel_size: size, odd, of a depthwise convolution before ``offset_mask``; None: there is none.
+        channels: C, channels of the input and of the output. Parameters that are not described here are as in
+            :class:`DCNv3`.
+        dw_kernel_size: kernel size of a depthwise convolution before ``offset_mask``, which must be odd; None: there is
+            no such convolution.
         output_bias: whether ``output_proj`` has a bias.
-        without_pointwise: leave out ``value_proj`` and ``output_proj``.
+        without_pointwise: whether to leave out ``value_proj`` and ``output_proj``.
 
-    Shapes: ``input [N, *S, C]``, output ``[N, *out, C]``; or flat, ``input [N, L, C]`` with ``shape=S`` given to
-    ``forward``, output ``[N, Lout, C]``.
+    Shapes: ``input [N, *S, C]``, output ``[N, *out, C]``; or flat, ``input [N, L, C]`` with
+    ``forward(input, shape=S)``, output ``[N, Lout, C]``.
 
     Raises:
         TypeError: an argument has the wrong type or dtype.
-        ValueError: a value or a shape that does not fit, by name.
+        ValueError: a value or a shape does not fit; the message names the argument.
 
     Example:
         >>> import torch
@@ -361,12 +364,12 @@ class DCNv4(_DCN):
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
-        """Set the head to zero, so that offsets and masks are 0; draw the rest."""
+        """Initialise the head to zero, so that offsets and masks are 0, and the other layers at random."""
         pointwise = () if self.without_pointwise else (self.value_proj, self.output_proj)
         self._reset(zero=(self.offset_mask,), xavier=pointwise)
 
     def predict(self, input: Tensor) -> tuple[Tensor, Tensor]:
-        """The offsets ``[N, *out, group, K, spatial_dims]`` and the masks ``[N, *out, group, K]`` for an input."""
+        """Predict the offsets ``[N, *out, group, K, spatial_dims]`` and masks ``[N, *out, group, K]`` for an input."""
         self._check_input(input)
         features = input
         if self.dw_kernel_size is not None:
@@ -377,7 +380,7 @@ class DCNv4(_DCN):
         return used[..., :offsets].unflatten(-1, (self._taps, self.spatial_dims)), used[..., offsets:]
 
     def forward(self, input: Tensor, shape: Sequence[int] | None = None) -> Tensor:
-        """The output ``[N, *out, C]`` for an input ``[N, *S, C]``; flat for a flat one, whose ``shape`` is S."""
+        """Compute ``[N, *out, C]`` from ``[N, *S, C]``, or a flat output from a flat input with ``shape`` S."""
         check_tensor("input", input)
         size = None if shape is None else ntuple(shape, self.spatial_dims, "shape", 1)
         if input.dim() == 3 and self.spatial_dims > 1:

@@ -9,9 +9,22 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.nn.modules.conv import _ConvNd
 
-from ..ops._shape import Boundary, check_choice, check_count, check_tensor, compute_dtype, ntuple, times
+from ..ops._shape import (
+    Boundary,
+    check_alike,
+    check_choice,
+    check_count,
+    check_floating,
+    check_tensor,
+    compute_dtype,
+    counted,
+    ntuple,
+    times,
+    unsplit_hint,
+)
 from ..ops.deform_conv.op import deform_conv1d, deform_conv2d, deform_conv3d
 from ..ops.sample.reference import tap_grid
+from ._public import of_class, with_hints
 
 PaddingMode = Literal["zeros", "reflect", "replicate", "circular"]
 
@@ -20,11 +33,18 @@ _PLAIN: dict[int, type[nn.Module]] = {1: nn.Conv1d, 2: nn.Conv2d, 3: nn.Conv3d}
 
 
 class _DeformConv(_ConvNd):
-    """What all layers share: the parameters of :class:`torch.nn.ConvNd`, the padding and the call of the operator."""
+    """The base of all layers: the parameters of :class:`torch.nn.ConvNd`, the padding and the call of the operator."""
 
     spatial_dims: ClassVar[int]
     offset_groups: int
     boundary: Boundary
+
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        super().__init_subclass__(**kwargs)
+        # When arguments are wrong, Python's message has the name under which the function was defined.
+        if cls.__module__ == __name__ and not cls.__name__.startswith("_"):
+            cls.__init__ = with_hints(of_class(cls, "__init__"), cls.__name__)  # type: ignore[method-assign]
+            cls.forward = of_class(cls, "forward")  # type: ignore[method-assign]
 
     def __init__(
         self,
@@ -68,7 +88,7 @@ class _DeformConv(_ConvNd):
         self._padding_before, self._padding_after = before, after
 
     def sampling_locations(self, offset: Tensor) -> Tensor:
-        """Where the layer reads its input.
+        """The positions at which the layer samples its input.
 
         ``locations[b, g, k, o] = stride*o - padding + dilation*k + offset[b, g, k, o]``
 
@@ -76,8 +96,8 @@ class _DeformConv(_ConvNd):
             offset: ``[B, og*K*N, *out]`` in pixels, with or without its batch axis.
 
         Returns:
-            ``[B, og, K, *out, N]``, in tensor-axis order, in pixels of the input before any padding: 0 is the centre of
-            its first pixel. In float32 or float64; before the boundary rule, so that points may lie outside.
+            ``[B, og, K, *out, N]`` in tensor-axis order, in pixels of the input before any padding, where 0 is the
+            centre of the first pixel; float32 or float64. The boundary rule is not applied: points may lie outside.
 
         Raises:
             ValueError: the shape of ``offset`` does not fit the layer.
@@ -103,7 +123,7 @@ class _DeformConv(_ConvNd):
         return base + shift
 
     def extra_repr(self) -> str:
-        """The arguments that are not at their defaults, after those that :class:`torch.nn.ConvNd` shows."""
+        """The arguments that :class:`torch.nn.ConvNd` shows, then others that are not at their defaults."""
         text = super().extra_repr()
         if self.offset_groups != 1:
             text += f", offset_groups={self.offset_groups}"
@@ -113,23 +133,17 @@ class _DeformConv(_ConvNd):
 
     def _deform(self, input: Tensor, offset: Tensor, mask: Tensor | None) -> Tensor:
         axes = self.spatial_dims
-        for name, value in (("input", input), ("offset", offset), ("mask", mask)):
+        self._check_input(input)
+        for name, value in (("offset", offset), ("mask", mask)):
             if value is None and name == "mask":
                 continue
             check_tensor(name, value)
             assert value is not None
-            if name == "input" and value.dim() not in (axes + 1, axes + 2):
-                raise ValueError(
-                    f"input has shape {list(value.shape)}; it must have {axes + 2} axes, or {axes + 1} unbatched"
-                )
             if value.dim() != input.dim():
                 raise ValueError(f"{name} has shape {list(value.shape)}; it must have {input.dim()} axes, as input has")
         if input.dim() == axes + 1:
             maps = [value if value is None else value.unsqueeze(0) for value in (input, offset, mask)]
             return self._deform(*maps).squeeze(0)  # type: ignore[arg-type]
-        # The operator reads both numbers of groups off the shapes: a wrong one would be taken for another layer.
-        if input.shape[1] != self.in_channels:
-            raise ValueError(f"input has {input.shape[1]} channels; this layer has in_channels={self.in_channels}")
         self._check_offset_channels(offset)
 
         input, padding = self._pad(input)
@@ -137,28 +151,45 @@ class _DeformConv(_ConvNd):
         return _FUNCTIONS[axes](input, offset, self.weight, self.bias, *steps, mask, boundary=self.boundary)
 
     def _pad(self, input: Tensor) -> tuple[Tensor, list[int]]:
-        """The input with the padding that the operator cannot do, and what is left to the operator."""
+        """Apply the padding that the operator does not support; return the input and the padding for the operator."""
         before, after = self._padding_before, self._padding_after
         mode, rest = self.padding_mode, [0] * self.spatial_dims
         if mode == "zeros":
-            # Outside, the operator follows its boundary rule; one more row by the same rule changes nothing else.
+            # The operator applies its boundary rule outside; an extra row by the same rule changes nothing else.
             mode = "constant" if self.boundary == "zeros" else "replicate"  # type: ignore[assignment]
             after, before, rest = [a - b for a, b in zip(after, before, strict=True)], rest, before
         widths = [width for pair in zip(reversed(before), reversed(after), strict=True) for width in pair]
         return (F.pad(input, widths, mode=mode) if any(widths) else input), rest
 
+    def _check_input(self, input: Tensor) -> None:
+        """Raise unless ``input`` fits the layer; the operator would derive other groups from other channels."""
+        axes = self.spatial_dims
+        check_tensor("input", input)
+        if input.dim() not in (axes + 1, axes + 2):
+            raise ValueError(
+                f"input has shape {list(input.shape)}; it must have {axes + 2} axes, or {axes + 1} unbatched"
+            )
+        unbatched = input.dim() == axes + 1
+        if input.shape[-axes - 1] != self.in_channels:
+            hint = f"; its {axes + 1} axes are taken as {axes} spatial ones and channels, without a batch"
+            raise ValueError(
+                f"input has {input.shape[-axes - 1]} channels; this layer has in_channels={self.in_channels}"
+                f"{hint if unbatched else ''}"
+            )
+
     def _check_offset_channels(self, offset: Tensor) -> None:
         axes, taps, groups = self.spatial_dims, prod(self.kernel_size), self.offset_groups
         if offset.shape[1] != groups * taps * axes:
             raise ValueError(
-                f"offset has {offset.shape[1]} channels; a {times(self.kernel_size)} kernel with {groups} offset "
-                f"groups needs {groups * taps * axes} = {groups} groups x {taps} taps x {axes} coordinates"
+                f"offset has {offset.shape[1]} channels; a {times(self.kernel_size)} kernel with "
+                f"{counted(groups, 'offset group')} needs {groups * taps * axes} = {counted(groups, 'group')} x "
+                f"{counted(taps, 'tap')} x {counted(axes, 'coordinate')}{unsplit_hint(offset.shape[1], taps, axes)}"
             )
 
 
 class _GivenDeformConv(_DeformConv):
     def forward(self, input: Tensor, offset: Tensor, mask: Tensor | None = None) -> Tensor:
-        """The convolution of ``input`` at points moved by ``offset``, each tap multiplied by ``mask``."""
+        """Convolve ``input`` at points that ``offset`` moves, with each tap multiplied by ``mask``."""
         return self._deform(input, offset, mask)
 
 
@@ -177,34 +208,35 @@ class DeformConv1d(_GivenDeformConv):
 
 
 class DeformConv2d(_GivenDeformConv):
-    """Deformable convolution of an image, with the offsets, and a mask if wanted, given to ``forward``.
+    """Deformable convolution of an image; ``forward`` takes the offsets and optionally a mask.
 
     ``output[b, f, o] = bias[f] + sum over c, k of
     weight[f, c, k] * mask[b, k, o] * sample(input[b, c], stride*o - padding + dilation*k + offset[b, k, o])``
 
-    With zero offsets and no mask this is :class:`torch.nn.Conv2d`, whose arguments, parameters, initialisation and
-    state-dict it has. What differs is what lies outside the input:
+    With zero offsets and no mask this is :class:`torch.nn.Conv2d`. It has the same arguments, parameters,
+    initialisation and state-dict, and differs in how points outside the input are handled:
 
-    * ``padding_mode="zeros"``: nothing is padded. Outside, ``boundary`` decides: ``"zeros"`` reads 0, ``"border"`` the
-      nearest pixel of the input (at zero offsets that is ``torch.nn.Conv2d`` with ``padding_mode="replicate"``).
-    * any other: the input is padded first, as in ``torch.nn.Conv2d``; points move over the padded input, and
-      ``boundary`` decides beyond that.
-    * ``padding="same"`` with an even kernel: one row or column more at the end than at the start.
+    * ``padding_mode="zeros"``: the input is not padded. Outside the input, ``boundary="zeros"`` samples 0 and
+      ``boundary="border"`` the nearest pixel. The latter equals ``torch.nn.Conv2d`` with ``padding_mode="replicate"``
+      if offsets are zero.
+    * Any other ``padding_mode``: the input is padded first, as in ``torch.nn.Conv2d``. Points are sampled from the
+      padded input, and ``boundary`` applies outside of it.
+    * ``padding="same"`` with an even kernel pads one row or column more at the end than at the start.
 
     Args:
         in_channels: C, channels of the input.
         out_channels: Cout, channels of the output.
-        kernel_size: number of taps along each axis; K in all.
+        kernel_size: number of taps along each axis; K in total.
         stride: step of the output positions, in pixels.
-        padding: how far the first tap lies before the input, in pixels; or ``"same"`` or ``"valid"``.
-        dilation: distance of two taps, in pixels.
-        groups: the channels are convolved in so many separate groups.
-        bias: whether to add a learnt bias.
+        padding: distance of the first tap from the edge of the input, in pixels; or ``"same"`` or ``"valid"``.
+        dilation: distance between two taps, in pixels.
+        groups: number of groups of channels that are convolved separately.
+        bias: whether to add a learnable bias.
         padding_mode: ``"zeros"``, ``"reflect"``, ``"replicate"`` or ``"circular"``.
-        device: where the parameters are.
-        dtype: of the parameters.
-        offset_groups: og; the channels of one such group share their offsets and masks.
-        boundary: ``"zeros"`` or ``"border"``, see above.
+        device: the device of the parameters.
+        dtype: the dtype of the parameters.
+        offset_groups: og, the number of groups of channels that share their offsets and masks.
+        boundary: ``"zeros"`` or ``"border"``; see above.
 
     Shapes of ``forward(input, offset, mask=None)``, with or without the batch axis:
         ``input [B, C, H, W]``; ``offset [B, og*K*2, Hout, Wout]`` in pixels, for each offset group the taps in
@@ -213,7 +245,7 @@ class DeformConv2d(_GivenDeformConv):
 
     Raises:
         TypeError: an argument has the wrong type or dtype.
-        ValueError: a value or a shape that does not fit, by name.
+        ValueError: a value or a shape does not fit; the message names the argument.
 
     Example:
         >>> layer = DeformConv2d(8, 16, 3, padding=1)
@@ -269,7 +301,7 @@ class _PackedDeformConv(_DeformConv):
         super().__init__(in_channels, out_channels, kernel_size, stride, padding, dilation, **rest)
         self.modulated = modulated
         channels = self.offset_groups * prod(self.kernel_size)
-        # Its values are set below: drawing none keeps the random stream that of a network of plain convolutions.
+        # Its values are set below. Drawing none keeps the random numbers those of a network of plain convolutions.
         self.offset_head = nn.utils.skip_init(
             _PLAIN[self.spatial_dims],
             self.in_channels,
@@ -285,14 +317,17 @@ class _PackedDeformConv(_DeformConv):
         self._reset_offset_head()
 
     def reset_parameters(self) -> None:
-        """Draw the weights as :class:`torch.nn.ConvNd` does and set the offset head to zero."""
+        """Initialise the weights as :class:`torch.nn.ConvNd` does and the offset head to zero."""
         super().reset_parameters()
-        # The base class calls this before there is a head.
+        # The base class calls this before the head exists.
         if "offset_head" in self._modules:
             self._reset_offset_head()
 
     def predict(self, input: Tensor) -> tuple[Tensor, Tensor | None]:
-        """The offsets ``[B, og*K*N, *out]`` in pixels, and the mask ``[B, og*K, *out]`` or None, for an input."""
+        """Predict the offsets ``[B, og*K*N, *out]`` in pixels, and the mask ``[B, og*K, *out]`` or None."""
+        self._check_input(input)
+        check_floating("input", input)
+        check_alike("input", input, "weight", self.weight)
         head = self.offset_head(input)
         if not self.modulated:
             return head, None
@@ -301,12 +336,12 @@ class _PackedDeformConv(_DeformConv):
         return offset, 2 * logit.sigmoid()
 
     def forward(self, input: Tensor) -> Tensor:
-        """The convolution of ``input`` at the points that it predicts."""
+        """Convolve ``input`` at the points that the layer predicts from it."""
         offset, mask = self.predict(input)
         return self._deform(input, offset, mask)
 
     def extra_repr(self) -> str:
-        """As the base class, and whether there is a mask."""
+        """The arguments that the base class shows, and ``modulated``."""
         return super().extra_repr() + (", modulated=True" if self.modulated else "")
 
     def _reset_offset_head(self) -> None:
@@ -315,7 +350,7 @@ class _PackedDeformConv(_DeformConv):
 
 
 class PackedDeformConv1d(_PackedDeformConv):
-    """Deformable convolution of a sequence that predicts its own offsets; :class:`PackedDeformConv2d` on one axis.
+    """Deformable convolution of a sequence with predicted offsets; :class:`PackedDeformConv2d` with one spatial axis.
 
     Shapes: ``input [B, C, L]``, output ``[B, Cout, Lout]``.
 
@@ -329,28 +364,28 @@ class PackedDeformConv1d(_PackedDeformConv):
 
 
 class PackedDeformConv2d(_PackedDeformConv):
-    """Deformable convolution of an image that predicts its own offsets, and its own mask if ``modulated``.
+    """Deformable convolution of an image that predicts its offsets, and its mask if ``modulated``.
 
     ``offset, logit = offset_head(input)``, ``mask = 2 * sigmoid(logit)``, then :class:`DeformConv2d`.
 
-    ``offset_head`` is a plain convolution with the layer's kernel, stride, padding and dilation. It starts at zero, so
-    that offsets are 0 and masks 1: a new layer computes what :class:`torch.nn.Conv2d` does, with the weights that the
-    same random seed gives there, and may take the place of a trained one (``load_state_dict(..., strict=False)``).
-    The mask is twice that of the paper, ``sigmoid(logit)``, which starts at 1/2 and would halve the output.
-    Offsets are learnt in pixels: where they grow too fast, give ``offset_head`` a smaller learning rate.
+    ``offset_head`` is a plain convolution with the kernel, stride, padding and dilation of the layer. It is initialised
+    to zero, so that offsets are 0 and masks are 1. A new layer therefore computes the same as :class:`torch.nn.Conv2d`
+    with the same random seed, and can replace a trained one (``load_state_dict(..., strict=False)``). The mask is twice
+    that of the paper, ``sigmoid(logit)``, which starts at 1/2 and would halve the output. Offsets are learned in
+    pixels; if they grow too fast, use a smaller learning rate for ``offset_head``.
 
     Args:
-        in_channels: this and all that is not said here as in :class:`DeformConv2d`.
-        groups: of the layer; the offset head has one, as every offset may depend on every channel.
-        bias: of the layer; the offset head always has one.
-        padding_mode: of the layer and of its offset head.
-        modulated: predict a mask too: version 2.
+        in_channels: channels of the input. Parameters that are not described here are as in :class:`DeformConv2d`.
+        groups: number of groups of the layer; its offset head has one group, so that offsets depend on all channels.
+        bias: whether the layer has a bias; its offset head always has one.
+        padding_mode: padding mode of the layer and of its offset head.
+        modulated: whether to predict a mask too (version 2).
 
     Shapes, with or without the batch axis: ``input [B, C, H, W]``, output ``[B, Cout, Hout, Wout]``.
 
     Raises:
         TypeError: an argument has the wrong type or dtype.
-        ValueError: a value or a shape that does not fit, by name.
+        ValueError: a value or a shape does not fit; the message names the argument.
 
     Example:
         >>> layer = PackedDeformConv2d(8, 16, 3, padding=1, modulated=True)
@@ -365,7 +400,7 @@ class PackedDeformConv2d(_PackedDeformConv):
 
 
 class PackedDeformConv3d(_PackedDeformConv):
-    """Deformable convolution of a volume that predicts its own offsets; :class:`PackedDeformConv2d` on three axes.
+    """Deformable convolution of a volume with predicted offsets; :class:`PackedDeformConv2d` with three spatial axes.
 
     Shapes: ``input [B, C, D, H, W]``, output ``[B, Cout, Dout, Hout, Wout]``.
 

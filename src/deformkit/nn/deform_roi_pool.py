@@ -12,17 +12,18 @@ from ..ops.deform_roi_pool.op import check_numbers, deform_roi_pool
 
 
 class DeformRoIPool(nn.Module):
-    """Deformable RoI pooling with the offsets, if any, given to ``forward``; see :func:`deformkit.deform_roi_pool`.
+    """Deformable RoI pooling; ``forward`` takes the offsets, if any. See :func:`deformkit.deform_roi_pool`.
 
     ``output[r, c, bin] = mean over i of sample(input[b_r, c], p[r, bin, i])``, where along each axis
     ``p = start + gamma * length * offset[r, bin] + (bin + (i + 1/2) / n) * length / output_size``
 
     Args:
-        output_size: number of bins along each axis of the input, one int for all or N ints.
-        spatial_scale: pixels of the input for one unit of the RoIs, such as 1/16.
-        sampling_ratio: n, the samples in a bin along each axis; 0: one for each pixel that a bin is long, rounded up.
-        gamma: how far an offset of 1 moves a bin, in lengths of its RoI.
-        spatial_dims: N, the axes of a RoI: 1, 2 or 3.
+        output_size: number of bins along each axis of the input, one int for all axes or N ints.
+        spatial_scale: number of pixels of the input in one unit of the RoIs, such as 1/16.
+        sampling_ratio: n, the number of samples in a bin along each axis; 0: the length of the bin in pixels, rounded
+            up.
+        gamma: distance by which an offset of 1 moves a bin, relative to the length of its RoI.
+        spatial_dims: N, the number of axes of a RoI: 1, 2 or 3.
 
     Shapes of ``forward(input, rois, offset=None)``:
         ``input [B, C, *S]``; ``rois [R, 1 + 2N]``: the index of the image, then the corners, **x first**, float32
@@ -30,7 +31,7 @@ class DeformRoIPool(nn.Module):
 
     Raises:
         TypeError: an argument has the wrong type or dtype.
-        ValueError: a value, a shape or a batch index that does not fit, by name.
+        ValueError: a value, a shape or a batch index does not fit; the message names the argument.
 
     Example:
         >>> layer = DeformRoIPool(7, spatial_scale=1 / 16)
@@ -61,18 +62,18 @@ class DeformRoIPool(nn.Module):
         self.spatial_dims = spatial_dims
 
     def forward(self, input: Tensor, rois: Tensor, offset: Tensor | None = None) -> Tensor:
-        """The means over the bins of each RoI, moved by ``offset``."""
+        """Compute the means over the bins of each RoI, which ``offset`` moves."""
         return self._pool(input, rois, offset)
 
     def extra_repr(self) -> str:
-        """The sizes and numbers, and the number of axes unless it is 2."""
+        """The arguments; ``spatial_dims`` only if it is not 2."""
         names = ["output_size", "spatial_scale", "sampling_ratio", "gamma"]
         if self.spatial_dims != 2:
             names.append("spatial_dims")
         return ", ".join(f"{name}={getattr(self, name)}" for name in names)
 
     def _pool(self, input: Tensor, rois: Tensor, offset: Tensor | None) -> Tensor:
-        # The operator reads the number of axes off the input: a wrong one would be taken for another layer.
+        # The operator takes the number of axes from the input and would accept another one.
         check_tensor("input", input)
         if input.dim() != self.spatial_dims + 2:
             raise ValueError(f"input has shape {list(input.shape)}; it must have {self.spatial_dims + 2} axes")
@@ -88,29 +89,29 @@ class DeformRoIPool(nn.Module):
 
 
 class PackedDeformRoIPool(DeformRoIPool):
-    """Deformable RoI pooling that predicts its own offsets, and a mask upon its output if ``modulated``.
+    """Deformable RoI pooling that predicts its offsets, and a mask for its output if ``modulated``.
 
     ``output = pool(input, rois, offset_fc(plain)) * mask_fc(plain)`` with ``plain = pool(input, rois)``
 
-    Each RoI is pooled once without offsets; fully connected layers take all its bins and channels and give its offsets
-    and its mask. The last layer of both starts at zero: a new layer computes plain pooling, or half of it where it is
-    modulated, whose mask ``sigmoid(0)`` is 1/2. The parameters are those of mmcv's ``DeformRoIPoolPack`` and
-    ``ModulatedDeformRoIPoolPack``, by name and order.
+    Each RoI is pooled once without offsets. Fully connected layers predict its offsets and its mask from all of its
+    bins and channels. The last layer of both is initialised to zero: a new layer computes plain pooling, or half of it
+    if modulated, because the mask is ``sigmoid(0) = 1/2``. The parameters have the names and the order of mmcv's
+    ``DeformRoIPoolPack`` and ``ModulatedDeformRoIPoolPack``.
 
     Args:
-        output_size: this and all that is not said here as in :class:`DeformRoIPool`.
+        output_size: number of bins. Parameters that are not described here are as in :class:`DeformRoIPool`.
         output_channels: C, channels of the input and of the output.
         deform_fc_channels: width of the fully connected layers.
-        modulated: multiply each bin by a predicted mask between 0 and 1.
-        device: where the parameters are.
-        dtype: of the parameters.
+        modulated: whether to multiply each bin by a predicted mask between 0 and 1.
+        device: the device of the parameters.
+        dtype: the dtype of the parameters.
 
     Shapes of ``forward(input, rois)``:
         ``input [B, C, *S]``; ``rois [R, 1 + 2N]`` as in :class:`DeformRoIPool`; output ``[R, C, *output_size]``.
 
     Raises:
         TypeError: an argument has the wrong type or dtype.
-        ValueError: a value, a shape or a batch index that does not fit, by name.
+        ValueError: a value, a shape or a batch index does not fit; the message names the argument.
 
     Example:
         >>> layer = PackedDeformRoIPool(7, 8, spatial_scale=1 / 16, modulated=True)
@@ -161,14 +162,14 @@ class PackedDeformRoIPool(DeformRoIPool):
         self._reset_heads()
 
     def reset_parameters(self) -> None:
-        """Draw the fully connected layers as :class:`torch.nn.Linear` does, and set the last ones to zero."""
+        """Initialise the fully connected layers as :class:`torch.nn.Linear` does, and the last ones to zero."""
         for module in self.modules():
             if isinstance(module, nn.Linear):
                 module.reset_parameters()
         self._reset_heads()
 
     def predict(self, input: Tensor, rois: Tensor) -> tuple[Tensor, Tensor | None]:
-        """The offsets ``[R, N, *output_size]``, **x first**, and the mask ``[R, 1, *output_size]`` or None."""
+        """Predict the offsets ``[R, N, *output_size]``, **x first**, and the mask ``[R, 1, *output_size]`` or None."""
         plain = self._pool(input, rois, None)
         if plain.shape[1] != self.output_channels:
             raise ValueError(
@@ -178,14 +179,14 @@ class PackedDeformRoIPool(DeformRoIPool):
         offset = self.offset_fc(flat).unflatten(1, (self.spatial_dims, *self.output_size))
         return offset, self.mask_fc(flat).unflatten(1, (1, *self.output_size)) if self.modulated else None
 
-    def forward(self, input: Tensor, rois: Tensor) -> Tensor:  # type: ignore[override]  # it makes its own offsets
-        """The means over the bins of each RoI, at the offsets that it predicts and times the mask."""
+    def forward(self, input: Tensor, rois: Tensor) -> Tensor:  # type: ignore[override]  # it predicts the offsets
+        """Compute the means over the bins at the predicted offsets, multiplied by the mask."""
         offset, mask = self.predict(input, rois)
         output = self._pool(input, rois, offset)
         return output if mask is None else output * mask
 
     def extra_repr(self) -> str:
-        """As the base class, with the channels and whether there is a mask."""
+        """The arguments."""
         own = f", output_channels={self.output_channels}, deform_fc_channels={self.deform_fc_channels}"
         return super().extra_repr() + own + (", modulated=True" if self.modulated else "")
 

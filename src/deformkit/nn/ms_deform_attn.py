@@ -1,4 +1,4 @@
-"""The layer of multi-scale deformable attention, which predicts its locations and weights from the queries."""
+"""The layer of multi-scale deformable attention, which predicts sampling locations and weights from the queries."""
 
 from collections.abc import Sequence
 from math import pi, sqrt
@@ -13,40 +13,40 @@ from ._linear import linear
 
 
 def point_locations(offsets: Tensor, references: Tensor, extents: Tensor, points: Sequence[int]) -> Tensor:
-    """Where a query reads: ``offsets / extent`` from its reference point, or in units of half its reference box.
+    """The sampling locations: reference points plus ``offsets / extent``, or plus offsets in units of half a box.
 
     Args:
-        offsets: ``[B, Q, H, P, N]``, of the points of all levels, one level after the other.
-        references: ``[B, Q, L, N]``, or ``[B, Q, L, 2N]`` for boxes: centre, then size; an axis L of 1 serves all.
+        offsets: ``[B, Q, H, P, N]``, the offsets of the points of all levels, one level after the other.
+        references: ``[B, Q, L, N]``, or ``[B, Q, L, 2N]`` for boxes, centre before size; L may be 1 for all levels.
         extents: ``[L, N]``, the size of each level, x first.
-        points: how many belong to each level.
+        points: the number of points of each level.
 
     Returns:
-        ``[B, Q, H, P, N]`` in float32, or float64 where the offsets are.
+        ``[B, Q, H, P, N]`` in float32, or in float64 if the offsets are float64.
     """
     axes = offsets.shape[-1]
     offsets = offsets.to(compute_dtype(offsets.dtype))
     references = references.to(offsets.dtype).expand(-1, -1, len(points), -1)
-    # Points and coordinates as one axis: with an innermost axis of N elements torch takes several times as long.
+    # Points and coordinates are one axis: torch is several times slower with an innermost axis of N elements.
     flat = offsets.flatten(-2)
     centres = _of_points(references[..., :axes], points, 2).flatten(-2).unsqueeze(2)
     if references.shape[-1] == axes:
         locations = torch.addcdiv(centres, flat, _of_points(extents.to(offsets.dtype), points, 0).flatten())
     else:
-        # Levels without a point are not there to be divided by.
+        # Only levels with points are divided by.
         counts = [count for count in points for _ in range(count)]
         units = _of_points(references[..., axes:] / 2, points, 2)
-        # One number for all needs no copy to the device.
+        # A single number needs no copy to the device.
         units = units / (points[0] if len(set(points)) == 1 else units.new_tensor(counts).unsqueeze(-1))
         locations = torch.addcmul(centres, flat, units.flatten(-2).unsqueeze(2))
     return locations.unflatten(-1, offsets.shape[-2:])
 
 
 def value_and_weights(layer: Any, query: Tensor, source: Tensor, padding: Tensor | None) -> tuple[Tensor, Tensor]:
-    """What a layer with the parameters of Deformable DETR's reads, and how much of it.
+    """The values and the attention weights of a layer with the parameters of Deformable DETR's.
 
     Returns:
-        The projected ``source``, ``[B, S, H, D]``, which is 0 where ``padding [B, S]`` is True; and the weights of the
+        The projected ``source``, ``[B, S, H, D]``, with zeros where ``padding [B, S]`` is True; and the weights of the
         points, ``[B, Q, H, P]``.
     """
     weights = linear(layer.attention_weights, query).unflatten(-1, (layer.n_heads, -1)).softmax(-1)
@@ -57,13 +57,13 @@ def value_and_weights(layer: Any, query: Tensor, source: Tensor, padding: Tensor
 
 
 def _of_points(levels: Tensor, points: Sequence[int], dim: int) -> Tensor:
-    """What each point has of its level: every entry along ``dim`` as often as its level has points."""
+    """Repeat each entry along ``dim``, one for each level, as often as the level has points."""
     parts = zip(levels.split(1, dim), points, strict=True)
     return torch.cat([level.expand(*level.shape[:dim], count, *level.shape[dim + 1 :]) for level, count in parts], dim)
 
 
 class MSDeformAttn(nn.Module):
-    """Multi-scale deformable attention: every query reads a few points, that it predicts, on every level of a pyramid.
+    """Multi-scale deformable attention: every query predicts and samples a few points on every level of a pyramid.
 
     ``output[b, q] = output_proj(concatenation over h of sum over l, p of
     weight[b, q, h, l, p] * sample(value_l[b, h], location[b, q, h, l, p]))``
@@ -72,37 +72,37 @@ class MSDeformAttn(nn.Module):
     reference points, ``location = reference_points[b, q, l] + sampling_offsets(query) / size_l``; for reference boxes
     ``location = centre + sampling_offsets(query) / n_points * box_size / 2``. See :func:`deformkit.ms_deform_attn`.
 
-    A new layer looks from its reference point into as many directions as it has heads, point i at i + 1 pixels, and
-    weighs all points alike; in three dimensions the directions are spread over a sphere, in one they alternate.
-    The parameters are those of Deformable DETR, by name and order.
+    In a new layer each head samples in its own direction from the reference point, its point i at a distance of i + 1
+    pixels, and all weights are equal. In two dimensions the directions are spread over a circle, in three over a
+    sphere; in one dimension they alternate. The parameters have the names and the order of Deformable DETR's.
 
     Args:
-        d_model: width of queries, inputs and outputs.
-        n_levels: L, levels of the pyramid.
-        n_heads: H; it divides ``d_model``.
-        n_points: P, points of one head on one level; or a list with one number for each level.
-        spatial_dims: N, axes of a level: 1, 2 or 3.
-        device: where the parameters are.
-        dtype: of the parameters.
+        d_model: number of channels of queries, inputs and outputs.
+        n_levels: L, the number of levels of the pyramid.
+        n_heads: H, the number of heads, which must divide ``d_model``.
+        n_points: P, the number of points of one head on one level; or a list with one number for each level.
+        spatial_dims: N, the number of axes of a level: 1, 2 or 3.
+        device: the device of the parameters.
+        dtype: the dtype of the parameters.
 
     Shapes of ``forward(query, reference_points, input_flatten, input_spatial_shapes, input_level_start_index=None,
     input_padding_mask=None)``, all coordinates **x first**, normalised to 0 .. 1 over the levels:
 
         * ``query [B, Q, d_model]``;
-        * ``reference_points [B, Q, L, N]``, or boxes ``[B, Q, L, 2N]``: centre, then size; an axis L of 1 serves all
-          levels. They should be float32 (float64 in a float64 layer) also where the rest is half: in half precision a
+        * ``reference_points [B, Q, L, N]``, or boxes ``[B, Q, L, 2N]``, centre before size; L may be 1 for all levels.
+          They should be float32 (float64 in a float64 layer) even if the layer is in half precision, in which a
           location may be off by more than a pixel;
         * ``input_flatten [B, S, d_model]``: the levels, each flattened in row-major order, one after the other;
-        * ``input_spatial_shapes``: the size of each level in tensor-axis order, ``[(h, w), ...]``; a tensor ``[L, N]``
-          is read once, which waits for its device and cannot be compiled;
-        * ``input_level_start_index``: is not read, since the shapes say where a level starts; Deformable DETR has it
-          in this place;
-        * ``input_padding_mask [B, S]``: bool, True where the input is padding, whose values become 0;
+        * ``input_spatial_shapes``: the size of each level in tensor-axis order, ``[(h, w), ...]``; the values of a
+          tensor ``[L, N]`` are read, so the call waits for its device and cannot be compiled;
+        * ``input_level_start_index``: not used, since the shapes determine where a level starts; it keeps the position
+          of the arguments of Deformable DETR;
+        * ``input_padding_mask [B, S]``: bool, True for padding, whose values are replaced by 0;
         * output ``[B, Q, d_model]``.
 
     Raises:
         TypeError: an argument has the wrong type or dtype.
-        ValueError: a value or a shape that does not fit, by name.
+        ValueError: a value or a shape does not fit; the message names the argument.
 
     Example:
         >>> layer = MSDeformAttn(64, n_levels=2, n_heads=4)
@@ -146,7 +146,7 @@ class MSDeformAttn(nn.Module):
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
-        """Draw the projections, and set the points to look around the reference point, all with the same weight."""
+        """Initialise the projections at random and the points around the reference point, with equal weights."""
         nn.init.zeros_(self.sampling_offsets.weight)
         steps = torch.cat([torch.arange(1.0, points + 1) for points in self._level_points])
         bias = _directions(self.n_heads, self.spatial_dims)[:, None] * steps[:, None]
@@ -167,7 +167,7 @@ class MSDeformAttn(nn.Module):
         input_level_start_index: Any = None,
         input_padding_mask: Tensor | None = None,
     ) -> Tensor:
-        """What every query reads; see the class for shapes."""
+        """Compute the output for every query; see the class for shapes."""
         self._check_features("query", query)
         self._check_features("input_flatten", input_flatten)
         if input_flatten.shape[0] != query.shape[0]:
@@ -191,15 +191,15 @@ class MSDeformAttn(nn.Module):
     def sampling_locations(
         self, query: Tensor, reference_points: Tensor, input_spatial_shapes: SpatialShapes
     ) -> Tensor:
-        """Where the layer reads its input; arguments as those of ``forward``.
+        """The locations at which the layer samples its input; the arguments are those of ``forward``.
 
         Returns:
             ``[B, Q, H, L, P, N]``, or ``[B, Q, H, P, N]`` with the points of all levels one after the other if
-            ``n_points`` is a list: x first, normalised to 0 .. 1 over the levels, in float32 or float64.
+            ``n_points`` is a list. Coordinates are x first, normalised to 0 .. 1 over each level, float32 or float64.
 
         Raises:
             TypeError: an argument has the wrong type or dtype.
-            ValueError: a shape that does not fit, by name.
+            ValueError: a shape does not fit; the message names the argument.
 
         Example:
             >>> layer = MSDeformAttn(64, n_levels=2, n_heads=4)
@@ -216,7 +216,7 @@ class MSDeformAttn(nn.Module):
         return text if self.spatial_dims == 2 else f"{text}, spatial_dims={self.spatial_dims}"
 
     def _locations(self, query: Tensor, reference_points: Tensor, sizes: list[list[int]]) -> Tensor:
-        """``[B, Q, H, P, N]``, computed in float32 at least, whatever the dtypes of the layer and of autocast."""
+        """``[B, Q, H, P, N]``, computed in float32 at least, independent of the dtypes of the layer and of autocast."""
         axes, heads = self.spatial_dims, self.n_heads
         self._check_features("query", query)
         check_tensor("reference_points", reference_points)
@@ -251,7 +251,7 @@ class MSDeformAttn(nn.Module):
 
 
 def _directions(heads: int, axes: int) -> Tensor:
-    """``[H, N]``: one direction for each head, x first, scaled so that its largest component is 1 or -1."""
+    """``[H, N]``, a direction for each head, x first, scaled so that its largest component is 1 or -1."""
     head = torch.arange(heads, dtype=torch.float64)
     if axes == 1:
         directions = (1 - 2 * (head % 2)).unsqueeze(-1)
@@ -259,7 +259,7 @@ def _directions(heads: int, axes: int) -> Tensor:
         angle = head * (2 * pi / heads)
         directions = torch.stack([angle.cos(), angle.sin()], -1)
     else:
-        # A spiral from pole to pole that turns by the golden angle: no two points of it come close.
+        # A spiral from pole to pole that turns by the golden angle keeps all points apart.
         height, angle = 1 - (2 * head + 1) / heads, head * (pi * (3 - sqrt(5)))
         radius = (1 - height**2).sqrt()
         directions = torch.stack([radius * angle.cos(), radius * angle.sin(), height], -1)

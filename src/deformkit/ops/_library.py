@@ -31,7 +31,7 @@ _AUTOCAST = {"cpu": _torch.DispatchKey.AutocastCPU, "cuda": _torch.DispatchKey.A
 
 
 class Operator:
-    """A registered operator: call it like a function, with every argument in the schema's order."""
+    """A registered operator; call it like a function with all arguments in the order of the schema."""
 
     def __init__(
         self,
@@ -71,9 +71,9 @@ class Operator:
         operators[self.name] = self
 
     def __call__(self, *args: Any) -> Any:
-        """Run the operator: through the dispatcher, or by another way where a transform or an exporter needs one."""
+        """Run the operator through the dispatcher, or in another way if a transform or an exporter needs it."""
         if torch.compiler.is_compiling() or _torch.tracing():
-            # The compiler rejects a Function with a forward-mode rule, and other runtimes know no operator of ours.
+            # The compiler rejects a Function with a forward-mode rule, and other runtimes do not have our operators.
             return (self.reference if _torch.differentiating() or _torch.exporting_to_onnx() else self.overload)(*args)
         if _torch.transforming():
             levels = _torch.levels()
@@ -85,17 +85,17 @@ class Operator:
         return self.overload(*args)
 
     def ordered(self, named: Mapping[str, Any]) -> list[Any]:
-        """The operator's arguments from those of the public function: in order, and codes instead of names."""
+        """The arguments of the public function in the order of the operator, with codes in place of names."""
         return [code_of(name, named[name]) if name in CHOICES else named[name] for name in self.arguments]
 
     def checked(self, *args: Any) -> None:
-        """Raise unless a kernel can trust the arguments."""
+        """Raise unless the arguments are valid for a kernel."""
         self.check(*args)
         for i in self.tensors:
             check_stored(self.arguments[i], args[i])
 
     def fallback(self, *args: Any) -> Any:
-        """The reference as a kernel."""
+        """The reference implementation as a kernel."""
         self.checked(*args)
         return _each(self.reference(*args), Tensor.contiguous)
 
@@ -129,7 +129,7 @@ class Operator:
                     whole = moved[i] if i in mapped else moved[i].unsqueeze(0).expand(count, *moved[i].shape)
                     moved[i] = whole.flatten(0, 1)
             return _each(call(*moved), lambda t: t.unflatten(0, (count, -1)) if t.dim() > 1 else t.expand(count, 0)), 0
-        # Of none, the shape is that of one: of zeros, to which the gradients' graph leads.
+        # The shape of an empty stack is found from one call with zeros, through which gradients still flow.
         each = [[v.sum(0) if i in mapped else v for i, v in enumerate(moved)]] if not count else []
         each += [[v[n] if i in mapped else v for i, v in enumerate(moved)] for n in range(count)]
         results = [call(*one) for one in each]
@@ -253,12 +253,12 @@ def define(
     return forward
 
 
-# A part of a double backward reads about so many numbers; the reference keeps some dozens of times as many.
+# The number of input elements of a part of a double backward; the reference keeps several dozen times as many.
 _PART, _MOST_PARTS = 2**17, 64
 
 
 def _parts(op: Operator, args: Sequence[Any], axes: Sequence[int | None]) -> Iterator[tuple[int, int]]:
-    """Where the parts of a double backward start, and how many rows each has: so that its memory stays bounded."""
+    """The first row and the number of rows of each part of a double backward, which bound its memory."""
     rows = args[0].shape[axes[0]]
     numbers = sum(args[i].numel() for i in op.tensors if args[i] is not None)
     step = -(-rows // min(numbers // _PART + 1, _MOST_PARTS))
@@ -319,7 +319,7 @@ def _function(op: Operator) -> type[torch.autograd.Function]:
 
 
 def _of_codes(function: Callable[..., Tensor], arguments: Sequence[str]) -> Callable[..., Tensor]:
-    """``function``, which takes the names of choices, of their codes."""
+    """``function``, which takes the names of choices, as a function of their codes."""
     choices = [(i, argument) for i, argument in enumerate(arguments) if argument in CHOICES]
 
     def of_codes(*args: Any) -> Tensor:
@@ -332,7 +332,7 @@ def _of_codes(function: Callable[..., Tensor], arguments: Sequence[str]) -> Call
 
 
 def _at(function: Callable[..., Any], args: Sequence[Any], positions: Sequence[int]) -> Callable[..., Any]:
-    """``function`` of the arguments at ``positions`` alone."""
+    """``function`` as a function of the arguments at ``positions``; the others are fixed."""
 
     def of_some(*values: Any) -> Any:
         full = list(args)
@@ -352,7 +352,7 @@ def _vjp(function: Callable[..., Any], *values: Any) -> tuple[Any, Callable[...,
 
 
 def _pull_back(function: Callable[..., Tensor], values: Sequence[Tensor], cotangent: Tensor) -> Sequence[Tensor]:
-    """The gradients of ``function`` at ``values``; differentiable again inside a transform of torch.func."""
+    """The gradients of ``function`` at ``values``, which are differentiable inside a transform of torch.func."""
     if _torch.transforms_active():
         return _vjp(function, *values)[1](cotangent)
     with _torch.with_autograd():

@@ -20,7 +20,7 @@ torch.library.impl(f"{NAMESPACE}::code_of", "CompositeImplicitAutograd", code_of
 
 
 def scripts_as(scripted: Callable[..., Tensor]) -> Callable[[Function], Function]:
-    """Decorates a public function that TorchScript shall compile as ``scripted``."""
+    """Decorate a public function so that TorchScript compiles ``scripted`` in its place."""
 
     def decorate(function: Function) -> Function:
         function.__prepare_scriptable__ = lambda: scripted  # type: ignore[attr-defined]

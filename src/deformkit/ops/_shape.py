@@ -11,7 +11,8 @@ from ._torch import has_storage
 
 Boundary = Literal["zeros", "border"]
 
-# The operators take the index of a name: each string that passes torch's stable ABI allocates memory that nobody frees.
+# The operators take the index of a name, because a string that passes torch's stable ABI allocates memory that is never
+# freed.
 CHOICES = {"boundary": ("zeros", "border"), "mode": ("linear", "nearest")}
 
 FLOATING = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
@@ -23,7 +24,7 @@ def ntuple(value: int | Sequence[int], axes: int, name: str, least: int) -> list
         values = [value] * axes
     else:
         try:
-            # The compiler knows the type of an int that it keeps symbolic, but not its __index__.
+            # The compiler knows the type of a symbolic int, but not its __index__.
             values = [v if type(v) is int else int(v.__index__()) for v in value]  # type: ignore[union-attr]
         except (TypeError, AttributeError):
             raise TypeError(f"{name} is {value!r}; it must be an int or a sequence of {axes} ints") from None
@@ -56,6 +57,44 @@ def times(size: Sequence[int]) -> str:
     return "x".join(str(int(s)) for s in size)
 
 
+def unsplit_hint(channels: int, taps: int, axes: int) -> str:
+    """The end of a message about an offset of ``channels`` that seems to contain a mask as well; else empty."""
+    groups, rest = divmod(channels, taps * (axes + 1))
+    if rest or groups < 1:
+        return ""
+    offsets = groups * taps * axes
+    return (
+        f"; {channels} = {counted(groups, 'group')} x {counted(taps, 'tap')} x ({counted(axes, 'coordinate')} + 1 "
+        "mask): if one layer predicts both, "
+        f"split its output into offset [:, :{offsets}] and mask [:, {offsets}:]"
+    )
+
+
+def check_output_size(
+    name: str,
+    found: Sequence[int],
+    expected: Sequence[int],
+    size: Sequence[int],
+    kernel_size: Sequence[int],
+    stride: Sequence[int],
+    padding: Sequence[int],
+    dilation: Sequence[int],
+) -> None:
+    """Raise a ValueError if the spatial size of ``name`` is not that of the output; say which padding would fit."""
+    if list(found) != list(expected):
+        hint = ""
+        for fitting in ([d * (k - 1) // 2 for k, d in zip(kernel_size, dilation, strict=True)], [0] * len(size)):
+            fits = conv_output_size(size, kernel_size, stride, fitting, dilation) == list(found)
+            if not hint and fits and fitting != list(padding):
+                hint = f"; with padding={tuple(fitting)} instead of {tuple(padding)} it would have {times(found)}"
+        raise ValueError(f"{name} has spatial size {times(found)}; the output has {times(expected)}{hint}")
+
+
+def counted(count: int, noun: str) -> str:
+    """``count`` and ``noun``, which gets its plural, for messages."""
+    return f"{count} {noun}" if count == 1 else f"{count} {noun}s"
+
+
 def check_tensor(name: str, value: Any) -> None:
     """Raise a TypeError unless ``value`` is a tensor."""
     if not isinstance(value, Tensor):
@@ -71,20 +110,20 @@ def check_count(name: str, value: Any, least: int = 1) -> None:
 
 
 def check_choice(name: str, value: object, choices: Sequence[str], more: str = "") -> None:
-    """Raise a ValueError unless ``value`` is one of ``choices``, or what ``more`` says."""
+    """Raise a ValueError unless ``value`` is one of ``choices``; ``more`` names what else is allowed."""
     if value not in choices:
         raise ValueError(f"{name} is {value!r}; it must be one of {', '.join(map(repr, choices))}{more}")
 
 
 def check_floating(name: str, value: Any) -> None:
-    """Raise unless ``value`` is a tensor of a dtype that the operators take."""
+    """Raise unless ``value`` is a tensor of a dtype that the operators support."""
     check_tensor(name, value)
     if value.dtype not in FLOATING:
         raise TypeError(f"{name} has dtype {value.dtype}; it must be float16, bfloat16, float32 or float64")
 
 
 def check_alike(name: str, value: Any, leader_name: str, leader: Tensor, dtype: bool = True) -> None:
-    """Raise unless ``value`` is a tensor on the device of ``leader`` and, but under autocast, of its dtype."""
+    """Raise unless ``value`` is a tensor on the device of ``leader`` and, except under autocast, of its dtype."""
     check_tensor(name, value)
     if value.device != leader.device:
         raise ValueError(f"{name} is on {value.device}; it must be on {leader.device}, as {leader_name} is")
@@ -93,14 +132,14 @@ def check_alike(name: str, value: Any, leader_name: str, leader: Tensor, dtype: 
 
 
 def _autocast(value: Tensor) -> bool:
-    """Whether autocast is about to change the dtype of ``value``: it leaves float64 alone."""
+    """Whether autocast is about to change the dtype of ``value``; it leaves float64 alone."""
     kind = value.device.type
     castable = value.dtype in FLOATING and value.dtype != torch.float64
     return castable and torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind)
 
 
 def check_stored(name: str, value: Tensor | None) -> None:
-    """Raise a ValueError if the memory of ``value`` was freed, as sharding and offloading do with its storage."""
+    """Raise a ValueError if the storage of ``value`` was freed, as sharding and offloading do."""
     if value is not None and value.numel() and has_storage(value):
         last = value.storage_offset() + sum((s - 1) * step for s, step in zip(value.shape, value.stride(), strict=True))
         found, needed = value.untyped_storage().nbytes(), (last + 1) * value.element_size()
@@ -109,7 +148,7 @@ def check_stored(name: str, value: Tensor | None) -> None:
 
 
 def check_offset_dtype(offset: Tensor, beside: str, dtype: torch.dtype) -> None:
-    """Raise unless coordinates in the dtype of ``offset`` go with ``beside`` (such as ``"an input"``) of ``dtype``."""
+    """Raise unless offsets of this dtype are supported with ``beside`` (such as ``"an input"``) of ``dtype``."""
     if offset.dtype not in FLOATING or (offset.dtype == torch.float64) != (dtype == torch.float64):
         expected = "torch.float64" if dtype == torch.float64 else "torch.float32 or a half dtype"
         raise TypeError(f"offset has dtype {offset.dtype}; with {beside} of {dtype} it must be {expected}")
@@ -139,7 +178,7 @@ def checked_output_size(
     padding: Sequence[int],
     dilation: Sequence[int],
 ) -> list[int]:
-    """:func:`conv_output_size` for the field ``name``; a ValueError if that, or the field, is empty."""
+    """:func:`conv_output_size` for the field ``name``; a ValueError if the output or the field is empty."""
     for what, values, least in (
         ("kernel_size", kernel_size, 1),
         ("stride", stride, 1),
@@ -161,7 +200,7 @@ def checked_output_size(
 
 
 def compute_dtype(dtype: torch.dtype) -> torch.dtype:
-    """Dtype in which coordinates and sums are kept: float64 for float64, float32 for everything else."""
+    """The dtype of coordinates and sums: float64 for float64, float32 for all other dtypes."""
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
@@ -174,14 +213,17 @@ __all__ = [
     "check_count",
     "check_floating",
     "check_offset_dtype",
+    "check_output_size",
     "check_stored",
     "check_tensor",
     "checked_output_size",
     "code_of",
     "compute_dtype",
     "conv_output_size",
+    "counted",
     "name_of",
     "ntuple",
     "prod",
     "times",
+    "unsplit_hint",
 ]

@@ -1,4 +1,4 @@
-"""Every private symbol of torch that the operators use, each with the releases on which it was tried."""
+"""All private symbols of torch that the operators use, with the releases of torch on which each was tested."""
 
 import sys
 from collections import Counter
@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch.autograd import forward_ad
 
-# What TorchScript calls a list that may be given as one number: 2.13.
+# TorchScript's type of a list that may be given as one number: 2.13.
 BroadcastingList1, BroadcastingList2, BroadcastingList3 = (
     getattr(torch._jit_internal, f"BroadcastingList{axes}") for axes in (1, 2, 3)
 )
@@ -44,7 +44,7 @@ def transforming() -> bool:
 
 
 def levels() -> Counter[str]:
-    """How many levels of each transform are active: ``Vmap``, ``Grad``, ``Jvp``, ``Functionalize``. All: 2.13."""
+    """The number of active levels of each transform: ``Vmap``, ``Grad``, ``Jvp``, ``Functionalize``. All: 2.13."""
     found = Counter(level.key().name for level in torch._C._functorch.get_interpreter_stack() or [])
     if forward_ad._current_level >= 0 and not found["Jvp"]:
         found["Jvp"] = 1
@@ -52,26 +52,26 @@ def levels() -> Counter[str]:
 
 
 def constant(function: Any) -> Any:
-    """What torch.compiler.assume_constant_result does without importing the compiler, a second and more: 2.13."""
+    """The same as torch.compiler.assume_constant_result, without importing the compiler, which takes a second: 2.13."""
     function._dynamo_marked_constant = True
     return function
 
 
 @constant
 def differentiating() -> bool:
-    """Whether a transform other than vmap is active; asked while the compiler traces, which enters them as it goes."""
+    """Whether a transform other than vmap is active, while the compiler traces and enters transforms."""
     return bool(levels().keys() - {"Vmap"})
 
 
 @constant
 def exporting_to_onnx() -> bool:
-    """Whether torch.onnx.export is at work; it does not look before somebody has imported the exporter."""
+    """Whether torch.onnx.export is running; the exporter is not imported to find out."""
     return "torch.onnx" in sys.modules and torch.onnx.is_in_onnx_export()
 
 
 @contextmanager
 def with_autograd() -> Iterator[None]:
-    """Within, a kernel, on the way to which the dispatcher has excluded autograd, records a graph. All: 2.13."""
+    """Let a kernel record a graph, although the dispatcher has excluded autograd before it. All: 2.13."""
     included, excluded = torch._C._dispatch_tls_local_include_set(), torch._C._dispatch_tls_local_exclude_set()
     with torch._C._ForceDispatchKeyGuard(included, excluded - _AUTOGRAD_KEYS), torch.enable_grad():
         yield

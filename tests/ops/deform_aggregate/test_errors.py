@@ -144,7 +144,7 @@ def test_a_wrong_argument_is_named(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", [name for name in WRONG if name != "boundary"])
-def test_the_bare_operator_raises_too(name: str) -> None:
+def test_the_bare_operator_raises_an_error_too(name: str) -> None:
     """torch.ops.deformkit called with what the public function would refuse: an error, never memory out of bounds."""
     change, _, _ = WRONG[name]
     named = {**CASE.arguments(), **change}
@@ -185,7 +185,7 @@ def test_a_wrong_output_mask_raises(mask: list[bool]) -> None:
         torch.ops.deformkit.deform_aggregate_backward(torch.zeros(2, 7, 7, 4, 8), *args, mask)
 
 
-def test_fake_tensors_are_checked_as_well() -> None:
+def test_fake_tensors_are_checked_too() -> None:
     """What would fail at run time fails while a graph is traced."""
     named = {name: v.to("meta") if isinstance(v, Tensor) else v for name, v in CASE.arguments().items()}
     named["offset"] = no(2, 7, 9, 4, 15, 2, device="meta")

@@ -119,7 +119,7 @@ def test_a_wrong_argument_is_named(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", [name for name in WRONG if name != "boundary"])
-def test_the_bare_operator_raises_too(name: str) -> None:
+def test_the_bare_operator_raises_an_error_too(name: str) -> None:
     """torch.ops.deformkit called with what the public function would refuse: an error, never memory out of bounds."""
     change, _, _ = WRONG[name]
     named = {**CASE.arguments(), **change}
@@ -184,7 +184,7 @@ def test_the_wrong_number_of_axes(dimensions: tuple[int, int]) -> None:
         function(**named)
 
 
-def test_fake_tensors_are_checked_as_well() -> None:
+def test_fake_tensors_are_checked_too() -> None:
     """What would fail at run time fails while a graph is traced."""
     named = {name: v.to("meta") if isinstance(v, Tensor) else v for name, v in CASE.arguments().items()}
     named["offset"] = no(2, 24, 7, 9, device="meta")
@@ -198,3 +198,22 @@ def test_steps_in_every_form() -> None:
     for one in (1, [1], (1,), (1, 1), torch.Size([1, 1])):
         named.update(stride=one, padding=one, dilation=one)
         assert torch.equal(dk.deform_conv2d(**named), expected)
+
+
+def test_an_offset_that_contains_a_mask_is_recognised() -> None:
+    input, weight = torch.randn(1, 8, 5, 5), torch.randn(4, 8, 3, 3)
+    for channels, groups in ((27, "1 group"), (81, "3 groups")):
+        split = f"{channels} = {groups} x 9 taps x (2 coordinates + 1 mask): .* mask [:, {channels // 27 * 18}:]"
+        pattern = re.escape(split).replace(r"\.\*", ".*")
+        with pytest.raises(ValueError, match=f"offset has {channels} channels.*; {pattern}"):
+            dk.deform_conv2d(input, torch.zeros(1, channels, 5, 5), weight, padding=1)
+
+
+@pytest.mark.parametrize(
+    ("padding", "hint"), [(0, "with padding=(1, 1) instead of (0, 0)"), (1, "with padding=(0, 0) instead of (1, 1)")]
+)
+def test_the_padding_that_would_fit_is_named(padding: int, hint: str) -> None:
+    input, weight = torch.randn(1, 2, 20, 30), torch.randn(2, 2, 3, 3)
+    size = (20, 30) if padding == 0 else (18, 28)
+    with pytest.raises(ValueError, match=re.escape(f"; {hint} it would have {size[0]}x{size[1]}")):
+        dk.deform_conv2d(input, torch.zeros(1, 18, *size), weight, padding=padding)

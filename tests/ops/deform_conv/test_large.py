@@ -145,7 +145,7 @@ def test_workspace_does_not_grow_with_the_image() -> None:
 
 
 @pytest.mark.slow
-def test_double_backward_takes_bounded_memory() -> None:
+def test_double_backward_uses_bounded_memory() -> None:
     """It goes through the reference, which keeps some dozens of the columns, in parts."""
     code = """
 import torch, deformkit as dk

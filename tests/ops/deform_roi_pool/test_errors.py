@@ -9,6 +9,7 @@ from rooms import needs_kernel
 from torch import Tensor
 
 import deformkit as dk
+from deformkit.ops import _suspect
 from deformkit.ops._library import operators
 from deformkit.ops.deform_roi_pool.cases import Case
 
@@ -42,8 +43,8 @@ WRONG: dict[str, tuple[dict[str, Any], type[Exception], str]] = {
     "half rois": (
         {"rois": no(4, 5, dtype=torch.float16)},
         TypeError,
-        "rois has dtype torch.float16; with an input of torch.float32 it must be torch.float32: batch indices and "
-        "corners do not survive half precision",
+        "rois has dtype torch.float16; with an input of torch.float32 it must be torch.float32: half precision "
+        "cannot represent batch indices and corners accurately",
     ),
     "half rois beside a half input": (
         {"input": no(2, 8, 7, 9).bfloat16(), "rois": no(4, 5).bfloat16()},
@@ -56,7 +57,12 @@ WRONG: dict[str, tuple[dict[str, Any], type[Exception], str]] = {
         TypeError,
         "rois has dtype torch.float32; with an input of torch.float64 it must be torch.float64",
     ),
-    "integer rois": ({"rois": no(4, 5, dtype=torch.int64)}, TypeError, "rois has dtype torch.int64; "),
+    "integer rois": (
+        {"rois": no(4, 5, dtype=torch.int64)},
+        TypeError,
+        "rois has dtype torch.int64; with an input of torch.float32 it must be torch.float32: convert it with "
+        "rois.to(torch.float32)",
+    ),
     "float64 offset": (
         {"offset": no(4, 2, 3, 2).double()},
         TypeError,
@@ -141,7 +147,7 @@ def test_a_wrong_argument_is_named(name: str) -> None:
 
 @needs_kernel("deform_roi_pool")
 @pytest.mark.parametrize("name", WRONG)
-def test_the_bare_operator_raises_too(name: str) -> None:
+def test_the_bare_operator_raises_an_error_too(name: str) -> None:
     """torch.ops.deformkit called with what the public function would refuse: an error, never memory out of bounds."""
     change, _, _ = WRONG[name]
     named = {**CASE.arguments(), **change}
@@ -188,7 +194,25 @@ def test_a_batch_index_out_of_range_is_never_read(axes: int, index: float, ratio
         compiled(args[1])
 
 
-def test_fake_tensors_are_checked_as_well() -> None:
+def test_inverted_rois_warn_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(_suspect.looks_left, "rois", 9)
+    named = CASE.arguments()
+    boxes = torch.tensor([[0.0, 2.0, 1.0, 4.0, 3.0], [1.0, 6.0, 5.0, 2.0, 2.0], [0.0, 1.0, 5.0, 3.0, 2.0]])
+    empty = torch.tensor([[0.0, 2.0, 1.0, 2.0, 1.0]])
+    infinite = torch.tensor([[0.0, torch.inf, 1.0, -torch.inf, 1.0]])
+    for rois in (empty, infinite):
+        dk.deform_roi_pool(named["input"], rois, output_size=2)
+    with pytest.warns(UserWarning) as caught:
+        for _ in range(2):
+            dk.deform_roi_pool(named["input"], boxes, output_size=2)
+    (warning,) = caught
+    assert str(warning.message).startswith(
+        "2 of 3 RoIs are inverted, such as rois[1] with the corners (6, 5, 2, 2): the second corner must not be smaller"
+    )
+    assert warning.filename == __file__
+
+
+def test_fake_tensors_are_checked_too() -> None:
     """What would fail at run time fails while a graph is traced."""
     named = {name: v.to("meta") if isinstance(v, Tensor) else v for name, v in CASE.arguments().items()}
     named["offset"] = no(4, 2, 2, 3, device="meta")

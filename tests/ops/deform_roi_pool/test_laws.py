@@ -110,7 +110,7 @@ def test_a_unit_axis_changes_nothing(case: Case, seed: int, data: st.DataObject)
 
 @laws
 @given(geometries(), seeds, st.data())
-def test_moving_input_and_rois_alike_changes_nothing(case: Case, seed: int, data: st.DataObject) -> None:
+def test_moving_input_and_rois_together_changes_nothing(case: Case, seed: int, data: st.DataObject) -> None:
     """The RoIs in the middle of an input, and of the same input with more around it."""
     room = [2 * int(case.bin_size + 1) * n + 20 for n in case.output_size]
     inner = Case(**{**case.__dict__, "size": tuple(room), "gamma": 0.05})

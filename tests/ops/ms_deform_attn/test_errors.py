@@ -9,6 +9,7 @@ from rooms import needs_kernel
 from torch import Tensor
 
 import deformkit as dk
+from deformkit.ops import _suspect
 from deformkit.ops._library import operators
 
 OPERATOR = operators["ms_deform_attn"]
@@ -189,7 +190,7 @@ WRONG: dict[str, tuple[dict[str, Any], type[Exception], str]] = {
     "num_points and a level axis": (
         {"num_points": [4, 4]},
         ValueError,
-        "num_points is [4, 4]; it must be left out beside sampling_locations [B, Q, H, L, P, N]",
+        "num_points is [4, 4]; it must be None with sampling_locations [B, Q, H, L, P, N]",
     ),
     "no num_points": (
         {**FLAT, "num_points": None},
@@ -233,7 +234,7 @@ def test_a_wrong_argument_is_named(name: str) -> None:
         dk.ms_deform_attn(**sound(**change))
 
 
-def test_what_is_changed_above_is_sound() -> None:
+def test_the_unchanged_call_is_valid() -> None:
     assert dk.ms_deform_attn(**sound()).shape == dk.ms_deform_attn(**sound(**FLAT)).shape == (2, 5, 24)
 
 
@@ -287,7 +288,7 @@ def test_fake_tensors_are_checked(name: str) -> None:
 
 @needs_kernel("ms_deform_attn")
 @pytest.mark.parametrize("name", BARE)
-def test_the_bare_operator_raises_too(name: str) -> None:
+def test_the_bare_operator_raises_an_error_too(name: str) -> None:
     """torch.ops.deformkit called with what the public function would refuse: an error, never memory out of bounds."""
     args = bare(**BARE[name])
     with pytest.raises((RuntimeError, ValueError, TypeError, NotImplementedError)):
@@ -308,3 +309,26 @@ def test_a_wrong_cotangent_raises(grad: Tensor) -> None:
 def test_a_wrong_output_mask_raises(mask: list[bool]) -> None:
     with pytest.raises(RuntimeError, match="output_mask"):
         torch.ops.deformkit.ms_deform_attn_backward(no(2, 5, 24), *bare(), mask)
+
+
+PIXELS = torch.rand(2, 100, 2, 1, 4, 2) * torch.tensor([30.0, 20.0])
+WRONG_UNITS = {
+    "pixels": (PIXELS, "sampling_locations lie farther outside their level than it is long.* are these pixels?"),
+    "-1 to 1": (torch.rand(2, 100, 2, 1, 4, 2) * 2 - 1, "coordinates in sampling_locations are negative.* grid_sample"),
+}
+
+
+@pytest.mark.parametrize("units", WRONG_UNITS)
+def test_locations_in_other_units_warn_once(monkeypatch: pytest.MonkeyPatch, units: str) -> None:
+    locations, message = WRONG_UNITS[units]
+    monkeypatch.setitem(_suspect.looks_left, "locations", 3)
+    value, weights = torch.randn(2, 600, 2, 3), torch.ones(2, 100, 2, 1, 4)
+    dk.ms_deform_attn(value, [(20, 30)], torch.rand_like(locations) * 1.2 - 0.1, weights)
+    with pytest.warns(UserWarning, match=message) as caught:
+        dk.ms_deform_attn(value, [(20, 30)], locations, weights)
+    assert len(caught) == 1 and caught[0].filename == __file__
+    _suspect.given.clear()
+    for _ in range(2):
+        dk.ms_deform_attn(value, [(20, 30)], torch.rand_like(locations), weights)
+    assert _suspect.looks_left["locations"] == 0
+    dk.ms_deform_attn(value, [(20, 30)], locations, weights)  # no more is looked at, and nothing said

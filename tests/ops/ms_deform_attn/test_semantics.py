@@ -258,7 +258,7 @@ def test_empty_calls(call: Call, empty: str, dtype: torch.dtype) -> None:
         assert_equal(gradient, torch.zeros_like(value))
 
 
-def test_a_level_without_points_is_as_good_as_none(axes: int) -> None:
+def test_a_level_without_points_changes_nothing(axes: int) -> None:
     case = small(axes, points=(2, 0))
     named = case.arguments()
     found = results(case, named)

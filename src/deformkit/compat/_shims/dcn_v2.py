@@ -1,6 +1,6 @@
 """Stands in for ``dcn_v2`` and its compiled part ``_ext``, the DCNv2 of CenterNet and many others.
 
-This module is part of deformkit; :func:`deformkit.compat.install` puts it in their place. What it has not got is the
+This module is part of deformkit; :func:`deformkit.compat.install` puts it in their place. It does not contain the
 position-sensitive RoI pooling of the original.
 """
 
@@ -107,7 +107,7 @@ class DCNv2(ModulatedDeformConv2d):
 
 
 class DCN(DCNv2):
-    """The layer ``DCN``, which predicts its own offsets and mask from a convolution ``conv_offset_mask``."""
+    """The layer ``DCN``, which predicts its offsets and mask from a convolution ``conv_offset_mask``."""
 
     conv_offset_mask: Conv2d
 
@@ -129,6 +129,6 @@ class DCN(DCNv2):
         """Set the predicted offsets to zero, and the mask to 1/2."""
         zero_head(self.conv_offset_mask)
 
-    def forward(self, input: Tensor) -> Tensor:  # type: ignore[override]  # it makes its own offsets
-        """The convolution of ``input`` at the points that it predicts."""
+    def forward(self, input: Tensor) -> Tensor:  # type: ignore[override]  # it predicts the offsets
+        """Convolve ``input`` at the points that the layer predicts from it."""
         return super().forward(input, *split_head(self.conv_offset_mask(input)))

@@ -1,6 +1,6 @@
 """Stands in for the package ``DCNv4``: its layer of that name, its function and its compiled part ``DCNv4.ext``.
 
-This module is part of deformkit; :func:`deformkit.compat.install` puts it in that place. What it has not got is the
+This module is part of deformkit; :func:`deformkit.compat.install` puts it in that place. It does not contain the
 attention of that package, ``FlashDeformAttn``: see :class:`deformkit.nn.MSDeformAttn`.
 """
 
@@ -80,7 +80,7 @@ def dcnv4_backward(
 
 
 class DCNv4Function:
-    """Where the package calls its kernel: only ``apply``, which is differentiable through the operator itself."""
+    """The ``autograd.Function`` of the package: only ``apply``, which is differentiable through the operator."""
 
     apply = staticmethod(dcnv4_forward)
 

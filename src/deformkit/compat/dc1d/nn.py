@@ -42,9 +42,9 @@ class DeformConv1d(_DeformConv1d):
         kernel_size: K, number of taps.
         stride: step of the output positions, in elements.
         padding: number of elements at either end, or ``"same"`` or ``"valid"``.
-        dilation: distance of two taps, in elements.
-        groups: the channels are convolved in so many separate groups.
-        bias: whether to add a learnt bias.
+        dilation: distance between two taps, in elements.
+        groups: number of groups of channels that are convolved separately.
+        bias: whether to add a learnable bias.
         padding_mode: ``"zeros"``, ``"reflect"``, ``"replicate"`` or ``"circular"``.
         device: where the parameters are.
         interpolation_function: :func:`~deformkit.compat.dc1d.ops.efficient_linterpolate`, or
@@ -60,7 +60,7 @@ class DeformConv1d(_DeformConv1d):
 
     Raises:
         TypeError: an argument has the wrong type or dtype.
-        ValueError: a value or a shape that does not fit, by name.
+        ValueError: a value or a shape does not fit; the message names the argument.
 
     Example:
         >>> layer = DeformConv1d(8, 16, 5, padding="same")
@@ -197,7 +197,7 @@ class PackedDeformConv1d(DeformConv1d):
     The names of the parameters are those of dc1d. Offsets do not start at zero: their last step is a normalisation.
 
     Args:
-        in_channels: this and all that is not said here as in :class:`DeformConv1d`.
+        in_channels: channels of the input. Parameters that are not described here are as in :class:`DeformConv1d`.
         offset_groups: G; the channels of one such group share their offsets and masks.
         modulated: whether to predict a mask too; it starts at 1/2.
 
@@ -206,7 +206,7 @@ class PackedDeformConv1d(DeformConv1d):
 
     Raises:
         TypeError: an argument has the wrong type or dtype.
-        ValueError: a value or a shape that does not fit, by name.
+        ValueError: a value or a shape does not fit; the message names the argument.
 
     Example:
         >>> layer = PackedDeformConv1d(8, 16, 5, padding="same", offset_groups=2)
@@ -268,7 +268,7 @@ class PackedDeformConv1d(DeformConv1d):
     def forward(  # type: ignore[override]
         self, input: Tensor, with_offsets: bool = False
     ) -> Tensor | tuple[Tensor, Tensor | tuple[Tensor, Tensor]]:
-        """The convolution of ``input`` at the points that it predicts."""
+        """Convolve ``input`` at the points that the layer predicts from it."""
         offsets, mask = self.predict(input)
         output = super().forward(input, offsets, mask)
         if not with_offsets:

@@ -1,4 +1,4 @@
-"""The interpolation functions of dc1d: what each tap of a deformed window reads."""
+"""The interpolation functions of dc1d, which sample the taps of deformed windows."""
 
 from collections.abc import Sequence
 
@@ -48,7 +48,7 @@ def efficient_linterpolate(
     unconstrained: bool = False,
     gather_lerp: str | None = None,
 ) -> Tensor:
-    """What each tap of a deformed window reads, by linear interpolation.
+    """Sample the taps of deformed windows by linear interpolation.
 
     ``output[b, c, o, k] = sample(x[b, c], stride*o + clamp(dilation*k + offsets[b, g, o, k], 0, dilation*(K-1)))``
 
@@ -59,7 +59,7 @@ def efficient_linterpolate(
         x: ``[B, C, L]``.
         offsets: ``[B, G, Lout, K]`` in elements; G divides C, and Lout is :func:`output_length` of L.
         kernel_size: K, number of taps; this, the dilation and the stride may be a sequence of one number.
-        dilation: distance of two taps, in elements.
+        dilation: distance between two taps, in elements.
         stride: step of the windows, in elements.
         dilated_positions: not read; ``dilation`` says the same.
         device: not read; everything is where ``x`` is.
@@ -72,7 +72,7 @@ def efficient_linterpolate(
 
     Raises:
         TypeError: an argument has the wrong type or dtype.
-        ValueError: a value or a shape that does not fit, by name.
+        ValueError: a value or a shape does not fit; the message names the argument.
 
     Example:
         >>> x = torch.tensor([[[10.0, 20.0, 30.0, 40.0]]])

@@ -33,7 +33,7 @@ class MultiScale(nn.Module):
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
-        """Draw the projections, and set the points to look around the reference point, all with the same weight."""
+        """Initialise the projections at random and the points around the reference point, with equal weights."""
         steps = torch.arange(1.0, self.num_points + 1).repeat(self.num_levels)
         with torch.no_grad():
             self.proj_offset.bias.copy_((_directions(self.num_heads, 2)[:, None] * steps[:, None]).flatten())

@@ -1,4 +1,4 @@
-"""What the single-scale layers of both releases share: all but how a query is made and how its head is laid out."""
+"""The base of the single-scale layers of both releases, which differ in their queries and in the layout of the head."""
 
 from collections.abc import Sequence
 from typing import Literal

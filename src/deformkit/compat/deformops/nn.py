@@ -17,7 +17,7 @@ _METHODS = ("linear", "softmax", "rectified")
 
 
 class DeformConv2d(Sampling):
-    """Deformable aggregation of an image that predicts its own offsets and masks: between DCNv3 and DCNv4.
+    """Deformable aggregation of an image that predicts its offsets and masks: between DCNv3 and DCNv4.
 
     ``offset, mask = offset_pointwise(offset_depthwise(input))``, read at the centre of each window; then
 
@@ -31,8 +31,8 @@ class DeformConv2d(Sampling):
         dims: C, channels of the input and of the output; any multiple of ``groups``.
         kernel_size: number of taps along each axis, odd.
         stride: step of the output positions, in pixels.
-        padding: how far the first tap lies before the input, in pixels; ``"same"`` keeps the size at stride 1.
-        dilation: distance of two taps, in pixels.
+        padding: distance of the first tap from the edge of the input, in pixels; ``"same"`` keeps the size at stride 1.
+        dilation: distance between two taps, in pixels.
         groups: number of groups of channels; each has its own offsets and masks.
         offset_scale: factor of everything that separates a tap from the centre of its window.
         center_feature_scale: whether to mix in the centre, see above.
@@ -47,7 +47,7 @@ class DeformConv2d(Sampling):
 
     Raises:
         TypeError: an argument has the wrong type or dtype.
-        ValueError: a value or a shape that does not fit, by name.
+        ValueError: a value or a shape does not fit; the message names the argument.
 
     Example:
         >>> import torch
@@ -90,7 +90,7 @@ class DeformConv2d(Sampling):
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
-        """Set the head to zero, so that offsets and masks are 0; draw the rest.
+        """Initialise the head to zero, so that offsets and masks are 0, and the other layers at random.
 
         The depthwise convolution is drawn too. deformops sets it to zero as well; then neither of the two ever learns,
         as each has the other as a factor of its gradient.
@@ -123,7 +123,7 @@ class DeformConv2d(Sampling):
 
 
 class DeformAttn2d(MultiScale):
-    """Multi-scale deformable attention: every query reads a few points, that it predicts, on every level of a pyramid.
+    """Multi-scale deformable attention: every query predicts and samples a few points on every level of a pyramid.
 
     :class:`deformkit.nn.MSDeformAttn` with the parameter names of deformops, widths of its own for value and output,
     and a choice of how points are weighed.
@@ -137,7 +137,7 @@ class DeformAttn2d(MultiScale):
         num_points: P, points of one head on one level.
         method: ``"softmax"`` over the L*P points of a head; ``"linear"``: as predicted; ``"rectified"``: positive parts
             divided by their sum; or a function of ``[B, Q, H, L*P]``.
-        im2col_step: has no meaning here.
+        im2col_step: has no effect.
 
     Shapes of ``forward(q, p, v, shapes, level_index, padding_mask=None)``: ``q [B, Q, dim]``; reference points
     ``p [B, Q, L, 2]``, (x, y) from 0 to 1, or boxes ``[B, Q, L, 4]``, centre and size; ``v [B, S, dim_value]``: the
@@ -147,7 +147,7 @@ class DeformAttn2d(MultiScale):
 
     Raises:
         TypeError: an argument has the wrong type or dtype.
-        ValueError: a value or a shape that does not fit, by name.
+        ValueError: a value or a shape does not fit; the message names the argument.
 
     Example:
         >>> import torch
@@ -183,7 +183,7 @@ class DeformAttn2d(MultiScale):
         level_index: Any = None,
         padding_mask: Tensor | None = None,
     ) -> Tensor:
-        """What every query reads; see the class for shapes."""
+        """Compute the output for every query; see the class for shapes."""
         return self._attend(q, p, v, "shapes", shapes, level_index, padding_mask)
 
     def _weigh(self, logits: Tensor) -> Tensor:

@@ -21,7 +21,7 @@ class MultiScaleDeformableAttention(MSDeformAttn):
         num_heads: H; it divides the width of the projected values.
         num_levels: L, levels of the pyramid.
         num_points: P, points of one head on one level.
-        im2col_step: has no meaning here.
+        im2col_step: has no effect.
         dropout: probability of setting an element of the output to zero in training.
         batch_first: whether the batch is the first axis of queries, values and outputs, or the second.
         norm_cfg: is not used, as in mmcv.
@@ -40,7 +40,7 @@ class MultiScaleDeformableAttention(MSDeformAttn):
 
     Raises:
         TypeError: an argument has the wrong type or dtype.
-        ValueError: a value or a shape that does not fit, by name.
+        ValueError: a value or a shape does not fit; the message names the argument.
 
     Example:
         >>> import torch
@@ -101,9 +101,9 @@ class MultiScaleDeformableAttention(MSDeformAttn):
         level_start_index: Any = None,
         **kwargs: Any,
     ) -> Tensor:
-        """What every query reads, added to it; see the class for shapes."""
+        """Compute the output for every query and add it to the query; see the class for shapes."""
         check_tensor("query", query)
-        # What mmcv calls identity was once called residual; as an unknown argument it would be passed over.
+        # Earlier releases of mmcv call this argument residual, which would otherwise be ignored as unknown.
         identity = kwargs.get("residual") if identity is None else identity
         value = query if value is None else value
         identity = query if identity is None else identity

@@ -33,19 +33,19 @@ def deform_conv2d(
         offset: ``[B, deform_groups*kh*kw*2, Hout, Wout]`` in pixels, for each tap the shift along h, then along w.
         weight: ``[Cout, C/groups, kh, kw]``.
         stride: step of the output positions, in pixels.
-        padding: how far the first tap lies before the input, in pixels.
-        dilation: distance of two taps, in pixels.
-        groups: the channels are convolved in so many separate groups.
-        deform_groups: the channels of one such group share their offsets.
+        padding: distance of the first tap from the edge of the input, in pixels.
+        dilation: distance between two taps, in pixels.
+        groups: number of groups of channels that are convolved separately.
+        deform_groups: number of groups of channels that share their offsets.
         bias: must be False.
-        im2col_step: has no meaning here; the batch may have any size.
+        im2col_step: has no effect; the batch may have any size.
 
     Returns:
         ``[B, Cout, Hout, Wout]`` in the dtype of ``offset``.
 
     Raises:
-        TypeError: an argument is no tensor, or has a wrong dtype.
-        ValueError: a shape, device, size or number of groups that does not fit, by name.
+        TypeError: an argument is not a tensor, or has a wrong dtype.
+        ValueError: a shape, device, size or number of groups does not fit; the message names the argument.
 
     Example:
         >>> import torch
@@ -73,7 +73,7 @@ def modulated_deform_conv2d(
     """Deformable convolution with a mask, as ``mmcv.ops.modulated_deform_conv2d``.
 
     Args:
-        input: this, and all of which no more is said, as in :func:`deform_conv2d`.
+        input: ``[B, C, H, W]``. Parameters that are not described here are as in :func:`deform_conv2d`.
         offset: in pixels.
         mask: ``[B, deform_groups*kh*kw, Hout, Wout]`` factors of the taps.
         weight: of the taps.
@@ -88,8 +88,8 @@ def modulated_deform_conv2d(
         ``[B, Cout, Hout, Wout]`` in the dtype of ``offset``.
 
     Raises:
-        TypeError: an argument is no tensor, or has a wrong dtype.
-        ValueError: a shape, device, size or number of groups that does not fit, by name.
+        TypeError: an argument is not a tensor, or has a wrong dtype.
+        ValueError: a shape, device, size or number of groups does not fit; the message names the argument.
 
     Example:
         >>> import torch
@@ -112,18 +112,18 @@ class DeformConv2d(nn.DeformConv2d):
         out_channels: Cout, channels of the output.
         kernel_size: number of taps along each axis.
         stride: step of the output positions, in pixels.
-        padding: how far the first tap lies before the input, in pixels.
-        dilation: distance of two taps, in pixels.
-        groups: the channels are convolved in so many separate groups.
-        deform_groups: the channels of one such group share their offsets.
+        padding: distance of the first tap from the edge of the input, in pixels.
+        dilation: distance between two taps, in pixels.
+        groups: number of groups of channels that are convolved separately.
+        deform_groups: number of groups of channels that share their offsets.
         bias: must be False.
-        im2col_step: has no meaning here; the batch may have any size.
+        im2col_step: has no effect; the batch may have any size.
 
     Shapes of ``forward(x, offset)``: as those of :func:`deform_conv2d`.
 
     Raises:
         TypeError: an argument has the wrong type or dtype.
-        ValueError: a value or a shape that does not fit, by name.
+        ValueError: a value or a shape does not fit; the message names the argument.
 
     Example:
         >>> import torch
@@ -149,17 +149,17 @@ class DeformConv2d(nn.DeformConv2d):
             raise ValueError(f"bias is {bias!r}; DeformConv2d has none: it must be False")
         window = (kernel_size, stride, ntuple(padding, 2, "padding", 0), dilation)
         super().__init__(in_channels, out_channels, *window, groups, False, offset_groups=deform_groups)
-        # What has no bias has no attribute of that name either.
+        # A layer of mmcv without a bias has no attribute of that name.
         del self.bias
         self.deform_groups = deform_groups
         self.im2col_step = im2col_step
 
     def reset_parameters(self) -> None:
-        """Draw the weight as mmcv does."""
+        """Initialise the weight as mmcv does."""
         init.kaiming_uniform_(self.weight, nonlinearity="relu")
 
     def forward(self, x: Tensor, offset: Tensor) -> Tensor:  # type: ignore[override]  # the host's arguments
-        """The convolution of ``x`` at points moved by ``offset``."""
+        """Convolve ``x`` at points that ``offset`` moves."""
         return _forward(self, x, offset)
 
     def extra_repr(self) -> str:
@@ -178,7 +178,7 @@ class DeformConv2d(nn.DeformConv2d):
 
 
 class DeformConv2dPack(DeformConv2d):
-    """The layer ``mmcv.ops.DeformConv2dPack`` ("DCN"), which predicts its own offsets.
+    """The layer ``mmcv.ops.DeformConv2dPack`` ("DCN"), which predicts its offsets.
 
     ``DeformConv2d(x, conv_offset(x))``, where ``conv_offset`` is a plain convolution that starts at zero. For the layer
     of deformkit that does so see :class:`deformkit.nn.PackedDeformConv2d` and
@@ -205,8 +205,8 @@ class DeformConv2dPack(DeformConv2d):
         """Set the predicted offsets to zero."""
         zero_head(self.conv_offset)
 
-    def forward(self, x: Tensor) -> Tensor:  # type: ignore[override]  # it makes its own offsets
-        """The convolution of ``x`` at the points that it predicts."""
+    def forward(self, x: Tensor) -> Tensor:  # type: ignore[override]  # it predicts the offsets
+        """Convolve ``x`` at the points that the layer predicts from it."""
         return _forward(self, x, self.conv_offset(x))
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
@@ -220,7 +220,7 @@ class ModulatedDeformConv2d(nn.DeformConv2d):
     The arguments, the initialisation and the state-dict are mmcv's.
 
     Args:
-        in_channels: this, and all of which no more is said, as in :class:`DeformConv2d`.
+        in_channels: channels of the input. Parameters that are not described here are as in :class:`DeformConv2d`.
         out_channels: of the output.
         kernel_size: number of taps.
         stride: of the output positions.
@@ -228,13 +228,13 @@ class ModulatedDeformConv2d(nn.DeformConv2d):
         dilation: of the taps.
         groups: of channels.
         deform_groups: of offsets and masks.
-        bias: whether to add a learnt bias.
+        bias: whether to add a learnable bias.
 
     Shapes of ``forward(x, offset, mask)``: as those of :func:`modulated_deform_conv2d`.
 
     Raises:
         TypeError: an argument has the wrong type or dtype.
-        ValueError: a value or a shape that does not fit, by name.
+        ValueError: a value or a shape does not fit; the message names the argument.
 
     Example:
         >>> import torch
@@ -260,7 +260,7 @@ class ModulatedDeformConv2d(nn.DeformConv2d):
         self.deform_groups = deform_groups
 
     def init_weights(self) -> None:
-        """Draw the weight as mmcv does, and set the bias to zero."""
+        """Initialise the weight as mmcv does and the bias to zero."""
         bound = 1 / sqrt(self.in_channels * prod(self.kernel_size))
         init.uniform_(self.weight, -bound, bound)
         if self.bias is not None:
@@ -271,13 +271,13 @@ class ModulatedDeformConv2d(nn.DeformConv2d):
         self.init_weights()
 
     def forward(self, x: Tensor, offset: Tensor, mask: Tensor) -> Tensor:  # type: ignore[override]
-        """The convolution of ``x`` at points moved by ``offset``, each tap multiplied by ``mask``."""
+        """Convolve ``x`` at points that ``offset`` moves, with each tap multiplied by ``mask``."""
         check_tensor("mask", mask)
         return _modulated_forward(self, x, offset, mask)
 
 
 class ModulatedDeformConv2dPack(ModulatedDeformConv2d):
-    """The layer ``mmcv.ops.ModulatedDeformConv2dPack`` ("DCNv2"), which predicts its own offsets and mask.
+    """The layer ``mmcv.ops.ModulatedDeformConv2dPack`` ("DCNv2"), which predicts its offsets and mask.
 
     ``conv_offset(x)``, a plain convolution that starts at zero, holds the offsets and behind them the logits of the
     mask ``sigmoid(logit)``, which so starts at 1/2. For the layer of deformkit that does so see
@@ -301,14 +301,14 @@ class ModulatedDeformConv2dPack(ModulatedDeformConv2d):
         self.init_weights()
 
     def init_weights(self) -> None:
-        """Draw the weight as mmcv does, and set the rest to zero."""
+        """Initialise the weight as mmcv does and the other parameters to zero."""
         super().init_weights()
-        # The base class calls this before there is a head.
+        # The base class calls this before the head exists.
         if "conv_offset" in self._modules:
             zero_head(self.conv_offset)
 
-    def forward(self, x: Tensor) -> Tensor:  # type: ignore[override]  # it makes its own offsets
-        """The convolution of ``x`` at the points that it predicts."""
+    def forward(self, x: Tensor) -> Tensor:  # type: ignore[override]  # it predicts the offsets
+        """Convolve ``x`` at the points that the layer predicts from it."""
         return _modulated_forward(self, x, *split_head(self.conv_offset(x)))
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
@@ -386,7 +386,7 @@ def _conv(
         check_floating(name, value)
         if value.dim() != axes:
             raise ValueError(f"{name} has shape {list(value.shape)}; it must have {axes} axes")
-    # The operator reads both numbers off the shapes: a wrong one would be taken for another convolution.
+    # The operator derives both numbers from the shapes and would accept others.
     channels, per_group, kernel = input.shape[1], weight.shape[1], weight.shape[2:]
     if channels != groups * per_group:
         raise ValueError(

@@ -34,8 +34,8 @@ def deform_roi_pool(
         ``[R, C, *output_size]`` in the dtype of ``input``.
 
     Raises:
-        TypeError: an argument is no tensor or no number, or has a wrong dtype.
-        ValueError: a shape, device, size, number or batch index that does not fit, by name.
+        TypeError: an argument is not a tensor or no number, or has a wrong dtype.
+        ValueError: a shape, device, size, number or batch index does not fit; the message names the argument.
 
     Example:
         >>> import torch
@@ -88,7 +88,7 @@ class DeformRoIPoolPack(DeformRoIPool, nn.PackedDeformRoIPool):
 
 
 class ModulatedDeformRoIPoolPack(DeformRoIPoolPack):
-    """The layer ``mmcv.ops.ModulatedDeformRoIPoolPack``: :class:`DeformRoIPoolPack` with a mask upon its output.
+    """The layer ``mmcv.ops.ModulatedDeformRoIPoolPack``: :class:`DeformRoIPoolPack` with a mask for its output.
 
     Arguments and shapes as there.
 

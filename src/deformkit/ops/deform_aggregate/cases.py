@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 
-from .._shape import conv_output_size, times
+from .._shape import checked_output_size, conv_output_size, ntuple, times
 
 OPERATOR = "deform_aggregate"
 
@@ -77,6 +77,22 @@ class Case:
     def __str__(self) -> str:
         sizes = f"B{self.batch} {times(self.size)} H{self.heads} D{self.channels}, k{times(self.kernel_size)}"
         return f"{self.name} ({sizes}, {prod(self.kernel_size) - self.remove_center} taps)"
+
+
+FROM_SHAPE = ("name", "batch", "size", "heads", "channels")
+
+
+def of_shape(shape: list[int], **settings: Any) -> Case:
+    """The case of a value ``[B, *S, H, D]``: a kernel of three taps along each axis, the size kept, unless set."""
+    if not 4 <= len(shape) <= 6:
+        raise ValueError(f"shape is {shape}; it must be [B, *S, H, D] with 1, 2 or 3 spatial axes S")
+    batch, *size, heads, channels = shape
+    kernel = tuple(ntuple(settings.pop("kernel_size", 3), len(size), "kernel_size", 1))
+    dilation = ntuple(settings.setdefault("dilation", 1), len(size), "dilation", 1)
+    settings.setdefault("padding", tuple(d * (k - 1) // 2 for k, d in zip(kernel, dilation, strict=True)))
+    stride = ntuple(settings.get("stride", 1), len(size), "stride", 1)
+    checked_output_size("value", size, kernel, stride, ntuple(settings["padding"], len(size), "padding", 0), dilation)
+    return Case(times(shape), batch, tuple(size), heads, channels, kernel_size=kernel, **settings)
 
 
 CASES = [

@@ -13,6 +13,7 @@ from .._shape import (
     check_alike,
     check_floating,
     check_offset_dtype,
+    check_output_size,
     check_tensor,
     checked_output_size,
     code_of,
@@ -38,40 +39,39 @@ def deform_aggregate(
     remove_center: bool = False,
     boundary: Boundary = "zeros",
 ) -> Tensor:
-    """Weighted sum of a field around each position, each tap read at its place plus an offset: DCNv3 and DCNv4.
+    """Deformable aggregation: a weighted sum over taps that are moved by offsets, as in DCNv3 and DCNv4.
 
     ``output[b, o, h] = sum over k of weight[b, o, h, k] * sample(value[b, :, h], point[b, o, h, k])``
 
     ``point = stride*o - padding + centre + offset_scale * (dilation*k - centre + offset[b, o, h, k])``
 
     where ``sample`` is multilinear interpolation and ``centre = dilation*(kernel_size-1) // 2``. The number N of
-    spatial axes, 1 to 3, is the length of the last axis of ``offset``. No channel mixes with another; the D channels
-    of a head share its points and weights. The weights of DCNv3 are a softmax over the taps, those of DCNv4 are not.
+    spatial axes, 1 to 3, is the length of the last axis of ``offset``. Channels are not mixed; the D channels of a head
+    share its points and weights. DCNv3 normalises its weights by a softmax over the taps; DCNv4 does not.
 
     Args:
         value: ``[B, *S, H, D]``, the field: N spatial axes, H heads of D channels; float16, bfloat16, float32 or
             float64.
         offset: ``[B, *out, H, K, N]`` in pixels before ``offset_scale``, the taps in row-major order, the coordinates
-            in tensor-axis order. Any floating dtype (float64 with a float64 value and only then); coordinates are
-            computed in float32, or float64, whatever the dtype of the offsets.
-        weight: ``[B, *out, H, K]``, dtype of ``value``.
+            in tensor-axis order. Any floating dtype, but float64 if and only if ``value`` is float64; coordinates are
+            computed in float32, or float64 for a float64 value.
+        weight: ``[B, *out, H, K]`` in the dtype of ``value``.
         kernel_size: number of taps along each axis; K is their product, or one less with ``remove_center``.
         stride: step of the output positions, in pixels.
-        padding: how far the first tap lies before the field, in pixels.
-        dilation: distance of two taps, in pixels.
-        offset_scale: factor of everything that separates a point from the centre of its window.
-        remove_center: leave out the middle tap, the ``K//2``-th; every kernel size must be odd.
-        boundary: ``"zeros"``: a corner of the interpolation outside the field counts 0. ``"border"``: the point is
-            clamped into the field.
+        padding: distance of the first tap from the edge of the field, in pixels.
+        dilation: distance between two taps, in pixels.
+        offset_scale: factor that scales the distance of each point from the centre of its window.
+        remove_center: whether to leave out the middle tap, the ``K//2``-th; every kernel size must be odd.
+        boundary: ``"zeros"``: pixels outside the field are 0. ``"border"``: points are clamped into the field.
 
     Returns:
         ``[B, *out, H, D]`` in the dtype of ``value``, where, as in a convolution,
         ``out = (S + 2*padding - dilation*(kernel_size-1) - 1) // stride + 1``.
-        A NaN offset gives NaN in the outputs that read it, and in its gradients; an infinite one is outside.
+        A NaN offset gives NaN in the outputs that depend on it and in its gradients. A point at infinity is outside.
 
     Raises:
-        TypeError: an argument is no tensor, or has a wrong type or dtype.
-        ValueError: a shape, device, size or option that does not fit, by name.
+        TypeError: an argument is not a tensor, or has a wrong type or dtype.
+        ValueError: a shape, device, size or option does not fit; the message names the argument.
 
     Example:
         >>> import torch
@@ -96,7 +96,7 @@ def deform_aggregate(
 
 
 def _axes(value: Tensor, offset: Tensor) -> int:
-    """The number of spatial axes, from the coordinates of an offset."""
+    """The number of spatial axes, which is the number of coordinates of an offset."""
     check_tensor("value", value)
     check_tensor("offset", offset)
     if offset.dim() == 0 or offset.shape[-1] not in (1, 2, 3):
@@ -118,7 +118,7 @@ def _check(
     remove_center: bool,
     boundary: int,
 ) -> list[int]:
-    """Check every argument; return the output's shape."""
+    """Check every argument; return the shape of the output."""
     axes = _axes(value, offset)
     check_floating("value", value)
     for name, tensor, dim in (("value", value, axes + 3), ("offset", offset, axes + 4), ("weight", weight, axes + 3)):
@@ -140,9 +140,8 @@ def _check(
     for name, tensor, head_axis in (("offset", offset, -3), ("weight", weight, -2)):
         if tensor.shape[0] != batch:
             raise ValueError(f"{name} has batch size {tensor.shape[0]}; value has {batch}")
-        if list(tensor.shape[1:head_axis]) != out_size:
-            found = times(tensor.shape[1:head_axis])
-            raise ValueError(f"{name} has spatial size {found}; the output has {times(out_size)}")
+        window = (kernel_size, stride, padding, dilation)
+        check_output_size(name, tensor.shape[1:head_axis], out_size, size, *window)
         if tensor.shape[head_axis] != heads:
             raise ValueError(f"{name} has {tensor.shape[head_axis]} heads; value has {heads}")
         if tensor.shape[head_axis + 1] != taps:
@@ -160,7 +159,7 @@ def check_offset_scale(offset_scale: float) -> None:
 
 
 def tap_count(kernel_size: Sequence[int], remove_center: bool) -> int:
-    """The number of taps K; a ValueError if there is no centre to remove, or no other tap."""
+    """The number of taps K; a ValueError if there is no centre to remove, or no tap besides it."""
     if not isinstance(remove_center, bool):
         raise TypeError(f"remove_center is {remove_center!r}; it must be True or False")
     if not remove_center:

@@ -43,7 +43,7 @@ def points(
     offset_scale: float,
     remove_center: bool,
 ) -> tuple[Tensor, Tensor]:
-    """Where the taps read: integers ``[*out, 1, 1, N]``, and what is to be added to them, shaped as ``offset``."""
+    """The points as a sum of integers ``[*out, 1, 1, N]`` and of shifts in the shape of ``offset``."""
     *out_size, _, taps, _ = offset.shape[1:]
     axes = len(kernel_size)
     ones = [1] * axes

@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 
-from .._shape import conv_output_size, times
+from .._shape import checked_output_size, conv_output_size, ntuple, times
 
 OPERATOR = "deform_conv"
 
@@ -69,6 +69,26 @@ class Case:
     def __str__(self) -> str:
         sizes = f"B{self.batch} C{self.channels} {times(self.size)} -> {self.out_channels}, k{times(self.kernel_size)}"
         return f"{self.name} ({sizes})"
+
+
+FROM_SHAPE = ("name", "batch", "channels", "size")
+
+
+def of_shape(shape: list[int], **settings: Any) -> Case:
+    """The case of an input ``[B, C, *S]``: a 3x3 kernel, as many output channels, the size kept, unless set."""
+    if not 3 <= len(shape) <= 5:
+        raise ValueError(f"shape is {shape}; it must be [B, C, *S] with 1, 2 or 3 spatial axes S")
+    batch, channels, *size = shape
+    kernel = tuple(ntuple(settings.pop("kernel_size", 3), len(size), "kernel_size", 1))
+    dilation = ntuple(settings.setdefault("dilation", 1), len(size), "dilation", 1)
+    settings.setdefault("padding", tuple(d * (k - 1) // 2 for k, d in zip(kernel, dilation, strict=True)))
+    stride = ntuple(settings.get("stride", 1), len(size), "stride", 1)
+    checked_output_size("input", size, kernel, stride, ntuple(settings["padding"], len(size), "padding", 0), dilation)
+    counts = {"channels": channels, "out_channels": settings.setdefault("out_channels", channels)}
+    for name, divisor in (("channels", "groups"), ("out_channels", "groups"), ("channels", "offset_groups")):
+        if counts[name] % settings.get(divisor, 1):
+            raise ValueError(f"{divisor} is {settings[divisor]}; it must divide {name}, which is {counts[name]}")
+    return Case(times(shape), batch, channels, tuple(size), kernel_size=kernel, **settings)
 
 
 CASES = [

@@ -12,12 +12,14 @@ from .._shape import (
     check_alike,
     check_floating,
     check_offset_dtype,
+    check_output_size,
     checked_output_size,
     code_of,
     name_of,
     ntuple,
     prod,
     times,
+    unsplit_hint,
 )
 from . import reference
 
@@ -61,37 +63,36 @@ def deform_conv2d(
     *,
     boundary: Boundary = "zeros",
 ) -> Tensor:
-    """Deformable convolution of an image: every tap reads the input at its place plus an offset of its own.
+    """Deformable convolution of an image: an offset of its own moves every tap at every output position.
 
     ``output[b, f, o] = bias[f] + sum over c, k of
     weight[f, c, k] * mask[b, k, o] * sample(input[b, c], stride*o - padding + dilation*k + offset[b, k, o])``
 
-    where ``sample`` is bilinear interpolation. Without ``mask`` this is version 1, with it version 2. The number of
-    groups is ``C / weight.shape[1]``; of offset groups, ``offset.shape[1] / (K * 2)``: the channels of one offset group
-    share their offsets and masks.
+    where ``sample`` is bilinear interpolation. Without ``mask`` this is version 1 (DCN), with it version 2 (DCNv2). The
+    number of groups is ``C / weight.shape[1]``. The number of offset groups, og, is ``offset.shape[1] / (K * 2)``; the
+    channels of an offset group share their offsets and masks.
 
     Args:
         input: ``[B, C, H, W]``; float16, bfloat16, float32 or float64.
         offset: ``[B, og*K*2, Hout, Wout]`` in pixels. For each offset group the taps in row-major order, for each tap
-            the shift along h, then along w. Any floating dtype (float64 with a float64 input and only then);
-            coordinates are computed in float32, or float64, whatever the dtype of the offsets.
-        weight: ``[Cout, C/groups, kh, kw]``, dtype of ``input``; K = kh*kw.
-        bias: ``[Cout]`` or None, dtype of ``input``.
+            the shift along h, then along w. Any floating dtype, but float64 if and only if ``input`` is float64;
+            coordinates are computed in float32, or float64 for a float64 input.
+        weight: ``[Cout, C/groups, kh, kw]`` in the dtype of ``input``; K = kh*kw.
+        bias: ``[Cout]`` in the dtype of ``input``, or None.
         stride: step of the output positions, in pixels.
-        padding: how far the first tap lies before the input, in pixels.
-        dilation: distance of two taps, in pixels.
-        mask: ``[B, og*K, Hout, Wout]`` factors of the taps, or None; dtype of ``input``.
-        boundary: ``"zeros"``: a corner of the interpolation outside the input counts 0. ``"border"``: the point is
-            clamped into the input.
+        padding: distance of the first tap from the edge of the input, in pixels.
+        dilation: distance between two taps, in pixels.
+        mask: ``[B, og*K, Hout, Wout]`` in the dtype of ``input``, the factors of the taps; or None.
+        boundary: ``"zeros"``: pixels outside the input are 0. ``"border"``: points are clamped into the input.
 
     Returns:
         ``[B, Cout, Hout, Wout]`` in the dtype of ``input``, where
         ``Hout = (H + 2*padding - dilation*(kh-1) - 1) // stride + 1``.
-        A NaN offset gives NaN in the outputs that read it, and in its gradients; an infinite one is outside.
+        A NaN offset gives NaN in the outputs that depend on it and in its gradients. A point at infinity is outside.
 
     Raises:
-        TypeError: an argument is no tensor, or has a wrong dtype.
-        ValueError: a shape, device, size or option that does not fit, by name.
+        TypeError: an argument is not a tensor, or has a wrong dtype.
+        ValueError: a shape, device, size or option does not fit; the message names the argument.
 
     Example:
         >>> import torch
@@ -166,7 +167,7 @@ def _check(
     boundary: int,
     axes: int | None = None,
 ) -> list[int]:
-    """Check every argument; return the output's shape."""
+    """Check every argument; return the shape of the output."""
     check_floating("input", input)
     axes = min(max(input.dim() - 2, 1), 3) if axes is None else axes
     tensors = {"input": input, "offset": offset, "weight": weight, "bias": bias, "mask": mask}
@@ -202,30 +203,26 @@ def _check(
     if offset.shape[1] == 0 or offset.shape[1] % per_group:
         raise ValueError(
             f"offset has {offset.shape[1]} channels; a {times(kernel_size)} kernel needs a multiple of {per_group} = "
-            f"{taps} taps x {axes} coordinates"
+            f"{taps} taps x {axes} coordinates{unsplit_hint(offset.shape[1], taps, axes)}"
         )
     offset_groups = offset.shape[1] // per_group
     if channels % offset_groups:
         raise ValueError(
             f"offset has {offset.shape[1]} channels, thus {offset_groups} offset groups; "
-            f"they must divide input's {channels} channels"
+            f"they must divide input's {channels} channels{unsplit_hint(offset.shape[1], taps, axes)}"
         )
-    _check_map("offset", offset, [batch, offset.shape[1], *out_size])
     if mask is not None:
         if mask.shape[1] != offset_groups * taps:
             raise ValueError(
                 f"mask has {mask.shape[1]} channels; a {times(kernel_size)} kernel with {offset_groups} offset groups "
                 f"needs {offset_groups * taps} = {offset_groups} groups x {taps} taps"
             )
-        _check_map("mask", mask, [batch, mask.shape[1], *out_size])
+    for name, value in (("offset", offset), ("mask", mask)):
+        if value is not None:
+            if value.shape[0] != batch:
+                raise ValueError(f"{name} has batch size {value.shape[0]}; input has {batch}")
+            check_output_size(name, value.shape[2:], out_size, size, kernel_size, stride, padding, dilation)
     return [batch, out_channels, *out_size]
-
-
-def _check_map(name: str, value: Tensor, expected: list[int]) -> None:
-    if value.shape[0] != expected[0]:
-        raise ValueError(f"{name} has batch size {value.shape[0]}; input has {expected[0]}")
-    if list(value.shape[2:]) != expected[2:]:
-        raise ValueError(f"{name} has spatial size {times(value.shape[2:])}; the output has {times(expected[2:])}")
 
 
 _operator = define(

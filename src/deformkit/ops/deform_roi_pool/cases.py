@@ -5,7 +5,7 @@ from typing import Any
 
 import torch
 
-from .._shape import compute_dtype, times
+from .._shape import compute_dtype, ntuple, times
 
 OPERATOR = "deform_roi_pool"
 
@@ -86,6 +86,19 @@ class Case:
         samples = f"{self.sampling_ratio} samples" if self.sampling_ratio else "adaptive"
         sizes = f"B{self.batch} C{self.channels} {times(self.size)}, {self.rois} RoIs -> {times(self.output_size)}"
         return f"{self.name} ({sizes}, {samples})"
+
+
+FROM_SHAPE = ("name", "batch", "channels", "size")
+
+
+def of_shape(shape: list[int], **settings: Any) -> Case:
+    """The case of an input ``[B, C, *S]``: 100 RoIs of 7 bins along each axis, unless set."""
+    if not 3 <= len(shape) <= 5:
+        raise ValueError(f"shape is {shape}; it must be [B, C, *S] with 1, 2 or 3 spatial axes S")
+    batch, channels, *size = shape
+    output_size = tuple(ntuple(settings.pop("output_size", 7), len(size), "output_size", 1))
+    settings.setdefault("rois", 100)
+    return Case(times(shape), batch, channels, tuple(size), output_size=output_size, **settings)
 
 
 CASES = [

@@ -11,7 +11,7 @@ from .. import _script
 from .._library import define
 from .._script import scripts_as
 from .._shape import check_alike, check_floating, check_offset_dtype, compute_dtype, ntuple, times
-from .._torch import wrapped
+from .._suspect import readable, warn_of_gradient, warn_of_inverted_rois
 from . import reference
 
 
@@ -26,7 +26,7 @@ def deform_roi_pool(
     sampling_ratio: int = 0,
     gamma: float = 0.1,
 ) -> Tensor:
-    """Deformable RoI pooling: the mean of the input over each bin of each region, every bin moved by an offset.
+    """Deformable RoI pooling: the mean of the input over each bin of each region, where offsets move the bins.
 
     A region of interest (RoI) is cut into ``output_size`` bins along each axis, and
 
@@ -35,38 +35,40 @@ def deform_roi_pool(
     ``p = start + gamma * length * offset[r, bin] + (bin + (i + 1/2) / n) * length / output_size``,
     ``start = low * spatial_scale - 1/2``, ``length = (high - low) * spatial_scale``
 
-    with ``low`` and ``high`` the corners of the RoI, ``n`` samples in a bin along the axis (i = 0 ... n - 1), and
-    ``sample`` multilinear interpolation: a point within one pixel of the input, on its edge included, is clamped into
-    it; one further out counts 0. This is an average, with the regions aligned (the shift by half a pixel), as in mmcv;
-    it is not the maximum of the first RoI pooling.
+    Here ``low`` and ``high`` are the corners of the RoI, ``n`` is the number of samples in a bin along the axis
+    (i = 0 ... n - 1), and ``sample`` is multilinear interpolation: a point up to one pixel outside the input is clamped
+    into it; a point farther out counts as 0. As in mmcv, samples are averaged and regions are aligned (shifted by half
+    a pixel). The original RoI pooling takes a maximum instead.
 
     Args:
         input: ``[B, C, *S]`` with N = 1, 2 or 3 spatial axes; float16, bfloat16, float32 or float64.
         rois: ``[R, 1 + 2N]``: the index of the image in the batch, then the corners, **x first**: ``x1, x2`` of a
             segment, ``x1, y1, x2, y2`` of a box, ``x1, y1, z1, x2, y2, z2`` of a cuboid; x is along the last axis of
-            ``input``. In units of ``1 / spatial_scale`` pixels: 0 is the outer edge of the first pixel. float64 where
-            input is, else float32, also beside a half input. It has no gradient.
-        offset: ``[R, N, *output_size]`` or None, **x first** too, in units of ``gamma`` times the RoI's length along
-            that axis. Any floating dtype (float64 with a float64 input and only then).
-        output_size: number of bins along each axis of ``input``, one int for all or N ints.
-        spatial_scale: pixels of ``input`` for one unit of ``rois``, such as 1/16.
-        sampling_ratio: n, the samples in a bin along each axis, at most 1024. 0: one for each pixel that a bin is
-            long, rounded up, at most 1024 too: ``ceil(length / output_size)``.
-        gamma: how far an offset of 1 moves a bin, in lengths of its RoI.
+            ``input``. In units of ``1 / spatial_scale`` pixels: 0 is the outer edge of the first pixel. float64 if
+            ``input`` is float64, else float32, even if ``input`` is in half precision. It gets no gradient; a warning
+            says so if it requires one.
+        offset: ``[R, N, *output_size]`` or None, **x first**, in units of ``gamma`` times the length of the RoI along
+            the axis. Any floating dtype, but float64 if and only if ``input`` is float64.
+        output_size: number of bins along each axis of ``input``, one int for all axes or N ints.
+        spatial_scale: number of pixels of ``input`` in one unit of ``rois``, such as 1/16.
+        sampling_ratio: n, the number of samples in a bin along each axis, at most 1024. 0: the length of the bin in
+            pixels, rounded up, ``ceil(length / output_size)``, at most 1024.
+        gamma: distance by which an offset of 1 moves a bin, relative to the length of its RoI.
 
     Returns:
-        ``[R, C, *output_size]`` in the dtype of ``input``; sums are kept in float32, or float64.
+        ``[R, C, *output_size]`` in the dtype of ``input``, accumulated in float32, or float64 for a float64 input.
 
-        An empty or inverted RoI (``high <= low`` on an axis) has no samples with ``sampling_ratio=0`` and pools to 0;
-        with a fixed ratio an empty one is sampled at its point and an inverted one backwards. A NaN offset gives NaN in
-        its bin and in its own gradient, a NaN corner in the whole RoI. An infinite corner leaves points at infinity,
-        which count 0, or undefined, which are NaN; the gradient of its offsets is NaN. With ``sampling_ratio=0`` a RoI
-        whose length is not finite has one sample in a bin.
+        With ``sampling_ratio=0`` an empty or inverted RoI (``high <= low`` on an axis) has no samples and pools to 0.
+        With a fixed ratio an empty RoI is sampled at its point, and an inverted one in reverse order. On a CPU the
+        first calls warn of an inverted RoI, which usually is a box given as centre and size. A NaN offset gives NaN in
+        its bin and in its own gradient; a NaN corner gives NaN in the whole RoI. With an infinite corner, points are at
+        infinity and count as 0, or are undefined and NaN; the gradient of the offsets is NaN. With
+        ``sampling_ratio=0`` a RoI whose length is not finite has one sample in a bin.
 
     Raises:
-        TypeError: an argument is no tensor or no number, or has a wrong dtype.
-        ValueError: a shape, device, size, number or batch index that does not fit, by name. The batch indices of
-            ``rois`` on a GPU are not read here, which would wait for it.
+        TypeError: an argument is not a tensor or not a number, or has a wrong dtype.
+        ValueError: a shape, device, size, number or batch index does not fit; the message names the argument. Batch
+            indices on a GPU are not checked here, because this would wait for the device.
 
     Example:
         >>> import torch
@@ -82,8 +84,10 @@ def deform_roi_pool(
     sizes = ntuple(output_size, axes, "output_size", 1)
     args = (input, rois, offset, sizes, spatial_scale, sampling_ratio, gamma)
     _check(*args)
-    if _readable(rois):
+    warn_of_gradient("rois", rois)
+    if readable(rois):
         _check_batch_index(rois, input.shape[0])
+    warn_of_inverted_rois(rois)
     return _operator(*args)
 
 
@@ -106,14 +110,15 @@ def _check(
     sampling_ratio: int,
     gamma: float,
 ) -> list[int]:
-    """Check every argument; return the output's shape."""
+    """Check every argument; return the shape of the output."""
     axes = _check_input(input)
     check_alike("rois", rois, "input", input, dtype=False)
-    if rois.dtype != compute_dtype(input.dtype):
-        raise TypeError(
-            f"rois has dtype {rois.dtype}; with an input of {input.dtype} it must be {compute_dtype(input.dtype)}: "
-            "batch indices and corners do not survive half precision"
-        )
+    expected = compute_dtype(input.dtype)
+    if rois.dtype != expected:
+        reason = f"convert it with rois.to({expected})"
+        if rois.dtype in (torch.float16, torch.bfloat16):
+            reason = "half precision cannot represent batch indices and corners accurately"
+        raise TypeError(f"rois has dtype {rois.dtype}; with an input of {input.dtype} it must be {expected}: {reason}")
     if rois.dim() != 2 or rois.shape[1] != 1 + 2 * axes:
         raise ValueError(
             f"rois has shape {list(rois.shape)}; with {axes} spatial axes it must be [R, {1 + 2 * axes}]: "
@@ -148,13 +153,6 @@ def _check_number(
         raise TypeError(f"{name} is {value!r}; it must be {expected}")
     if not above < value < inf:
         raise ValueError(f"{name} is {value!r}; it must be {expected}")
-
-
-def _readable(rois: Tensor) -> bool:
-    """Whether the values are at hand: not on another device, and not only traced or transformed."""
-    return (
-        not torch.compiler.is_compiling() and rois.device.type == "cpu" and type(rois) is Tensor and not wrapped(rois)
-    )
 
 
 def _check_batch_index(rois: Tensor, batch: int) -> None:

@@ -49,16 +49,16 @@ def deform_roi_pool(
 
 
 def adaptive_samples(length: Tensor, output_size: Sequence[int]) -> Tensor:
-    """Samples in each bin of each RoI along each axis, ``[R, N]``: about one for each cell that a bin is long."""
+    """The number of samples in each bin of each RoI along each axis, ``[R, N]``."""
     counts = torch.stack([length[:, axis] / bins for axis, bins in enumerate(output_size)], 1).ceil()
-    # One sample shows what a corner that is no number does; none would hide it.
+    # One sample propagates a NaN corner; no sample would hide it.
     unknown = ~length.isfinite().all(1, keepdim=True)
     return counts.clamp(0, MOST_SAMPLES).masked_fill(unknown, 1.0).to(torch.int64)
 
 
 def _image_index(index: Tensor, batch: int) -> Tensor:
     known = (index == index.floor()) & (index.abs() < 2**31)
-    # gather refuses what is out of range, where a plain index would count -1 from the end.
+    # gather rejects an index of -1; plain indexing would count it from the end.
     return torch.arange(batch, device=index.device).gather(0, index.masked_fill(~known, -1.0).to(torch.int64))
 
 

@@ -1,4 +1,4 @@
-"""The Triton kernels as kernels of the dispatcher, and what their launchers share.
+"""The Triton kernels as kernels of the dispatcher, and code that their launchers share.
 
 Triton is imported with the first call on a GPU, not with deformkit. Without it the reference answers there.
 """
@@ -15,19 +15,19 @@ from .._library import NAMESPACE, Operator, operators
 
 
 def available() -> bool:
-    """Whether Triton can be imported here."""
+    """Whether Triton is installed."""
     return find_spec("triton") is not None
 
 
 def launcher(operator: Operator) -> Callable[..., Any]:
-    """What answers a call of ``operator`` on a GPU: its Triton kernels, or the reference where they do not reach.
+    """The implementation of ``operator`` on a GPU: its Triton kernels, or the reference if they do not support a call.
 
     That is float64, and 2^31 positions in one image, which 32-bit coordinates cannot tell apart.
     """
     backward = operator.name.endswith("_backward")
 
     def launch(*args: Any) -> Any:
-        # A kernel trusts its arguments: this checks them all, also for those who call the operator itself.
+        # Kernels do not check their arguments, and the operator can be called without the public function.
         operator.checked(*args)
         kernels = importlib.import_module(operator.gpu)
         double = any(isinstance(value, Tensor) and value.dtype == torch.float64 for value in args)

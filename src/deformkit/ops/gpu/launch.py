@@ -20,7 +20,7 @@ Programs = Callable[[Blocks], int]
 
 
 class Target(NamedTuple):
-    """What a kernel is compiled for: ``"cuda"``, ``"hip"``, or the ``"interpreter"``, and its architecture."""
+    """The target of compilation: ``"cuda"``, ``"hip"`` or ``"interpreter"``, and the architecture."""
 
     backend: str
     arch: int | str
@@ -46,7 +46,7 @@ def _target(device: int) -> Target:
 
 @contextmanager
 def autotune() -> Iterator[None]:
-    """Within, the first call with each kind of problem times all candidates of a kernel, and the best one is kept.
+    """In this context, the first call for each kind of problem times all candidates of a kernel and keeps the best.
 
     What was found is used by later calls outside as well. Results differ between candidates by rounding alone.
     """
@@ -87,21 +87,21 @@ def start(kernel: Any, programs: Programs, arguments: dict[str, Any], config: Co
 
 
 def _tuner(kernel: Any, device: torch.device, candidates: Sequence[Config], arguments: dict[str, Any]) -> Any | None:
-    """The autotuner for a kind of problem, or None where the first candidate is to be taken untimed."""
+    """The autotuner for a kind of problem, or None if the first candidate is used without timing."""
     # The same kernel, compiled alike, on tensors of about the same size.
     constants = tuple(value for name, value in arguments.items() if name.isupper())
     tensors = [leaf for leaf in tree_leaves(arguments) if isinstance(leaf, Tensor)]
     kind = (kernel, device, constants, tuple((tensor.dtype, tensor.numel().bit_length()) for tensor in tensors))
     timing = _autotuning and not torch.cuda.is_current_stream_capturing()
     if timing and kind not in _tuners:
-        # Sums must not keep what a run that was timed has added to them.
+        # Accumulated outputs must not keep the sums of timed runs.
         sums = [name for name, value in arguments.items() if not isinstance(value, Tensor) and hasattr(value, "zero_")]
         _tuners[kind] = triton.autotune(list(candidates), key=[], reset_to_zero=sums)(kernel)
     tuner = _tuners.get(kind)
     return tuner if tuner and (timing or tuner.cache) else None
 
 
-# About as many threads as keep a large GPU busy; fewer leave the latency of memory in sight.
+# About the number of threads that hides the memory latency of a large GPU.
 _MANY_THREADS = 2**17
 
 

@@ -81,6 +81,23 @@ class Case:
         return f"{self.name} (B{self.batch} {levels}, Q{self.queries} H{self.heads} D{self.channels} P{points})"
 
 
+FROM_SHAPE = ("name", "batch", "heads", "channels")
+
+
+def of_shape(shape: list[int], **settings: Any) -> Case:
+    """The case of a value ``[B, S, H, D]``, with ``sizes`` of the levels: 300 queries, 4 points a level, unless set."""
+    if len(shape) != 4:
+        raise ValueError(f"shape is {shape}; it must be [B, S, H, D]")
+    batch, length, heads, channels = shape
+    sizes = settings.pop("sizes", None)
+    if sizes is None or sum(map(prod, sizes)) != length:
+        raise ValueError(f"sizes is {sizes}; it must be set to the sizes of the levels, which add up to S = {length}")
+    points = settings.pop("points", 4)
+    points = (points,) * len(sizes) if isinstance(points, int) else tuple(points)
+    settings = {"queries": 300, "reach": 0.0, **settings}
+    return Case(times(shape), batch, tuple(sizes), heads=heads, channels=channels, points=points, **settings)
+
+
 CASES = [
     Case("1d", 2, ((7,), (4,)), 3, 2, 3, (2, 2)),
     Case("1d-one-level", 1, ((9,),), 5, 1, 16, (3,)),

@@ -10,6 +10,7 @@ from .. import _script
 from .._library import define
 from .._script import scripts_as
 from .._shape import check_alike, check_floating, check_tensor, code_of, name_of, prod, times
+from .._suspect import warn_of_location_units
 from . import reference
 
 Mode = Literal["linear", "nearest"]
@@ -28,38 +29,42 @@ def ms_deform_attn(
     num_points: int | Sequence[int] | None = None,
     mode: Mode = "linear",
 ) -> Tensor:
-    """Multi-scale deformable attention: every query reads a few points on every level of a feature pyramid.
+    """Multi-scale deformable attention: every query samples a few points on every level of a feature pyramid.
 
     ``output[b, q, h] = sum over l, p of
     attention_weights[b, q, h, l, p] * sample(level_l[b, h], sampling_locations[b, q, h, l, p] * size_l - 1/2)``
 
     where ``level_l`` is the part of ``value`` that belongs to level l, as a map of ``size_l``, and ``sample`` is
-    multilinear interpolation. The number of axes, N = 1, 2 or 3, is that of the locations' coordinates.
+    multilinear interpolation. The number of axes N, 1 to 3, is the length of the last axis of ``sampling_locations``.
 
     Args:
         value: ``[B, S, H, D]``: the levels, each flattened in row-major order, one after the other; float16, bfloat16,
             float32 or float64.
-        spatial_shapes: the size of each level in tensor-axis order: L tuples of N ints, ``(h, w)`` for images, or for
-            N = 1 simply L ints; their products add up to S. A tensor ``[L, N]`` of integers is read once, which waits
-            for its device and cannot be compiled.
+        spatial_shapes: the size of each level in tensor-axis order: L tuples of N ints, ``(h, w)`` for images, or L
+            ints if N = 1; their products add up to S. A tensor ``[L, N]`` of integers is also accepted. Its values are
+            read, so the call waits for its device and cannot be compiled. Sizes given as ``(w, h)`` cannot be detected,
+            because their products are the same.
         sampling_locations: ``[B, Q, H, L, P, N]``, **x first**: ``(x, y)`` for images, ``(x, y, z)`` for volumes.
-            Normalised: 0 is the outer edge of a level's first pixel, 1 that of its last. float64 where value is, else
-            float32, also beside a half value: a location in half precision may be off by more than a pixel.
-            Or ``[B, Q, H, P, N]`` with the points of all levels one after the other, and ``num_points``.
-        attention_weights: ``[B, Q, H, L, P]``, or ``[B, Q, H, P]`` beside locations in that form; in value's dtype.
-            Used as they are: a softmax is the caller's.
-        num_points: with locations in the second form the number of points on each level, which may be 0, or one int
+            Normalised: 0 is the outer edge of the first pixel of a level, 1 that of the last. float64 if ``value`` is
+            float64, else float32, even if ``value`` is in half precision: a location in half precision may be off by
+            more than a pixel. Or ``[B, Q, H, P, N]`` with the points of all levels one after the other, and
+            ``num_points``. On a CPU the first calls warn if the locations look like pixels or lie in -1 to 1; a check
+            on a GPU would wait for the device.
+        attention_weights: ``[B, Q, H, L, P]``, or ``[B, Q, H, P]`` with locations in the second form, in the dtype of
+            ``value``. They are used as given, without a softmax.
+        num_points: with locations in the second form, the number of points on each level, which may be 0, or one int
             for all levels.
         mode: ``"linear"``; or ``"nearest"``, called "discrete" in RT-DETRv2 and D-FINE: the pixel at
-            ``floor(sampling_locations * size_l + 1/2)``, clamped into the level, with no derivative by the location.
+            ``floor(sampling_locations * size_l + 1/2)``, clamped into the level, without a gradient by the location.
 
     Returns:
-        ``[B, Q, H*D]`` in value's dtype; sums are kept in float32, or float64. Outside a level everything is 0. A NaN
-        location gives NaN in the head's output and in that location's gradient; an infinite one is outside.
+        ``[B, Q, H*D]`` in the dtype of ``value``, accumulated in float32, or float64 for a float64 value. Pixels
+        outside a level are 0. A NaN location gives NaN in the output of its head and in its gradient. A location at
+        infinity is outside.
 
     Raises:
-        TypeError: an argument is no tensor, or has a wrong dtype.
-        ValueError: a shape, device, size or option that does not fit, by name.
+        TypeError: an argument is not a tensor, or has a wrong dtype.
+        ValueError: a shape, device, size or option does not fit; the message names the argument.
 
     Example:
         >>> shapes = [(32, 48), (16, 24)]
@@ -93,17 +98,18 @@ def ms_deform_attn(
     flat_sizes = [length for size in sizes for length in size]
     args = (value, flat_sizes, sampling_locations, attention_weights, points, code_of("mode", mode))
     _check(*args)
+    warn_of_location_units(sampling_locations)
     return _operator(*args)
 
 
 def level_sizes(name: str, spatial_shapes: SpatialShapes, axes: int, beside: str) -> list[list[int]]:
-    """``spatial_shapes`` as L lists of ``axes`` ints, from any of the forms that it may have.
+    """Convert ``spatial_shapes``, in any form that is accepted, to L lists of ``axes`` ints.
 
     Args:
         name: of the argument, for messages.
         spatial_shapes: see :func:`ms_deform_attn`.
-        axes: how many ints each level must have.
-        beside: who says so, such as ``"sampling_locations has 2 coordinates"``.
+        axes: the number of ints of each level.
+        beside: the reason for this number, such as ``"sampling_locations has 2 coordinates"``.
     """
     if isinstance(spatial_shapes, Tensor):
         if spatial_shapes.dtype not in _INTEGERS:
@@ -127,7 +133,7 @@ def level_sizes(name: str, spatial_shapes: SpatialShapes, axes: int, beside: str
 
 
 def _integer(value: Any) -> Any:
-    # As it is where it is symbolic: to ask for its __index__ would fix it.
+    # A symbolic int is returned as it is: to ask for its __index__ would fix its value.
     return value if isinstance(value, int | torch.SymInt) else int(value.__index__())
 
 
@@ -136,7 +142,7 @@ def _points(num_points: int | Sequence[int] | None, sampling_locations: Tensor, 
     if sampling_locations.dim() == 6:
         if num_points is not None:
             raise ValueError(
-                f"num_points is {num_points!r}; it must be left out beside sampling_locations [B, Q, H, L, P, N]"
+                f"num_points is {num_points!r}; it must be None with sampling_locations [B, Q, H, L, P, N]"
             )
         if sampling_locations.shape[3] != levels:
             raise ValueError(
@@ -167,7 +173,7 @@ def _check(
     num_points: Sequence[int],
     mode: int,
 ) -> list[int]:
-    """Check every argument, in the form that the operator takes; return the output's shape."""
+    """Check every argument in the form that the operator takes; return the shape of the output."""
     check_floating("value", value)
     for name, tensor, dim in (
         ("value", value, 4),

@@ -43,12 +43,12 @@ def ms_deform_attn(
     output = torch.zeros(batch * heads, channels, queries, dtype=dtype, device=value.device)
     for size, field, location, weight in zip(sizes, fields, locations, weights, strict=True):
         point = torch.stack([location[..., axis] * size[axis] for axis in range(axes)], -1)
-        # Half a pixel less than a large number may be that number again: its whole part stays apart.
+        # A large number minus half a pixel may round to the same number, so its integer part is kept apart.
         whole = torch.stack([point[..., axis].detach().clamp(0, size[axis]) for axis in range(axes)], -1).floor()
         base, shift = whole.nan_to_num(0.0).to(torch.int64), point - whole
         field = field.unflatten(-1, size)
         if mode == "nearest":
-            # Half a pixel up, and rounded by the sampler: the published rule, floor(location * size + 1/2).
+            # The published rule is floor(location * size + 1/2).
             samples = sample(field, base, shift, "border", "nearest")
         else:
             samples = sample(field, base, shift - 0.5, "zeros")

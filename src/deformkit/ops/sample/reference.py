@@ -1,4 +1,4 @@
-"""The sampler, in tensor operations: the definition that every kernel is measured against.
+"""The sampler in tensor operations: the definition with which every kernel is compared.
 
 A point is kept as ``base + shift``: an integer and a real number. Its cell is ``base + floor(shift)`` and its fraction
 ``shift - floor(shift)``, so that a small shift keeps its precision however far from the origin it is applied.
@@ -36,7 +36,7 @@ def sample(field: Tensor, base: Tensor, shift: Tensor, boundary: str, mode: str 
     undefined = shift.isnan().any(-1)
     lower, fraction = [], []
     for axis, length in enumerate(size):
-        # Two cells beyond the field nothing changes any more; the clamp keeps infinity out of the arithmetic.
+        # Points farther than two cells outside are equivalent; the clamp keeps infinity out of the arithmetic.
         least, most = (0, length - 1) if boundary == "border" else (-2, length)
         first = base[..., axis]
         distance = shift[..., axis].masked_fill(undefined, 0.0)
@@ -75,7 +75,7 @@ def tap_grid(
     dilation: Sequence[int],
     device: torch.device,
 ) -> Tensor:
-    """Where an undeformed convolution reads: ``stride * o - padding + dilation * k``, as ``[K, *out, N]`` integers."""
+    """The points of a plain convolution, ``stride * o - padding + dilation * k``, as integers ``[K, *out, N]``."""
     steps = [torch.arange(n, device=device) * s - p for n, s, p in zip(out_size, stride, padding, strict=True)]
     taps = [torch.arange(k, device=device) * d for k, d in zip(kernel_size, dilation, strict=True)]
     origin, tap = (torch.stack(torch.meshgrid(*axes, indexing="ij"), -1) for axes in (steps, taps))

@@ -62,15 +62,16 @@ class DeformAttn2d(Sampling):
         dim: C, channels of query, value and output; any multiple of ``groups``.
         kernel_size: number of taps along each axis.
         stride: step of the output positions, in pixels.
-        padding: how far the first tap lies before the value, in pixels; ``"same"``: ``dilation*(kernel_size-1)//2``.
-        dilation: distance of two taps, in pixels.
+        padding: distance of the first tap from the edge of the value, in pixels; ``"same"``:
+            ``dilation*(kernel_size-1)//2``.
+        dilation: distance between two taps, in pixels.
         groups: number of groups of channels; each has its own offsets and masks.
-        spread: factor of everything that separates a tap from the centre of its window.
-        center_gate: whether to mix in the centre, see above; for odd kernels.
-        drop_center: leave out the middle tap; for odd kernels.
+        spread: factor that scales the distance of each point from the centre of its window.
+        center_gate: whether to blend in the centre, see above; for odd kernels.
+        drop_center: whether to leave out the middle tap; for odd kernels.
         project: makes ``proj_value`` and ``proj_output`` as ``project(dim, dim)``; None: there are none.
-        method: ``"linear"``: masks as predicted; ``"softmax"``: over the taps of a group.
-        backend: has no meaning here.
+        method: ``"linear"``: masks as predicted; ``"softmax"``: a softmax over the taps of a group.
+        backend: has no effect.
         norm: applied to the output in its own layout, or None.
         activation: applied after the norm, or None.
 
@@ -79,7 +80,7 @@ class DeformAttn2d(Sampling):
 
     Raises:
         TypeError: an argument has the wrong type or dtype.
-        ValueError: a value or a shape that does not fit, by name.
+        ValueError: a value or a shape does not fit; the message names the argument.
 
     Example:
         >>> import torch
@@ -215,7 +216,7 @@ class DeformSample2d(nn.Module):
 
 
 class MultiScaleDeformAttn2d(MultiScale):
-    """Multi-scale deformable attention: every query reads a few points, that it predicts, on every level of a pyramid.
+    """Multi-scale deformable attention: every query predicts and samples a few points on every level of a pyramid.
 
     :class:`deformkit.nn.MSDeformAttn` with the parameter names of deformops 3.x, widths of its own for value and
     output, and a choice of how points are weighed. A state-dict with the names of Deformable DETR is loaded as well.
@@ -237,7 +238,7 @@ class MultiScaleDeformAttn2d(MultiScale):
 
     Raises:
         TypeError: an argument has the wrong type or dtype.
-        ValueError: a value or a shape that does not fit, by name.
+        ValueError: a value or a shape does not fit; the message names the argument.
 
     Example:
         >>> import torch
@@ -274,7 +275,7 @@ class MultiScaleDeformAttn2d(MultiScale):
         level_start_index: Any = None,
         padding_mask: Tensor | None = None,
     ) -> Tensor:
-        """What every query reads; see the class for shapes."""
+        """Compute the output for every query; see the class for shapes."""
         return self._attend(q, p, v, "spatial_shapes", spatial_shapes, level_start_index, padding_mask)
 
     def _weigh(self, logits: Tensor) -> Tensor:

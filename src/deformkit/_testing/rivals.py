@@ -1,7 +1,7 @@
-"""Everything that can answer the same call, behind one adapter.
+"""Every implementation that can compute the same call, behind one adapter.
 
-An adapter takes a case and its arguments and returns a :class:`Call` in the rival's own layout, so that no conversion
-is timed; or it raises :class:`Unfit`, with the reason.
+An adapter takes a case and its arguments and returns a :class:`Call` in the layout of that implementation, so that no
+conversion is timed; or it raises :class:`Unfit` with the reason.
 """
 
 import importlib.util
@@ -10,35 +10,41 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from rooms import operator
 from torch import Tensor
 from torch.nn import functional as F
 
 import deformkit
-from deformkit import bench
-from deformkit.ops._library import operators
-from deformkit.ops.deform_aggregate.reference import points
+
+from ..ops._library import operators
+from ..ops.deform_aggregate.reference import points
+from .cases import operator
+from .timing import with_gradients, without_gradients
 
 
 class Unfit(Exception):
-    """The rival cannot answer this call."""
+    """The implementation cannot compute this call."""
 
 
 @dataclass
 class Call:
+    """One call of one implementation."""
+
     run: Callable[[], Tensor]
     leaves: dict[str, Tensor]
-    """What the rival differentiates by, under the names of our arguments."""
+    """The tensors to differentiate by, under the names of our arguments."""
     layout: Callable[[str, Tensor], Tensor] = lambda name, gradient: gradient
-    """A gradient in the rival's layout, turned into ours."""
+    """Turns the gradient of an argument from the layout of the implementation into ours."""
 
     def forward(self) -> Callable[[], object]:
-        return bench.without_gradients(self.run)
+        """The call without gradients."""
+        return without_gradients(self.run)
 
     def both(self) -> Callable[[], object]:
-        return bench.with_gradients(self.run, list(self.leaves.values()))
+        """The call and its backward."""
+        return with_gradients(self.run, list(self.leaves.values()))
 
     def evaluate(self, cotangent: Tensor) -> dict[str, Tensor]:
+        """The output and the gradients in our layout, by name."""
         output = self.run()
         grads = torch.autograd.grad(output, list(self.leaves.values()), cotangent.to(output))
         named = zip(self.leaves, grads, strict=True)
@@ -46,6 +52,7 @@ class Call:
 
 
 def ours(case: Any, arguments: dict[str, Any]) -> Call:
+    """The public function."""
     name = operator(case)
     arguments, leaves = differentiable(case, arguments)
     if name == "deform_conv":
@@ -58,12 +65,14 @@ def ours(case: Any, arguments: dict[str, Any]) -> Call:
 
 
 def reference(case: Any, arguments: dict[str, Any]) -> Call:
+    """The reference implementation."""
     arguments, leaves = differentiable(case, arguments)
     values, function = operators[operator(case)].ordered(arguments), operators[operator(case)].reference
     return Call(lambda: function(*values), leaves)
 
 
 def compiled_reference(case: Any, arguments: dict[str, Any]) -> Call:
+    """The reference implementation in ``torch.compile``."""
     arguments, leaves = differentiable(case, arguments)
     values = operators[operator(case)].ordered(arguments)
     torch.compiler.reset()
@@ -72,29 +81,62 @@ def compiled_reference(case: Any, arguments: dict[str, Any]) -> Call:
 
 
 def plain(case: Any, arguments: dict[str, Any]) -> Call:
-    """Not the same result: the convolution of the same shape, as a yardstick."""
+    """The convolution of the same shape without deformation: another result, and a lower bound for the time."""
     arguments, leaves = differentiable(case, arguments)
+    input, weight, bias = (arguments[name] for name in ("input", "weight", "bias"))
+    steps = [arguments[name] for name in ("stride", "padding", "dilation")]
+    function: Callable[..., Tensor] = (F.conv1d, F.conv2d, F.conv3d)[case.axes - 1]
     return Call(
-        lambda: bench.plain_convolution(**arguments),
+        lambda: function(input, weight, bias, *steps, case.groups),
         {name: leaf for name, leaf in leaves.items() if name in ("input", "weight", "bias")},
     )
 
 
 def torchvision(case: Any, arguments: dict[str, Any]) -> Call:
+    """``torchvision.ops.deform_conv2d``."""
     from torchvision.ops import deform_conv2d
 
     if case.axes != 2:
         raise Unfit("2-D only")
     if arguments["boundary"] != "zeros":
         raise Unfit("zeros only")
-    if arguments["input"].dtype not in (torch.float32, torch.float64):
+    if arguments["input"].device.type == "cpu" and arguments["input"].dtype not in (torch.float32, torch.float64):
         raise Unfit("no half precision on a CPU")
     arguments, leaves = differentiable(case, arguments)
     del arguments["boundary"]
     return Call(lambda: deform_conv2d(**arguments), leaves)
 
 
+def mmcv_conv(case: Any, arguments: dict[str, Any]) -> Call:
+    """``mmcv.ops.deform_conv2d``, or ``modulated_deform_conv2d`` with a mask."""
+    from mmcv.ops import deform_conv2d, modulated_deform_conv2d
+
+    if case.axes != 2:
+        raise Unfit("2-D only")
+    if arguments["boundary"] != "zeros":
+        raise Unfit("zeros only")
+    if arguments["mask"] is None and arguments["bias"] is not None:
+        raise Unfit("no bias without a mask")
+    arguments, leaves = differentiable(case, arguments)
+    tensors = [arguments[name] for name in ("input", "offset", "mask", "weight", "bias")]
+    window = [arguments[name] for name in ("stride", "padding", "dilation")]
+    if arguments["mask"] is not None:
+        return Call(lambda: modulated_deform_conv2d(*tensors, *window, case.groups, case.offset_groups), leaves)
+    input, offset, _, weight, _ = tensors
+    return Call(lambda: deform_conv2d(input, offset, weight, *window, case.groups, case.offset_groups), leaves)
+
+
+def mmcv_attention(case: Any, arguments: dict[str, Any]) -> Call:
+    """The function of mmcv in operations of torch, which mmcv uses on a CPU."""
+    from mmcv.ops.multi_scale_deform_attn import multi_scale_deformable_attn_pytorch
+
+    if arguments["value"].device.type != "cpu":
+        raise Unfit("on a CPU only")
+    return _of_levels(case, arguments, lambda *args: multi_scale_deformable_attn_pytorch(*args))
+
+
 def dc1d(case: Any, arguments: dict[str, Any]) -> Call:
+    """The layer of the package dc1d."""
     from dc1d.nn import DeformConv1d
 
     if case.axes != 1:
@@ -132,8 +174,21 @@ def dc1d(case: Any, arguments: dict[str, Any]) -> Call:
 
 
 def transformers(case: Any, arguments: dict[str, Any]) -> Call:
+    """The attention module of Deformable DETR in transformers."""
     from transformers.models.deformable_detr.modeling_deformable_detr import MultiScaleDeformableAttention
 
+    core = MultiScaleDeformableAttention()
+
+    def run(value: Tensor, shapes: Tensor, locations: Tensor, weights: Tensor) -> Tensor:
+        # Its last argument, a block size, is for its CUDA kernel.
+        return core(value, shapes, list(case.sizes), starts, locations, weights, 64)
+
+    starts = F.pad(torch.tensor(case.sizes).prod(1).cumsum(0)[:-1], (1, 0)).to(arguments["value"].device)
+    return _of_levels(case, arguments, run)
+
+
+def _of_levels(case: Any, arguments: dict[str, Any], run: Callable[..., Tensor]) -> Call:
+    """``run(value, spatial_shapes, locations, weights)`` with as many points on every level."""
     if case.axes != 2:
         raise Unfit("2-D only")
     if arguments["mode"] != "linear" or len(set(case.points)) > 1:
@@ -142,26 +197,23 @@ def transformers(case: Any, arguments: dict[str, Any]) -> Call:
     for name in ("sampling_locations", "attention_weights"):
         arguments[name] = arguments[name].unflatten(3, (len(case.sizes), case.points[0]))
     arguments, leaves = differentiable(case, arguments)
-    shapes = torch.tensor(case.sizes)
-    starts = F.pad(shapes.prod(1).cumsum(0)[:-1], (1, 0))
     value, locations, weights = leaves.values()
-    core = MultiScaleDeformableAttention()
+    shapes = torch.tensor(case.sizes, device=value.device)
 
     def layout(name: str, gradient: Tensor) -> Tensor:
         return gradient if name == "value" else gradient.flatten(3, 4)
 
-    # Its last argument, a block size, is for its CUDA kernel.
-    return Call(lambda: core(value, shapes, list(case.sizes), starts, locations, weights, 64), leaves, layout)
+    return Call(lambda: run(value, shapes, locations, weights), leaves, layout)
 
 
 def grid_sample(case: Any, arguments: dict[str, Any]) -> Call:
-    """Every head an image of its own, and its points one grid, with a row of taps for each position."""
+    """One call of ``grid_sample``: every head is an image of its own, and each position a row of its taps."""
     if case.axes != 2:
         raise Unfit("2-D only")
     arguments, leaves = differentiable(case, arguments)
     value, offset, weight = leaves.values()
     window = [arguments[n] for n in ("kernel_size", "stride", "padding", "dilation", "offset_scale", "remove_center")]
-    extent = torch.tensor(case.size[::-1], dtype=value.dtype)
+    extent = torch.tensor(case.size[::-1], dtype=value.dtype, device=value.device)
 
     def run() -> Tensor:
         batch, *_, heads, channels = value.shape
@@ -177,7 +229,7 @@ def grid_sample(case: Any, arguments: dict[str, Any]) -> Call:
 
 
 def differentiable(case: Any, arguments: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Tensor]]:
-    """The arguments, those that have a gradient as tensors of their own; and those tensors."""
+    """The arguments with copies of those that have a gradient, and these copies."""
     described = operators[operator(case)]
     names = [described.arguments[i] for i in described.differentiable]
     leaves = {
@@ -192,17 +244,17 @@ Adapter = Callable[[Any, dict[str, Any]], Call]
 OURS, PLAIN = "deformkit", "plain"
 DEFINITION: dict[str, Adapter] = {"reference": reference, "compiled": compiled_reference}
 LIBRARIES: dict[str, dict[str, Adapter]] = {
-    "deform_conv": {PLAIN: plain, "torchvision": torchvision, "dc1d": dc1d},
-    "ms_deform_attn": {"transformers": transformers},
+    "deform_conv": {PLAIN: plain, "torchvision": torchvision, "mmcv": mmcv_conv, "dc1d": dc1d},
+    "ms_deform_attn": {"transformers": transformers, "mmcv": mmcv_attention},
     "deform_aggregate": {"grid_sample": grid_sample},
     "deform_roi_pool": {},
 }
-EVERYONE = [OURS, *(name for others in LIBRARIES.values() for name in others), *DEFINITION]
-PACKAGES = ("torchvision", "dc1d", "transformers")
+EVERYONE = list(dict.fromkeys([OURS, *(name for others in LIBRARIES.values() for name in others), *DEFINITION]))
+PACKAGES = ("torchvision", "mmcv", "dc1d", "transformers")
 ABSENT = [name for name in PACKAGES if importlib.util.find_spec(name) is None]
 
 
 def rivals(case: Any, names: Collection[str]) -> dict[str, Adapter]:
-    """Those of ``names`` that answer calls of the case's operator."""
+    """Those of ``names`` that implement the operator of the case."""
     answering = {OURS: ours, **LIBRARIES[operator(case)], **DEFINITION}
     return {name: adapter for name, adapter in answering.items() if name in names}
