@@ -19,9 +19,9 @@ __version__ = "0.1.0"
 
 
 def __getattr__(name: str) -> _ModuleType:
-    # compat stands in for whole libraries: imported when it is first asked for.
-    if name == "compat":
+    # compat stands in for whole libraries, viz draws: imported when they are first asked for.
+    if name in ("compat", "viz"):
         from importlib import import_module
 
-        return import_module(f"{__name__}.compat")
+        return import_module(f"{__name__}.{name}")
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
