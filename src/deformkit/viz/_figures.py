@@ -29,7 +29,9 @@ def attention(layer: Layer, at: tuple[int, ...], row: int, background: Tensor | 
     """The samples of one output position: a row of panels per level, a column per head, coloured by weight."""
     points, anchor, weights = _samples(layer, at, row, background)
     levels, heads = len(layer.sizes), weights.shape[0]
-    figure = Figure(figsize=(1.2 + 2.0 * heads, 0.8 + 2.0 * levels), dpi=150, layout="constrained")
+    size = _extent(layer, background)
+    aspect = min(max(size[-2] / size[-1], 0.4), 2.5) if layer.axes > 1 else 0.6
+    figure = Figure(figsize=(1.2 + 2.0 * heads, 0.9 + 2.0 * aspect * levels), dpi=150, layout="constrained")
     grid = figure.subplots(levels, heads, squeeze=False)
     most = max(float(weights.max()), 1e-12)
     drawn = None
@@ -55,9 +57,12 @@ def offsets(layer: Layer, row: int, background: Tensor | None, at: tuple[int, ..
     mean = (points.nan_to_num(0.0) * weights).sum((-3, -2)) / torch.where(total == 0, torch.nan, total)
     anchors = layer.anchors_on(size)[row]
     figure, panels = _panels(layer, background, anchors[at])
-    for panel in panels:
-        panel.arrows(*_thinned(layer, anchors, mean, panel.plane, at))
-    figure.suptitle(f"{layer.name or 'model'}: from output positions to the mean of their samples", fontsize=10)
+    drawn = [_thinned(layer, anchors, mean, panel.plane, at) for panel in panels]
+    times = _magnified(drawn, max(size))
+    for panel, (start, end) in zip(panels, drawn, strict=True):
+        panel.arrows(start, start + times * (end - start))
+    longer = "" if times == 1 else f", {times} times as long"
+    figure.suptitle(f"{_name(layer)}: from output positions to the mean of their samples{longer}", fontsize=10)
     return figure
 
 
@@ -178,8 +183,12 @@ def _colour(level: int) -> str:
     return ("#e69f00", "#56b4e9", "#009e73", "#cc79a7", "#f0e442", "#0072b2", "#d55e00")[level % 7]
 
 
+def _name(layer: Layer) -> str:
+    return f"layer {layer.name}" if layer.name else "model"
+
+
 def _title(layer: Layer, at: tuple[int, ...]) -> str:
-    return f"{layer.name or 'model'}, output position {', '.join(map(str, at))}"
+    return f"{_name(layer)}, output position {', '.join(map(str, at))}"
 
 
 def _extent(layer: Layer, background: Tensor | None) -> tuple[int, ...]:
@@ -203,7 +212,7 @@ def _panels(layer: Layer, background: Tensor | None, anchor: Tensor) -> tuple[Fi
         rows, columns = _extent(layer, background)
         width, height = 5.0, min(max(5.0 * rows / columns, 2.5), 8.0) + 0.4
     else:
-        width, height = 11.0, 4.2
+        width, height = 11.0, 3.6
     figure = Figure(figsize=(width, height), dpi=150, layout="constrained")
     axes = figure.subplots(1, len(planes), squeeze=False)[0]
     return figure, [_Panel(axis, layer, background, plane, anchor) for axis, plane in zip(axes, planes, strict=True)]
@@ -215,6 +224,12 @@ def _picture(values: Tensor) -> Any:
     if values.shape[0] == 3:
         return ((values - low) / (high - low).clamp(min=1e-12)).movedim(0, -1).numpy()
     return values.mean(0).numpy()
+
+
+def _magnified(arrows: list[tuple[Tensor, Tensor]], size: int) -> int:
+    """The whole factor that makes short arrows visible: the longest becomes a thirtieth of the picture."""
+    longest = max(float((end - start).nan_to_num(0.0).norm(dim=-1).max()) for start, end in arrows)
+    return max(int(size / 30 / longest), 1) if longest > 1e-3 else 1
 
 
 def _thinned(

@@ -46,9 +46,9 @@ def _layer(layer: Layer, background: Tensor | None, index: int | None, row: int,
     extent = layer.sizes[0] if background is None else tuple(background.shape[1:])
     # Of RoI pooling, the RoIs of the image.
     rows = torch.tensor([row]) if layer.kind != "deform_roi_pool" else (layer.images == row).nonzero().flatten()
-    step = max(-(-len(rows) * prod(layer.out) // most), 1)
-    kept = torch.arange(0, len(rows) * prod(layer.out), step)
-    places = torch.unravel_index(kept, (max(len(rows), 1), *layer.out))
+    shape = (len(rows), *layer.out)
+    kept = _spread(shape, most)
+    places = torch.unravel_index(kept, tuple(max(n, 1) for n in shape))
     names = torch.stack(places[1:], -1).tolist() if len(kept) else []
     if layer.kind == "deform_roi_pool":
         chosen = rows[places[0]].tolist()
@@ -69,6 +69,15 @@ def _layer(layer: Layer, background: Tensor | None, index: int | None, row: int,
         "positions": _floats(layer.on(extent)[rows].reshape(-1, groups * samples * axes)[kept]),
         "weights": _floats(layer.weights[rows].reshape(-1, groups * samples)[kept]),
     }
+
+
+def _spread(shape: Sequence[int], most: int) -> Tensor:
+    """Indices into the flattened ``shape``: all, or every s-th along each axis so that at most ``most`` are left."""
+    step = 1
+    while prod(-(-n // step) for n in shape) > most:
+        step += 1
+    index = torch.arange(prod(shape)).reshape(tuple(shape))
+    return index[tuple(slice(None, None, step) for _ in shape)].flatten()
 
 
 def _background(values: Tensor) -> dict[str, Any]:
