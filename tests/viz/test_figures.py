@@ -51,7 +51,7 @@ def test_attention_has_a_panel_for_each_level_and_head() -> None:
 
 
 def test_short_arrows_are_drawn_longer_and_the_title_says_so() -> None:
-    layer, input = packed(2)
+    layer, _ = packed(2)
     nn.init.zeros_(layer.offset_head.weight)
     layer.offset_head.bias.data[0:18:2] = 0.0625
     found = viz.sampling(layer, torch.rand(1, 1, 60, 60))
