@@ -1,4 +1,4 @@
-"""The command line: ``deformkit doctor | bench | demo``."""
+"""The command line: ``deformkit doctor | bench | demo | look``."""
 
 from pathlib import Path
 from typing import Annotated
@@ -8,7 +8,7 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from . import __version__, bench, demo, doctor
+from . import __version__, bench, demo, doctor, look
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_show_locals=False)
 
@@ -78,3 +78,6 @@ def _demo(
 ) -> None:
     """Train a small network with deformable layers beside a plain one, and draw where it looks."""
     demo.main(seeds, epochs, out, steps)
+
+
+app.command("look")(look.look)
