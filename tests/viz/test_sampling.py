@@ -187,6 +187,26 @@ def test_receptive_field_through_stacked_layers() -> None:
     assert (rows.min(), rows.max(), columns.min(), columns.max()) == (6, 10, 5, 9)
 
 
+def test_receptive_field_of_a_layer_with_channels_last(axes: int) -> None:
+    size = (7, 8, 9)[:axes]
+    layer = drawn(dk.nn.DCNv4(4, group=1, spatial_dims=axes))
+    nn.init.zeros_(layer.offset_mask.weight)
+    nn.init.ones_(layer.offset_mask.bias)
+    field = viz.sampling(layer, torch.randn(1, *size, 4)).receptive_field(at=(2,) * axes)
+    assert field.shape == size
+    # All offsets are 1: the window is that around the next position.
+    reached = field.nonzero()
+    assert reached.amin(0).tolist() == [2] * axes and reached.amax(0).tolist() == [4] * axes
+
+
+def test_a_model_without_deformable_layers() -> None:
+    found = viz.sampling(nn.Linear(2, 2), torch.randn(1, 2))
+    assert len(found) == 0
+    pytest.importorskip("plotly")
+    with pytest.raises(IndexError, match="the model has no deformable layer"):
+        found.html("page.html")
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [

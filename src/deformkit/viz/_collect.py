@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from math import prod
 from typing import Any, Literal
 
@@ -35,24 +35,24 @@ class Layer:
     """The operator: ``"deform_conv"``, ``"deform_aggregate"``, ``"ms_deform_attn"`` or ``"deform_roi_pool"``."""
     sizes: tuple[tuple[int, ...], ...]
     """The spatial size of each level of the input, in tensor-axis order; only attention has more than one level."""
-    positions: Tensor
+    positions: Tensor = field(repr=False)
     """``[B, *out, G, P, N]``: absolute positions in pixels of the level that is sampled, in tensor-axis order.
 
     0 is the centre of the first pixel. Positions precede the boundary rule, so that they may lie outside the input.
     RoIs with fewer samples than others are filled up with NaN, of weight 0.
     """
-    weights: Tensor
+    weights: Tensor = field(repr=False)
     """``[B, *out, G, P]``: the mask of a convolution (1 without a mask), the weights of aggregation or attention, and
     one over the number of samples of a bin in RoI pooling."""
-    levels: Tensor
+    levels: Tensor = field(repr=False)
     """``[P]``: the level that each sample reads."""
-    anchors: Tensor
+    anchors: Tensor = field(repr=False)
     """``[B, *out, N]``: the place that each output position stands for, in pixels of the first level.
 
     For convolution and aggregation this is the middle of the undeformed window; for RoI pooling, the mean of samples.
     A query of self-attention stands for its own pixel. Any other query stands for the weighted mean of its samples.
     """
-    images: Tensor
+    images: Tensor = field(repr=False)
     """``[B]``: the image of the batch that each row reads."""
     boundary: str
     """The boundary rule of the call; ``"pool"`` for the rule of RoI pooling."""

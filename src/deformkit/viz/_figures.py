@@ -19,7 +19,7 @@ def position(layer: Layer, at: tuple[int, ...], row: int, background: Tensor | N
     for panel in panels:
         panel.samples(points, weights, shades, len(layer.sizes))
         panel.mark(anchor)
-    figure.suptitle(_title(layer, at), fontsize=10)
+    figure.suptitle(_title(layer, at), fontsize=9)
     if len(layer.sizes) > 1:
         figure.legend(*panels[0].levels(layer), loc="outside lower center", ncols=len(layer.sizes), fontsize=8)
     return figure
@@ -44,7 +44,7 @@ def attention(layer: Layer, at: tuple[int, ...], row: int, background: Tensor | 
             panel.bare(f"head {head}" if level == 0 else "", f"level {level}" if head == 0 else "")
     if drawn is not None:
         figure.colorbar(drawn, ax=grid, label="weight", shrink=0.8)
-    figure.suptitle(_title(layer, at), fontsize=10)
+    figure.suptitle(_title(layer, at), fontsize=9)
     return figure
 
 
@@ -62,7 +62,7 @@ def offsets(layer: Layer, row: int, background: Tensor | None, at: tuple[int, ..
     for panel, (start, end) in zip(panels, drawn, strict=True):
         panel.arrows(start, start + times * (end - start))
     longer = "" if times == 1 else f", {times} times as long"
-    figure.suptitle(f"{_name(layer)}: from output positions to the mean of their samples{longer}", fontsize=10)
+    figure.suptitle(f"{_name(layer)}\nfrom output positions to the mean of their samples{longer}", fontsize=9)
     return figure
 
 
@@ -75,7 +75,7 @@ def receptive_field(layer: Layer, field: Tensor, at: tuple[int, ...], row: int, 
     for panel in panels:
         panel.heat(shown, anchor)
         panel.mark(rescale(anchor, torch.tensor(size), panel.size))
-    figure.suptitle(f"{_title(layer, at)}: effective receptive field", fontsize=10)
+    figure.suptitle(f"{_title(layer, at)}\neffective receptive field", fontsize=9)
     return figure
 
 
@@ -188,7 +188,7 @@ def _name(layer: Layer) -> str:
 
 
 def _title(layer: Layer, at: tuple[int, ...]) -> str:
-    return f"{_name(layer)}, output position {', '.join(map(str, at))}"
+    return f"{_name(layer)}\noutput position {', '.join(map(str, at))}"
 
 
 def _extent(layer: Layer, background: Tensor | None) -> tuple[int, ...]:

@@ -43,6 +43,8 @@ class Sampling:
         return len(self.layers)
 
     def __getitem__(self, layer: int | str) -> Layer:
+        if not self.layers:
+            raise IndexError("the model has no deformable layer")
         if isinstance(layer, int):
             if not -len(self.layers) <= layer < len(self.layers):
                 raise IndexError(f"layer is {layer}; there are {len(self.layers)} layers")
@@ -84,6 +86,8 @@ class Sampling:
 
         Raises:
             ImportError: matplotlib is not installed.
+            IndexError: there is no such layer.
+            KeyError: there is no layer of that name.
             TypeError: ``image`` is not a tensor.
             ValueError: an argument does not fit the layer, by name.
         """
@@ -117,16 +121,18 @@ class Sampling:
             The path of the file.
 
         Raises:
-            ImportError: plotly is not installed.
+            ImportError: plotly or matplotlib is not installed.
+            IndexError: the model has no deformable layer.
             ValueError: ``row``, ``image`` or ``most`` does not fit, by name.
         """
-        _needs("plotly")
+        # The image of the page is encoded by matplotlib.
+        _needs("plotly", "matplotlib")
         from . import _page
 
         if most < 1:
             raise ValueError(f"most is {most}; it must be at least 1")
         if not self.layers:
-            raise ValueError("the model has no deformable layer; there is nothing to show")
+            raise IndexError("the model has no deformable layer")
         for layer in self.layers:
             if layer.kind != "deform_roi_pool":
                 _check_row(layer, row)
@@ -147,6 +153,8 @@ class Sampling:
             ``[*S]``: nonnegative, of the spatial size of the model's first floating-point input.
 
         Raises:
+            IndexError: there is no such layer.
+            KeyError: there is no layer of that name.
             ValueError: an argument does not fit the layer, or the output of its module is not the operator's.
 
         Paper: Understanding the Effective Receptive Field in Deep Convolutional Neural Networks,
@@ -175,8 +183,7 @@ class Sampling:
         tensors = [v for v in tree_leaves(outputs[min(which, len(outputs) - 1)]) if isinstance(v, Tensor)]
         value = _at_position(chosen, tensors[0], position, row)
         (gradient,) = torch.autograd.grad(value.sum(), leaf)
-        image = int(chosen.images[row])
-        return gradient[image].abs().sum(0).cpu()
+        return _channels_first(chosen, gradient)[int(chosen.images[row])].abs().sum(0).cpu()
 
     def _source(self, axes: int) -> Tensor | None:
         """The model's first floating-point input with so many spatial axes, ``[B, C, *S]``."""
@@ -197,10 +204,7 @@ class Sampling:
         if source is None:
             return None
         index = row if by_image else int(layer.images[row])
-        if layer.kind == "deform_aggregate" and source.shape[1 : 1 + axes] == torch.Size(layer.sizes[0]):
-            # A layer with channels last, run by itself.
-            source = source.movedim(-1, 1)
-        return source[index].detach().cpu().float()
+        return _channels_first(layer, source)[index].detach().cpu().float()
 
 
 def sampling(model: nn.Module, *inputs: Any, **keywords: Any) -> Sampling:
@@ -242,8 +246,17 @@ def sampling(model: nn.Module, *inputs: Any, **keywords: Any) -> Sampling:
     return Sampling(tuple(layers), model, inputs, keywords)
 
 
-def _needs(package: str) -> None:
-    if find_spec(package) is None:
+def _channels_first(layer: Layer, source: Tensor) -> Tensor:
+    """The model's input as ``[B, C, *S]``: a layer of aggregation that is run by itself has channels last."""
+    size = torch.Size(layer.sizes[0])
+    last = layer.kind == "deform_aggregate" and source.shape[1:-1] == size and source.shape[2:] != size
+    return source.movedim(-1, 1) if last else source
+
+
+def _needs(*packages: str) -> None:
+    for package in packages:
+        if find_spec(package) is not None:
+            continue
         raise ImportError(f"deformkit.viz needs {package}; pip install 'deformkit[viz]' brings it")
 
 
