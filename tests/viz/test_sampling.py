@@ -1,6 +1,7 @@
 """The positions, weights and levels that ``viz.sampling`` reports are those that the layers sample."""
 
 from math import prod
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -146,6 +147,19 @@ def test_stand_ins_of_torchvision(monkeypatch: pytest.MonkeyPatch) -> None:
     torch.testing.assert_close(output, expected.double(), rtol=1e-4, atol=1e-4)
 
 
+def test_stand_ins_of_mmcv(monkeypatch: pytest.MonkeyPatch) -> None:
+    name = "mmcv.ops.modulated_deform_conv"
+    host = stand_ins.install(monkeypatch, name)
+    layer = drawn(host.ModulatedDeformConv2dPack(4, 6, 3, padding=1))
+    input = torch.randn(2, 4, 7, 8)
+    (found,) = viz.sampling(layer, input)
+    actual = convolved(found, input, layer.weight)
+    if layer.bias is not None:
+        actual = actual + layer.bias[:, None, None].double()
+    torch.testing.assert_close(actual, layer(input).double(), rtol=1e-4, atol=1e-4)
+    assert found.weights.max() < 1
+
+
 @pytest.mark.parametrize("sampling_ratio", [0, 2])
 def test_samples_of_pooling_average_to_its_output(axes: int, sampling_ratio: int) -> None:
     size = (9, 8, 7)[:axes]
@@ -197,6 +211,18 @@ def test_receptive_field_of_a_layer_with_channels_last(axes: int) -> None:
     # All offsets are 1: the window is that around the next position.
     reached = field.nonzero()
     assert reached.amin(0).tolist() == [2] * axes and reached.amax(0).tolist() == [4] * axes
+
+
+def test_a_compiled_model_and_half_precision(tmp_path: Path) -> None:
+    model = nn.Sequential(drawn(dk.nn.PackedDeformConv2d(1, 2, 3))).bfloat16()
+    input = torch.randn(1, 1, 7, 7, dtype=torch.bfloat16)
+    found, eager = viz.sampling(torch.compile(model), input), viz.sampling(model, input)
+    assert found[0].positions.dtype == torch.float32 and found[0].name == "_orig_mod.0"
+    assert torch.equal(found[0].positions, eager[0].positions)
+    assert eager.receptive_field().dtype == torch.float32
+    assert torch.equal(found.receptive_field(), eager.receptive_field())
+    pytest.importorskip("matplotlib")
+    eager.plot("receptive_field").savefig(tmp_path / "field.png")
 
 
 def test_a_model_without_deformable_layers() -> None:

@@ -99,7 +99,9 @@ def rescale(points: Tensor, size: Tensor, target: Sequence[int]) -> Tensor:
 
 def collect(model: nn.Module, call: Callable[[], Any]) -> list[Layer]:
     """Run ``call`` and return a :class:`Layer` for each call of a deformable operator, in order."""
-    with _ours(model), _Names(model) as names, _Calls(names) as calls:
+    # Compiled code calls no hooks and shows no operators.
+    eagerly = torch.compiler.set_stance("force_eager")
+    with eagerly, _ours(model), _Names(model) as names, _Calls(names) as calls:
         call()
     return calls.layers
 

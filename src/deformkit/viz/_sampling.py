@@ -173,7 +173,7 @@ class Sampling:
         leaf = source.detach().clone().requires_grad_()
         swap = {id(source): leaf}
         try:
-            with torch.enable_grad():
+            with torch.enable_grad(), torch.compiler.set_stance("force_eager"):
                 self.model(
                     *(swap.get(id(v), v) for v in self.inputs),
                     **{name: swap.get(id(v), v) for name, v in self.keywords.items()},
@@ -183,7 +183,7 @@ class Sampling:
         tensors = [v for v in tree_leaves(outputs[min(which, len(outputs) - 1)]) if isinstance(v, Tensor)]
         value = _at_position(chosen, tensors[0], position, row)
         (gradient,) = torch.autograd.grad(value.sum(), leaf)
-        return _channels_first(chosen, gradient)[int(chosen.images[row])].abs().sum(0).cpu()
+        return _channels_first(chosen, gradient)[int(chosen.images[row])].float().abs().sum(0).cpu()
 
     def _source(self, axes: int) -> Tensor | None:
         """The model's first floating-point input with so many spatial axes, ``[B, C, *S]``."""
@@ -214,7 +214,7 @@ def sampling(model: nn.Module, *inputs: Any, **keywords: Any) -> Sampling:
     (transformers, torchvision, mmcv and others), whether the model is patched or not: a model that is not patched is
     patched for the time of the call.
 
-    The model runs once, without gradients, in the mode (training or evaluation) that it is in.
+    The model runs once, eagerly and without gradients, in the mode (training or evaluation) that it is in.
 
     Args:
         model: the module to run.
