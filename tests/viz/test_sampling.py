@@ -1,5 +1,6 @@
 """The positions, weights and levels that ``viz.sampling`` reports are those that the layers sample."""
 
+from importlib.util import find_spec
 from math import prod
 from pathlib import Path
 from typing import Any
@@ -145,6 +146,34 @@ def test_stand_ins_of_torchvision(monkeypatch: pytest.MonkeyPatch) -> None:
     with torch.no_grad():
         expected = dk.deform_conv2d(input, offset, layer.weight, layer.bias, padding=1)
     torch.testing.assert_close(output, expected.double(), rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("masked", [False, True])
+def test_a_call_of_torchvisions_operator_that_patch_cannot_see(masked: bool) -> None:
+    if find_spec("torchvision") is not None:
+        pytest.skip("torchvision defines its operator itself")
+
+    def computed(input: Tensor, weight: Tensor, offset: Tensor, mask: Tensor, bias: Tensor, *rest: Any) -> Tensor:
+        window = ([rest[0], rest[1]], [rest[2], rest[3]], [rest[4], rest[5]])
+        return dk.reference.deform_conv(input, offset, weight, bias, *window, mask if rest[-1] else None, "zeros")
+
+    numbers = "stride_h stride_w pad_h pad_w dilation_h dilation_w groups offset_groups".split()
+    tensors = ", ".join(f"Tensor {name}" for name in ("input", "weight", "offset", "mask", "bias"))
+    schema = f"deform_conv2d({tensors}, {', '.join(f'int {name}' for name in numbers)}, bool use_mask) -> Tensor"
+    input, weight, offset = torch.randn(1, 4, 7, 9), torch.randn(6, 4, 3, 2), torch.randn(1, 24, 4, 9)
+    mask = torch.rand(1, 12, 4, 9) if masked else torch.zeros(1, 1)
+
+    class Calls(nn.Module):
+        def forward(self, input: Tensor) -> Tensor:
+            steps = (2, 1, 1, 1, 1, 2, 1, 2, masked)
+            return torch.ops.torchvision.deform_conv2d(input, weight, offset, mask, torch.zeros(6), *steps)
+
+    with torch.library._scoped_library("torchvision", "FRAGMENT") as library:
+        library.define(schema)
+        library.impl("deform_conv2d", computed, "CompositeExplicitAutograd")
+        (found,) = viz.sampling(Calls(), input)
+        expected = Calls()(input)
+    torch.testing.assert_close(convolved(found, input, weight), expected.double(), rtol=1e-4, atol=1e-4)
 
 
 def test_stand_ins_of_mmcv(monkeypatch: pytest.MonkeyPatch) -> None:
