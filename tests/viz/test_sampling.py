@@ -284,3 +284,14 @@ def test_a_missing_package_is_named_with_its_extra(package: str, monkeypatch: py
     found = viz.sampling(dk.nn.PackedDeformConv2d(1, 2, 3), torch.randn(1, 1, 7, 7))
     with pytest.raises(ImportError, match=rf"deformkit\.viz needs {package}; pip install 'deformkit\[viz\]'"):
         found.plot() if package == "matplotlib" else found.html("page.html")
+
+
+def test_reference_points_are_not_taken_for_the_image() -> None:
+    pytest.importorskip("matplotlib")
+    layer = dk.nn.MSDeformAttn(16, n_levels=2, n_heads=2, n_points=2)
+    features = torch.randn(1, 60, 16)
+    found = viz.sampling(layer, features, torch.rand(1, 60, 2, 2), features, [(6, 8), (3, 4)])
+    (axis,) = found.plot().axes
+    assert axis.get_xlim() == (-0.5, 7.5) and axis.get_ylim() == (5.5, -0.5) and not axis.images
+    with pytest.raises(ValueError, match="the model has no floating-point input with 2 spatial axes"):
+        found.receptive_field()

@@ -162,7 +162,7 @@ class Sampling:
         """
         chosen = self[layer]
         position = _checked_position(chosen, at, row)
-        source = self._source(chosen.axes)
+        source = self._source(chosen)
         if source is None:
             raise ValueError(f"the model has no floating-point input with {chosen.axes} spatial axes")
         outputs: list[Any] = []
@@ -185,10 +185,14 @@ class Sampling:
         (gradient,) = torch.autograd.grad(value.sum(), leaf)
         return _channels_first(chosen, gradient)[int(chosen.images[row])].float().abs().sum(0).cpu()
 
-    def _source(self, axes: int) -> Tensor | None:
-        """The model's first floating-point input with so many spatial axes, ``[B, C, *S]``."""
+    def _source(self, layer: Layer) -> Tensor | None:
+        """The model's first floating-point input with a layer's number of spatial axes, ``[B, C, *S]``."""
         for value in (*self.inputs, *self.keywords.values()):
-            if isinstance(value, Tensor) and value.is_floating_point() and value.dim() == axes + 2:
+            if not isinstance(value, Tensor) or not value.is_floating_point() or value.dim() != layer.axes + 2:
+                continue
+            # Reference points may have as many axes as an image, but an image is no smaller than its feature levels.
+            smaller = any(n < level for n, level in zip(value.shape[2:], layer.sizes[0], strict=True))
+            if layer.kind != "ms_deform_attn" or not smaller:
                 return value
         return None
 
@@ -200,7 +204,7 @@ class Sampling:
             if image.dim() not in (axes, axes + 1):
                 raise ValueError(f"image has shape {list(image.shape)}; it must have {axes} axes, or {axes + 1}")
             return (image if image.dim() > axes else image.unsqueeze(0)).detach().cpu().float()
-        source = self._source(axes)
+        source = self._source(layer)
         if source is None:
             return None
         index = row if by_image else int(layer.images[row])
