@@ -51,12 +51,15 @@ def moved_over(browser: Any, point: int) -> None:
                 box.top + layout.yaxis._offset + layout.yaxis.c2p(trace.y[arguments[0]])]
     """
     x, y = browser.execute_script(place, point)
-    before = browser.execute_script(DRAWN)[:2]
-    for step in (3, 0):
-        actions = ActionChains(browser, duration=0)
-        actions.w3c_actions.pointer_action.move_to_location(round(x) + step, round(y))
-        actions.perform()
-    WebDriverWait(browser, 10).until(lambda b: b.execute_script(DRAWN)[:2] != before)
+
+    def shows(driver: Any) -> bool:
+        for step in (3, 0):
+            actions = ActionChains(driver, duration=0)
+            actions.w3c_actions.pointer_action.move_to_location(round(x) + step, round(y))
+            actions.perform()
+        return driver.execute_script("return shown === element('figure').data[0].customdata[arguments[0]]", point)
+
+    WebDriverWait(browser, 10).until(shows)
 
 
 def assert_drawn(browser: Any, layer: viz.Layer, point: int, group: int | None = None) -> None:
@@ -98,3 +101,26 @@ def test_a_page_of_levels_and_of_many_positions(browser: Any, tmp_path: Path) ->
     # Every third query is shown, over an image of eight pixels for one of the first level.
     expected = found[0].on((48, 64))[0, 21].flatten(0, 1)
     torch.testing.assert_close(torch.tensor([y, x]).T, expected, rtol=0, atol=1e-4)
+
+
+def test_a_page_is_no_wider_than_a_telephone(browser: Any, tmp_path: Path) -> None:
+    found = viz.sampling(dk.nn.PackedDeformConv2d(1, 2, 3, padding=1), torch.rand(1, 1, 54, 80))
+    # Chromium's windows have a least width; what the page gets is set apart from the window.
+    metrics = {"width": 390, "height": 844, "deviceScaleFactor": 1, "mobile": False}
+    browser.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", metrics)
+    try:
+        browser.get(found.html(tmp_path / "page.html").as_uri())
+        width, given = browser.execute_script("return [document.documentElement.scrollWidth, innerWidth]")
+    finally:
+        browser.execute_cdp_cmd("Emulation.clearDeviceMetricsOverride", {})
+    assert given == 390 and width <= 390
+
+
+def test_samples_do_not_hide_the_positions_under_them(browser: Any, tmp_path: Path) -> None:
+    layer = dk.nn.PackedDeformConv2d(1, 1, 3, padding=1)
+    found = viz.sampling(layer, torch.rand(1, 1, 9, 9))
+    browser.get(found.html(tmp_path / "page.html").as_uri())
+    # Offsets are zero, so that the samples of a position lie on its neighbours.
+    for point in (40, 41, 50):
+        moved_over(browser, point)
+        assert_drawn(browser, found[0], point)
