@@ -67,9 +67,9 @@ def assert_drawn(browser: Any, layer: viz.Layer, point: int, group: int | None =
     at = torch.unravel_index(torch.tensor(kept[point]), layer.out)
     expected = layer.positions[0][at]
     expected = (expected if group is None else expected[group : group + 1]).flatten(0, 1)
-    torch.testing.assert_close(torch.tensor(x), expected[:, -1], rtol=0, atol=1e-4)
+    torch.testing.assert_close(torch.tensor(x), expected[:, -1], rtol=0, atol=1e-4, check_dtype=False)
     if layer.axes > 1:
-        torch.testing.assert_close(torch.tensor(y), expected[:, -2], rtol=0, atol=1e-4)
+        torch.testing.assert_close(torch.tensor(y), expected[:, -2], rtol=0, atol=1e-4, check_dtype=False)
 
 
 @pytest.mark.parametrize("size", [(40,), (12, 16), (4, 12, 16)], ids=["1d", "2d", "3d"])
