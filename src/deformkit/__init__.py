@@ -28,11 +28,11 @@ else:
 
 
 def __getattr__(name: str) -> _ModuleType:
-    # compat stands in for whole libraries: imported when it is first asked for.
-    if name == "compat":
+    # compat stands in for whole libraries, viz draws: imported when they are first asked for.
+    if name in ("compat", "viz"):
         from importlib import import_module
 
-        return import_module(f"{__name__}.compat")
+        return import_module(f"{__name__}.{name}")
     is_layer = callable(getattr(globals().get("nn"), name, None))
     hint = f"; it is {__name__}.nn.{name}" if is_layer else ""
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}{hint}")

@@ -1,4 +1,4 @@
-"""The command line: ``deformkit doctor | bench | demo``."""
+"""The command line: ``deformkit doctor | bench | demo | look``."""
 
 import json
 import time
@@ -14,7 +14,7 @@ from rich.box import SIMPLE
 from rich.console import Console
 from rich.table import Column, Table
 
-from . import __version__, bench, demo, doctor
+from . import __version__, bench, demo, doctor, look
 from ._testing.cases import ROOMS, of_shape, operator
 from ._testing.rivals import EVERYONE, OURS, PLAIN, ours
 
@@ -263,3 +263,6 @@ def _demo(
     """Train a small network with deformable layers beside a plain one, and draw where it looks."""
     _check_picture("--out", out)
     demo.main(seeds, epochs, out, steps)
+
+
+app.command("look")(look.look)

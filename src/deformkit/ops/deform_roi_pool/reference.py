@@ -26,12 +26,8 @@ def deform_roi_pool(
     """Deformable RoI pooling; see :func:`deformkit.deform_roi_pool` for the formula and the shapes."""
     axes, dtype = input.dim() - 2, compute_dtype(input.dtype)
     rois = rois.detach().to(dtype)
-    low, high = rois[:, 1 : 1 + axes].flip(1), rois[:, 1 + axes :].flip(1)
-    length = (high - low) * spatial_scale
-    start = low * spatial_scale - 0.5
-    moved = None
-    if offset is not None:
-        moved = gamma * length.reshape(*length.shape, *[1] * axes) * offset.to(dtype).flip(1)
+    offset = None if offset is None else offset.to(dtype)
+    start, length, moved = _placed(rois, offset, spatial_scale, gamma)
     image = _image_index(rois[:, 0], input.shape[0])
 
     if sampling_ratio > 0 or rois.shape[0] == 0:
@@ -46,6 +42,40 @@ def deform_roi_pool(
             parts.append(_pool(input, image[rows], start[rows], length[rows], shift, output_size, samples))
         output = torch.cat(parts)[torch.tensor(order, device=input.device).argsort()]
     return output.to(input.dtype)
+
+
+def sampling_points(
+    rois: Tensor,
+    offset: Tensor | None,
+    output_size: Sequence[int],
+    spatial_scale: float,
+    sampling_ratio: int,
+    gamma: float,
+) -> list[Tensor]:
+    """For each RoI the points that its bins read, ``[*output_size, samples, N]``, in tensor-axis order, in pixels."""
+    start, length, moved = _placed(rois, offset, spatial_scale, gamma)
+    axes = length.shape[1]
+    counts = adaptive_samples(length, output_size).tolist()
+    found = []
+    for row, adaptive in enumerate(counts):
+        samples = [sampling_ratio] * axes if sampling_ratio > 0 else adaptive
+        shift = None if moved is None else moved[row : row + 1]
+        points = _points(start[row : row + 1], length[row : row + 1], shift, output_size, samples)
+        found.append(points[0].flatten(axes, -2))
+    return found
+
+
+def _placed(
+    rois: Tensor, offset: Tensor | None, spatial_scale: float, gamma: float
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """Where RoIs start and how long they are, ``[R, N]``, and how far their bins move, in tensor-axis order."""
+    axes = (rois.shape[1] - 1) // 2
+    low, high = rois[:, 1 : 1 + axes].flip(1), rois[:, 1 + axes :].flip(1)
+    length = (high - low) * spatial_scale
+    moved = None
+    if offset is not None:
+        moved = gamma * length.reshape(*length.shape, *[1] * axes) * offset.flip(1)
+    return low * spatial_scale - 0.5, length, moved
 
 
 def adaptive_samples(length: Tensor, output_size: Sequence[int]) -> Tensor:
@@ -74,17 +104,7 @@ def _pool(
     """The means over ``samples`` points along each axis of each bin, ``[R, C, *output_size]``."""
     size = input.shape[2:]
     count, axes = length.shape
-    coordinates = []
-    for axis, (bins, n) in enumerate(zip(output_size, samples, strict=True)):
-        place = torch.arange(bins, dtype=length.dtype, device=length.device).unsqueeze(1)
-        place = place + (torch.arange(n, dtype=length.dtype, device=length.device) + 0.5) / n
-        along = [bins if a == axis else 1 for a in range(axes)] + [n if a == axis else 1 for a in range(axes)]
-        origin = start[:, axis].reshape(count, *[1] * 2 * axes)
-        if moved is not None:
-            origin = origin + moved[:, axis].reshape(count, *output_size, *[1] * axes)
-        step = place * (length[:, axis] / bins).reshape(count, 1, 1)
-        coordinates.append(origin + step.reshape(count, *along))
-    points = torch.stack(torch.broadcast_tensors(*coordinates), -1).expand(count, *output_size, *samples, axes)
+    points = _points(start, length, moved, output_size, samples)
 
     undefined = points.isnan().any(-1, keepdim=True)
     beyond = torch.stack([points[..., axis] > size[axis] for axis in range(axes)], -1)
@@ -100,3 +120,25 @@ def _pool(
     values = sample(field, base, points.unsqueeze(0), "border")[0]
     values = values.masked_fill(outside.squeeze(-1), 0.0).transpose(0, 1)
     return values.sum(list(range(-axes, 0))) / max(prod(samples), 1)
+
+
+def _points(
+    start: Tensor,
+    length: Tensor,
+    moved: Tensor | None,
+    output_size: Sequence[int],
+    samples: Sequence[int],
+) -> Tensor:
+    """The points of each bin, ``[R, *output_size, *samples, N]``."""
+    count, axes = length.shape
+    coordinates = []
+    for axis, (bins, n) in enumerate(zip(output_size, samples, strict=True)):
+        place = torch.arange(bins, dtype=length.dtype, device=length.device).unsqueeze(1)
+        place = place + (torch.arange(n, dtype=length.dtype, device=length.device) + 0.5) / n
+        along = [bins if a == axis else 1 for a in range(axes)] + [n if a == axis else 1 for a in range(axes)]
+        origin = start[:, axis].reshape(count, *[1] * 2 * axes)
+        if moved is not None:
+            origin = origin + moved[:, axis].reshape(count, *output_size, *[1] * axes)
+        step = place * (length[:, axis] / bins).reshape(count, 1, 1)
+        coordinates.append(origin + step.reshape(count, *along))
+    return torch.stack(torch.broadcast_tensors(*coordinates), -1).expand(count, *output_size, *samples, axes)
