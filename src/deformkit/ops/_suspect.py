@@ -59,22 +59,30 @@ def warn_of_location_units(locations: Tensor) -> None:
     if not looks_left["locations"] or not locations.numel() or not readable(locations):
         return
     looks_left["locations"] -= 1
-    some = locations.detach()[:, :: -(-locations.shape[1] // _QUERIES)]
+    found = location_units(locations.detach())
+    if found is not None:
+        _warn(*found)
+
+
+def location_units(locations: Tensor) -> tuple[str, str] | None:
+    """If the normalised ``locations [B, Q, H, P, N]`` look like other units: the kind of mistake and its message."""
+    some = locations[:, :: -(-locations.shape[1] // _QUERIES)]
     far = ((some < -1) | (some > 2)).any(-1)
     if far.double().mean() > 0.5:
-        _warn(
+        return (
             "pixels",
             f"{int(far.sum())} of {far.numel()} sampling_locations lie farther outside their level than it is long. "
             "They must be normalised, 0 to 1 over each level: are these pixels? Divide (pixel + 0.5) by the level's "
             "size, x first",
         )
-    elif (some < 0).double().mean() > _SEVERAL and -1.05 < some.min() < -0.5 and some.max() < 1.05:
-        _warn(
+    if (some < 0).double().mean() > _SEVERAL and -1.05 < some.min() < -0.5 and some.max() < 1.05:
+        return (
             "-1 to 1",
             f"{int((some < 0).sum())} of {some.numel()} coordinates in sampling_locations are negative, down to "
             f"{some.min():.2f}. They must be normalised, 0 to 1 over each level: are these -1 to 1, as grid_sample "
             "takes them? Pass (locations + 1) / 2",
         )
+    return None
 
 
 def _warn(kind: str, message: str) -> None:
