@@ -23,7 +23,7 @@ import deformkit as dk
 from deformkit import viz
 from deformkit.demo import load_digits, warp
 
-STEPS = int(sys.argv[1]) if sys.argv[1:] else 400
+STEPS = int(sys.argv[1]) if sys.argv[1:] else 300
 SEEDS = range(3) if STEPS >= 100 else range(1)
 BATCH = 50
 

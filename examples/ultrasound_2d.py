@@ -32,17 +32,15 @@ PATCH = 64
 # The video
 # ---------
 #
-# The fan of the probe is cut out. Triplets in which a frame repeats are left out. The frames are two apart from their
-# neighbours, which makes the motion larger.
+# The fan of the probe is cut out. Triplets in which a frame repeats are left out.
 
 video = dcmread(get_testdata_file("examples_ybr_color.dcm", download=False)).pixel_array
 frames = torch.from_numpy(video[:, 24:208, 88:248, 0].copy()).float() / 255
-APART = 2
 
 
 def triplets(first: int, last: int) -> list[tuple[int, int, int]]:
     """The frames before, between and after, among those from ``first`` to ``last``."""
-    found = [(i - APART, i, i + APART) for i in range(first + APART, last - APART)]
+    found = [(i - 1, i, i + 1) for i in range(first + 1, last - 1)]
     return [t for t in found if all((frames[a] - frames[b]).abs().mean() > 0 for a, b in pairwise(t))]
 
 
@@ -58,10 +56,10 @@ print(f"{len(TRAIN)} triplets to train, {len(TEST)} to test, of {list(frames.sha
 
 
 def convolutions(*widths: int) -> list[nn.Module]:
-    """3x3 convolutions, each followed by a ReLU."""
+    """3x3 convolutions, each followed by a leaky ReLU."""
     layers: list[nn.Module] = []
     for before, after in pairwise(widths):
-        layers += [nn.Conv2d(before, after, 3, padding=1), nn.ReLU()]
+        layers += [nn.Conv2d(before, after, 3, padding=1), nn.LeakyReLU(0.1)]
     return layers
 
 
@@ -79,7 +77,8 @@ class Plain(nn.Module):
         return features
 
     def forward(self, neighbours: Tensor) -> Tensor:
-        parts = [self.features(neighbours[:, i : i + 1]) for i in range(2)]
+        # Most of the fan is dark: brought to about zero mean and unit variance.
+        parts = [self.features(6 * neighbours[:, i : i + 1] - 0.5) for i in range(2)]
         both = torch.cat(parts, 1)
         aligned = [self.aligned(part, both, i) for i, part in enumerate(parts)]
         return neighbours.mean(1, keepdim=True) + self.head(self.both(torch.cat(aligned, 1)))
@@ -102,7 +101,7 @@ class Aligning(Plain):
             nn.init.zeros_(head[-1].bias)
 
     def aligned(self, features: Tensor, both: Tensor, which: int) -> Tensor:
-        return self.align[which](features, self.offsets[which](both)).relu()
+        return features + self.align[which](features, self.offsets[which](both))
 
 
 # %%
