@@ -22,7 +22,7 @@ from deformkit import viz
 from deformkit.demo import load_digits, warp
 from deformkit.nn import PackedDeformConv2d
 
-STEPS = int(sys.argv[1]) if sys.argv[1:] else 300
+STEPS = int(sys.argv[1]) if sys.argv[1:] else 600
 torch.manual_seed(0)
 
 # %%
@@ -58,7 +58,7 @@ def train(model: nn.Module, groups: list, warped: bool) -> list[float]:
         loss.backward()
         optimizer.step()
         losses.append(loss.item())
-        if step % 50 == 0:
+        if step % 100 == 0:
             print(f"    step {step:3d}  loss {loss:.3f}", flush=True)
     return losses
 

@@ -31,7 +31,7 @@ SIZE = (416, 640) if RUNS > 1 else (104, 160)
 # The photograph and the model
 # ----------------------------
 #
-# Six encoder and six decoder layers, 300 queries, and three levels of a ResNet-50.
+# Six encoder and six decoder layers, 300 queries, and four levels, three of which a ResNet-50 computes.
 
 photograph = torch.from_numpy(load_sample_image("china.jpg").copy()).movedim(-1, 0).float()[None] / 255
 photograph = F.interpolate(photograph, SIZE, mode="bilinear", antialias=True)
@@ -95,4 +95,6 @@ figure.savefig("transformers_2d_seconds.png")
 sampled = viz.sampling(model, pixel_values=photograph)
 print(f"{len(sampled)} deformable layers; the first is {sampled[0]}")
 height, width = sampled[0].sizes[0]
-sampled.plot("position", layer=0, at=(height // 2) * width + width // 2).savefig("transformers_2d_samples.png")
+sampled.plot("position", layer=0, at=(height // 2) * width + width // 2).savefig(
+    "transformers_2d_samples.png", bbox_inches="tight"
+)
