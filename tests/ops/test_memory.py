@@ -25,7 +25,7 @@ torch.set_num_threads(2)
 def all_of(result):
     return result if isinstance(result, tuple) else (result,)
 
-for call in representatives():
+for call in representatives(each_axes=False):
     args = call.arguments()
     backward = call.backward_arguments(args)
     for operator, values in ((call.operator.overload, args), (call.backward_operator.overload, backward)):
@@ -98,8 +98,11 @@ def step():
 for _ in range(200):
     step()
 before = resident()
-for _ in range(int(sys.argv[3])):
+for number in range(1, 5001):
     step()
+    # What an allocator keeps once comes early; what a step leaks keeps the pace.
+    if number >= 500 and number % 250 == 0 and resident() - before < 20 * number / 5000:
+        break
 print(resident() - before)
 """
 
@@ -109,9 +112,8 @@ print(resident() - before)
 @pytest.mark.parametrize("threads", [1, 2])
 @pytest.mark.parametrize("layer", ["conv", "depthwise", "aggregate", "attention", "roi"])
 def test_training_does_not_accumulate_memory(layer: str, threads: int) -> None:
-    """What 5,000 steps may keep, 20 MB, in proportion."""
-    steps = 1000
-    command = [sys.executable, "-c", GROWTH, str(threads), layer, str(steps)]
+    """5,000 steps keep less than 20 MiB, and fewer steps, where those suffice to tell, no more than their share."""
+    command = [sys.executable, "-c", GROWTH, str(threads), layer]
     run = subprocess.run(command, capture_output=True, text=True, check=False)
     assert run.returncode == 0, run.stderr
-    assert float(run.stdout) < 20 * steps / 5000, "MiB of resident memory that a training loop gained"
+    assert float(run.stdout) < 20, "MiB of resident memory that a training loop gained"

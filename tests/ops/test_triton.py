@@ -24,6 +24,7 @@ from triton.runtime.autotuner import Autotuner
 from deformkit.ops.gpu import launch
 
 FLAT = [call for call in representatives() if call.case.axes < 3]
+PLANE = [call for call in FLAT if call.case.axes == 2]
 WIDEST = [
     max((call for call in CALLS if call.operator is operator), key=lambda call: call.case.channels)
     for operator in dict.fromkeys(call.operator for call in CALLS)
@@ -32,6 +33,7 @@ every_call = pytest.mark.parametrize("call", CALLS, ids=str)
 one_call_each = pytest.mark.parametrize("call", representatives(), ids=str)
 # Without the volumes, whose kernels go through eight corners at a time, and the interpreter through each of them.
 one_flat_call_each = pytest.mark.parametrize("call", FLAT, ids=str)
+one_plane_each = pytest.mark.parametrize("call", PLANE, ids=str)
 every_layout = pytest.mark.parametrize("layout", LAYOUTS, ids=lambda f: f.__name__.strip("_"))
 
 
@@ -57,11 +59,17 @@ def test_every_operator_has_kernels(name: str) -> None:
 
 
 @every_call
-def test_value_and_gradients(call: Call, deterministic: bool) -> None:
+def test_value_and_gradients(call: Call) -> None:
+    torch.use_deterministic_algorithms(False)
     check(call, call.arguments())
 
 
 @one_call_each
+def test_deterministic_gradients(call: Call) -> None:
+    check(call, call.arguments())
+
+
+@one_flat_call_each
 @pytest.mark.parametrize("half", [torch.float16, torch.bfloat16], ids=["float16", "bfloat16"])
 def test_half_precision(call: Call, half: torch.dtype) -> None:
     torch.use_deterministic_algorithms(False)
@@ -76,13 +84,13 @@ def test_half_values_with_float32_coordinates(call: Call) -> None:
     check(call, args)
 
 
-@one_flat_call_each
+@one_plane_each
 @every_layout
 def test_any_layout(call: Call, layout: Any) -> None:
     check(call, [layout(v) if isinstance(v, Tensor) else v for v in call.arguments()])
 
 
-@one_flat_call_each
+@one_plane_each
 @every_layout
 def test_cotangent_of_any_layout(call: Call, layout: Any) -> None:
     grad, *args = call.backward_arguments(call.arguments())
