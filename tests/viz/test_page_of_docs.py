@@ -18,7 +18,7 @@ def test_blocks_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pyt
     for block in blocks:
         exec(compile(block, PAGE.name, "exec"), names)
     assert {path.name for path in tmp_path.iterdir()} == {"position.png", "where.html"}
-    # What the page says that is printed.
+    # The output according to the page.
     assert [
         line[2:] for line in blocks[0].splitlines() if re.match(r"# \d", line)
     ] == capsys.readouterr().out.splitlines()
