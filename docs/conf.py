@@ -55,6 +55,10 @@ if any(map(is_page, scripts)):
     sphinx_gallery_conf = {
         "examples_dirs": str(EXAMPLES),
         "gallery_dirs": "gallery",
+        # The pages of layers and operators show the examples that use them.
+        "backreferences_dir": "gallery/backreferences",
+        "doc_module": ("deformkit",),
+        "image_scrapers": ("_pictures",),
         "filename_pattern": r"\.py$",
         "ignore_pattern": rf"(?:^|[\\/])(?:{others})$" if others else r"__init__\.py$",
         # The examples train networks; make docs GALLERY=1 runs them.

@@ -16,6 +16,8 @@ from deformkit import compat
 
 ROOT = Path(__file__).parents[1]
 BLOCKS = Sybil([PythonCodeBlockParser(), SkipParser()])
+# A line that prints, and its output in comments below it.
+PRINTED = re.compile(r"^print\(.*\)\n((?:# .*(?:\n|$))+)", re.MULTILINE)
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")), *sorted((ROOT / "docs").glob("*/*.md"))]
 
 
@@ -47,11 +49,22 @@ def _current(tmp_path_factory: pytest.TempPathFactory) -> Iterator[list[Path]]:
 
 
 @pytest.mark.parametrize(("page", "example"), list(examples()))
-def test_block_runs(page: Path, example: Example, _current: list[Path]) -> None:
+def test_block_runs(page: Path, example: Example, _current: list[Path], capsys: pytest.CaptureFixture[str]) -> None:
     if _current != [page]:
         compat.uninstall()
         _current[:] = [page]
     example.evaluate()
+    if printed := PRINTED.findall(str(example.parsed)):
+        words = [line.removeprefix("#").split() for lines in printed for line in lines.splitlines()]
+        assert capsys.readouterr().out.split() == [word for line in words for word in line]
+
+
+def test_pictures_exist() -> None:
+    """All but those that the build draws."""
+    shown = [page.parent / name for page in PAGES for name in re.findall(r"!\[[^\]]*\]\(([^)]+)\)", page.read_text())]
+    shown = [picture for picture in shown if "_generated" not in picture.parts]
+    assert len(shown) > 5
+    assert [picture for picture in shown if not picture.is_file()] == []
 
 
 def test_pages_with_blocks_are_found() -> None:
