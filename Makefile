@@ -100,6 +100,7 @@ $(VENV)/.torch:
 	@$(PYTHON) -c 'import sys; sys.version_info >= (3, 10) or sys.exit("deformkit needs Python >= 3.10: make PYTHON=...")'
 	@$(COMPILER)
 	@$(PY) -m pip --version >/dev/null 2>&1 || { \
+	  echo "creating $(VENV)"; \
 	  home=$$($(PYTHON) -c '$(TORCH_HOME)' 2>/dev/null) || home=; \
 	  $(PYTHON) -m venv $${home:+--system-site-packages} $(VENV) || exit 1; \
 	  test -z "$$home" || $(PY) -c '$(RECENT_TORCH)' 2>/dev/null || echo "$$home" > "$$($(PY) -c '$(SITE)')/torch_home.pth"; }

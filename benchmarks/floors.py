@@ -1,7 +1,7 @@
-"""What no kernel can be faster than: the bytes, operations and additions of a call over the rates of an H100 (SXM).
+"""Lower bounds of the time of a call: its bytes, operations and additions, divided by the rates of an H100 (SXM).
 
-Computed, not measured. The rates are those of the data sheet, but for the last: how many float32 numbers a GPU can add
-into memory in a second is an assumption, until ``red.py`` has measured it.
+They are computed, not measured. The rates are those of the data sheet, except for the last one: the number of float32
+additions to memory in a second is an assumption until ``red.py`` has measured it.
 """
 
 from dataclasses import dataclass
@@ -24,7 +24,7 @@ ADDITIONS = 1.3e12
 
 @dataclass(frozen=True)
 class Work:
-    """What has to be done for a call, whichever way."""
+    """The work that any implementation of a call has to do."""
 
     bytes: float
     """To and from memory, each input read once, each output written once."""
@@ -41,7 +41,7 @@ class Work:
         return Work(*(mine + theirs for mine, theirs in zip(vars(self).values(), vars(other).values(), strict=True)))
 
     def seconds(self, dtype: str) -> dict[str, float]:
-        """How long each part takes by itself."""
+        """The time of each part by itself."""
         return {
             "memory": self.bytes / BYTES,
             "matrix": self.matrix / MATRIX_OPERATIONS[dtype],
@@ -52,12 +52,12 @@ class Work:
 
 
 def floor(work: Work, dtype: str) -> float:
-    """The longest part: the time if all others went on beside it."""
+    """The time of the longest part, if all others ran at the same time."""
     return max(work.seconds(dtype).values())
 
 
 def predicted(work: Work, dtype: str) -> float:
-    """All parts one after the other: the time if nothing went on beside anything."""
+    """The time of all parts one after the other."""
     return sum(work.seconds(dtype).values())
 
 
@@ -69,7 +69,7 @@ def forward(case: Any, dtype: str) -> Work:
 
 
 def backward(case: Any, dtype: str) -> Work:
-    """All gradients: points are gathered once more, for the weight of a convolution twice."""
+    """All gradients. Samples are gathered once more, for the weight of a convolution twice."""
     tensors, samples, channels, products = _sizes(case, dtype)
     corners, size = 2**case.axes, _itemsize(dtype)
     lanes = samples * channels
@@ -87,7 +87,7 @@ def _itemsize(dtype: str) -> int:
 
 
 def _sizes(case: Any, dtype: str) -> tuple[dict[str, float], float, float, float]:
-    """Bytes of each tensor, points that are read, channels read at each, operations of the matrix products."""
+    """The bytes of each tensor, the number of points, the channels at each, and the operations of matrix products."""
     size, kind, axes = _itemsize(dtype), operator(case), case.axes
     if kind in ("deform_conv", "deform_aggregate"):
         steps = ([v] * axes if isinstance(v, int) else list(v) for v in (case.stride, case.padding, case.dilation))

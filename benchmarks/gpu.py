@@ -1,7 +1,7 @@
 """Times the operators on a GPU: ``python benchmarks/gpu.py [--out DIR]``; ``gpu.sh`` runs it after the tests.
 
-Correctness comes first: the worst error of the output and of the gradients against the float64 reference stands beside
-each time. Without a GPU everything runs in Triton's interpreter on tiny sizes, which says nothing of how fast it is.
+Correctness comes first: each time is listed with the largest error of output and gradients against the float64
+reference. Without a GPU everything runs in Triton's interpreter on tiny sizes, whose times mean nothing.
 """
 
 import argparse
@@ -47,12 +47,12 @@ def main() -> None:
     options.out.mkdir(parents=True, exist_ok=True)
     end = time.monotonic() + options.seconds
     if on_gpu:
-        # The points of a case make no difference to its kernels.
+        # The kernels of a case do not depend on its points.
         _compile(list({w.case: w for w in reversed(workloads()) if options.only in f"{w.operator} {w.case}"}.values()))
     with contextlib.nullcontext() if on_gpu else _interpreter():
         for part in ("red", "rows") if not options.only else ("rows",):
             for row in _part(part, clock, device, options, end):
-                # After each row: whoever stops this has what there is.
+                # The file is written after each row, so that an interrupted run keeps its results.
                 document[part].append(row)
                 (options.out / "gpu.json").write_text(json.dumps(document, indent=1) + "\n")
                 (options.out / "gpu.md").write_text(gpu_page.measured(document) + "\n")
@@ -69,7 +69,7 @@ def main() -> None:
 
 
 def _compile(chosen: Sequence[Workload]) -> None:
-    """Compile in many processes what would else be compiled one kernel after the other, for this GPU."""
+    """Compile the kernels for this GPU in many processes instead of one after the other."""
     target = driver.active.get_current_target()
     jobs = [(w, dtype, exact) for w in chosen for dtype in DTYPES[w.operator] for exact in (False, True)]
     with ProcessPoolExecutor(min(os.cpu_count() or 1, 16), mp_context=get_context("spawn")) as pool:
@@ -95,7 +95,7 @@ def _part(part: str, clock: Clock, device: str, options: argparse.Namespace, end
                 print(f"out of time before {workload.operator} {workload.case}", file=sys.stderr)
                 return
             print(f"{workload.operator} {workload.case}, {workload.points}, {dtype}", file=sys.stderr, flush=True)
-            # The compiler takes its time: one call of each operator.
+            # Compilation is slow, so each operator is called once.
             compiled = options.compiled and workload.operator not in seen
             seen.add(workload.operator)
             yield from _rows(workload, dtype, clock, device, options.each, compiled)
@@ -114,7 +114,7 @@ def _rows(
             worst = error(call, expected, weights)
         except Unfit as reason:
             skipped[name] = str(reason)
-        except Exception as failure:  # a GPU out of memory, a kernel that does not build: the rest is still to be seen
+        except Exception as failure:  # a full GPU, or a kernel that does not compile, must not stop the other rows
             skipped[name] = f"failed: {type(failure).__name__}: {(str(failure).splitlines() or [''])[0]}"
         else:
             if worst <= half_of_digits(dtype):
@@ -156,7 +156,7 @@ def _truth(workload: Workload, arguments: dict[str, Any], device: str) -> tuple[
 
 
 def _deterministic(call: Call, clock: Clock, seconds: float) -> dict[str, Any]:
-    """The time of forward and backward under deterministic algorithms, and whether every run has the same bits."""
+    """The time of forward and backward with deterministic algorithms, and whether all runs are bit-identical."""
     torch.use_deterministic_algorithms(True)
     try:
         run = call.both()
@@ -195,7 +195,7 @@ def origin(on_gpu: bool) -> dict[str, Any]:
 
 
 def clocks(on_gpu: bool) -> dict[str, int] | None:
-    """MHz of the multiprocessors, now and at most; None where nothing says."""
+    """The present and the maximum MHz of the multiprocessors; None if they are unknown."""
     if not on_gpu:
         return None
     try:
@@ -208,7 +208,7 @@ def clocks(on_gpu: bool) -> dict[str, int] | None:
             "now": pynvml.nvmlDeviceGetClockInfo(handle, kind),
             "most": pynvml.nvmlDeviceGetMaxClockInfo(handle, kind),
         }
-    except Exception:  # no such package, or a machine that does not say
+    except Exception:  # The package is missing, or the machine does not report it.
         return None
 
 

@@ -47,7 +47,7 @@ NEAR, ANYWHERE = "N(0, 2 px)", "uniform"
 
 @dataclass(frozen=True)
 class Workload:
-    """A case with its points near where they would be without offsets, or anywhere on the map."""
+    """A case with its points near their positions without offsets, or anywhere on the map."""
 
     case: Any
     points: str
@@ -63,7 +63,7 @@ class Workload:
         return named
 
     def _anywhere(self, offset: Tensor) -> Tensor:
-        """Offsets to places that are uniform over the map, whatever the position they are of."""
+        """Offsets to places that are uniform over the map, for every output position."""
         case, size = self.case, torch.tensor(self.case.size, device=offset.device)
         last = offset if self.operator == "deform_aggregate" else _coordinates_last(offset, case.axes)
         generator = torch.Generator(offset.device).manual_seed(1)
@@ -80,7 +80,7 @@ def _coordinates_last(offset: Tensor, axes: int) -> Tensor:
 
 
 def workloads(small: bool = False) -> list[Workload]:
-    """All calls, of the same sizes or, to see whether everything runs, of sizes for an interpreter."""
+    """All calls, or the same calls at tiny sizes for the interpreter, to verify that everything runs."""
     cases = [tiny(name)[1] for name in DTYPES] if small else CASES
     return [
         Workload(_placed(case, points), points) for points in (NEAR, ANYWHERE) for case in cases if _has(case, points)
@@ -88,7 +88,7 @@ def workloads(small: bool = False) -> list[Workload]:
 
 
 def _has(case: Any, points: str) -> bool:
-    """Whether the points of a case can lie so: those of a decoder's queries are anywhere, RoIs are where they are."""
+    """Whether the points of a case can lie so: those of a decoder are anywhere, and RoIs have their own places."""
     kind = operator(case)
     if kind == "deform_roi_pool":
         return points == NEAR

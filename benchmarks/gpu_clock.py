@@ -1,4 +1,4 @@
-"""Time and memory of a call on a GPU, by events and from outside."""
+"""The time of a call on a GPU, by events and by the clock of the CPU, and its memory."""
 
 import statistics
 import time
@@ -13,7 +13,7 @@ _FLUSHED = 256 * 2**20
 
 
 class Clock:
-    """Without a GPU: every call is made, once, and nothing is timed."""
+    """Without a GPU, every call is made once and nothing is timed."""
 
     repeats = 2
 
@@ -37,7 +37,7 @@ class CudaClock(Clock):
         self._flushed = torch.empty(_FLUSHED, dtype=torch.int8, device="cuda")
 
     def device(self, run: Run, seconds: float) -> dict[str, Any]:
-        """From the start of the first kernel to the end of the last, without gaps for launches where a graph can."""
+        """Time from the start of the first kernel to the end of the last, without launch gaps if there is a graph."""
         replay, how = _graph(run)
         start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
 
@@ -60,7 +60,7 @@ class CudaClock(Clock):
         return _summary(_repeat(lambda: _outside(both), seconds))
 
     def memory(self, run: Run) -> int | None:
-        """The most bytes allocated at once beyond what was before and what the call returns."""
+        """The peak of allocated bytes, less those allocated before and those of the results."""
         run()
         torch.cuda.synchronize()
         torch.cuda.reset_peak_memory_stats()

@@ -1,4 +1,4 @@
-"""What else answers a call on a GPU, behind the adapters of ``deformkit._testing.rivals``."""
+"""Other implementations for a GPU, as adapters of ``deformkit._testing.rivals``."""
 
 import importlib.util
 from collections.abc import Callable
@@ -56,7 +56,7 @@ def deformops_conv(case: Any, arguments: dict[str, Any]) -> Call:
 
 
 def deformops_attn(case: Any, arguments: dict[str, Any]) -> Call:
-    """Its taps go column after column; offsets, x first, and weights are one tensor."""
+    """Its taps are in column-major order; offsets, x first, and weights are one tensor."""
     from deformops.registry import attn
 
     if case.axes != 2 or case.boundary != "zeros" or case.remove_center:
@@ -97,7 +97,7 @@ def deformops_msda(case: Any, arguments: dict[str, Any]) -> Call:
     if case.axes != 2 or case.mode != "linear" or len(set(case.points)) > 1:
         raise Unfit("2-D, linear, as many points on every level only")
     arguments = dict(arguments)
-    # It takes values and locations of one dtype.
+    # It needs values and locations of one dtype.
     arguments["sampling_locations"] = arguments["sampling_locations"].to(arguments["value"].dtype)
     for name in ("sampling_locations", "attention_weights"):
         arguments[name] = arguments[name].unflatten(3, (len(case.sizes), case.points[0]))
@@ -127,6 +127,6 @@ ABSENT = [name for name in ("torchvision", "deformops") if importlib.util.find_s
 
 
 def adapters(workload: Workload, compiled: bool) -> dict[str, Adapter]:
-    """Ours first."""
+    """All implementations, deformkit first."""
     others = {name: adapter for name, adapter in RIVALS[workload.operator].items() if name not in ABSENT}
     return {OURS: ours, **others, **({COMPILED: compiled_reference} if compiled else {})}

@@ -1,4 +1,4 @@
-"""How time grows with the batch, with the positions and with the threads; and whether the bits stay."""
+"""The growth of time with the batch, the positions and the threads, and whether results are bit-identical."""
 
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import replace
@@ -34,7 +34,7 @@ KINDS: dict[str, dict[str, tuple[str, ...]]] = {
 
 
 def size_rows(base: Any, seconds: float, factors: Iterable[int] = FACTORS) -> Iterator[dict[str, Any]]:
-    """Time at each multiple of the base, kind by kind; on one thread."""
+    """The time at each multiple of the base, on one thread."""
     default = torch.get_num_threads()
     torch.set_num_threads(1)
     for kind, fields in KINDS[operator(base)].items():
@@ -43,7 +43,7 @@ def size_rows(base: Any, seconds: float, factors: Iterable[int] = FACTORS) -> It
         for what in PASSES:
             runs = {str(f): call.forward() if what == PASSES[0] else call.both() for f, call in calls.items()}
             times = {int(name): timing.median for name, timing in alternate(runs, seconds).items()}
-            # Against twice the base, below which the cost of a call itself and of waking threads shows.
+            # Relative to twice the base: below, the fixed cost of a call and of waking threads matters.
             start = sorted(times)[1]
             linear = {factor: time / times[start] * start / factor for factor, time in times.items()}
             yield {**about(base), "grows": kind, "pass": what, "times": times, "linear": linear}
@@ -58,7 +58,7 @@ def _grown(base: Any, fields: Iterable[str], factor: int) -> Any:
 
 
 def thread_rows(cases: Iterable[Any], seconds: float) -> Iterator[dict[str, Any]]:
-    """One thread against two, in turn; and the same bits at one, two and three."""
+    """Compare one thread with two, in turn, and the bits with one, two and three."""
     default = torch.get_num_threads()
     for case in cases:
         arguments = case.arguments()

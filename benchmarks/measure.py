@@ -1,4 +1,4 @@
-"""Correctness first, then time: one row of a table is one case, forward or with backward."""
+"""Verifies and then times a case, forward or forward and backward, for one row of a table."""
 
 from collections.abc import Iterable, Iterator
 from typing import Any
@@ -13,7 +13,7 @@ from deformkit.bench import PASSES, timed
 
 
 def half_rows(cases: Iterable[Any], seconds: float) -> Iterator[dict[str, Any]]:
-    """Ours alone, in half precision beside float32; each gated against the float32 reference at the same values."""
+    """Time deformkit in half precision and float32; each result is verified against the float32 reference."""
     for case in cases:
         calls, notes = {}, {}
         for dtype in (torch.float32, torch.bfloat16, torch.float16):

@@ -1,10 +1,10 @@
 """Peak memory of one call beyond its inputs, outputs and gradients.
 
-Each figure comes from a process of its own, which this file is when run as a program. It makes the inputs; makes the
-same call once on a tiny case, so that libraries, threads and their buffers are there; resets the kernel's high-water
-mark of resident memory; makes the call; and reads the mark. What the mark rose by, less the output and, with backward,
-the cotangent and the gradients, is the workspace: true pages, whatever allocated them. glibc is told to map every block
-above 64 KiB by itself, so that memory freed earlier is given back instead of being reused unseen. Linux only.
+Each figure comes from a separate process, which runs this file as a program. It makes the inputs, makes the
+same call once on a tiny case, so that libraries, threads and their buffers exist, resets the kernel's high-water
+mark of resident memory, makes the call, and reads the mark. The increase, less the output and, with backward,
+the cotangent and the gradients, is the workspace in pages, whatever allocated them. glibc is told to map every block
+above 64 KiB separately, so that freed memory is returned instead of being reused unseen. Linux only.
 """
 
 import gc

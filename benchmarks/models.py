@@ -18,7 +18,7 @@ SIZE, TINY = 384, 96
 
 
 def rows(names: Sequence[str], seconds: float, tiny: bool = False) -> Iterator[dict[str, Any]]:
-    """For each model the two passes; tiny: small images and few queries."""
+    """The two passes of each model; ``tiny`` has small images and few queries."""
     for name in names:
         few = {"num_queries": 20} if tiny and "former" not in name else {}
         host, arguments = build(name, **few), inputs(name, TINY if tiny else SIZE)
@@ -47,7 +47,7 @@ Shared = list[tuple[Any, str, tuple[Any, Any]]]
 
 
 def _shared(done: Any) -> Shared:
-    """The names that are replaced for every model: their module, and what they give without and with the patch."""
+    """The names that are replaced for every model: their module, and their values without and with the patch."""
     places = [part.shared.rpartition(".") for part in done.replaced if part.shared]
     modules = [(sys.modules[module], name) for module, _, name in places]
     ours = [getattr(*place) for place in modules]
@@ -58,7 +58,7 @@ def _shared(done: Any) -> Shared:
 
 
 def _turn(run: Run, shared: Shared, side: int) -> Run:
-    # One process cannot hold both sides where a function is replaced by name: each turn sets its own.
+    # If a function is replaced by name, one process cannot hold both sides, so each turn sets its own.
     def turn() -> dict[str, Tensor]:
         for module, name, pair in shared:
             setattr(module, name, pair[side])
@@ -87,7 +87,7 @@ def _both(model: nn.Module, arguments: dict[str, Tensor]) -> Run:
 
 
 def _outputs(model: nn.Module, arguments: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Floating outputs; what is masked, by minus infinity, as 0."""
+    """The floating-point outputs, with 0 for entries masked by minus infinity."""
     named = model(**arguments).items()
     found = {name: value for name, value in named if isinstance(value, Tensor) and value.is_floating_point()}
     return {name: value.masked_fill(value.isinf(), 0) for name, value in found.items()}

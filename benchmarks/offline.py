@@ -1,8 +1,8 @@
-"""Compiles every Triton kernel as its launcher starts it, for GPUs that are not here: ``python benchmarks/offline.py``.
+"""Compiles every Triton kernel as its launcher starts it, for absent GPUs: ``python benchmarks/offline.py``.
 
-Registers, spills, shared memory and the instructions that matter are read off the machine code. ``--save`` writes them
-to ``results/offline.json`` and into ``docs/gpu_developers.md``; ``--check`` holds them against what was saved and
-against what has to hold anyway. Nothing is run, so nothing is said of speed.
+Registers, spills, shared memory and important instructions are read from the machine code. ``--save`` writes them
+to ``results/offline.json`` and into ``docs/gpu_developers.md``; ``--check`` compares them with the saved ones and with
+fixed limits. Nothing is run, so this says nothing about speed.
 """
 
 import argparse
@@ -22,7 +22,8 @@ from pathlib import Path
 from typing import Any
 
 if __name__ == "__main__":
-    os.environ.pop("TRITON_INTERPRET", None)  # before Triton is imported: it decides what a kernel is
+    # This must come before Triton is imported, because it determines the kind of kernels.
+    os.environ.pop("TRITON_INTERPRET", None)
 
 import gpu_page
 import torch
@@ -68,7 +69,7 @@ FEWEST = 50
 
 @dataclass(frozen=True)
 class Job:
-    """One case of an operator in one dtype, forward and backward, for one target; if deterministic, backward alone."""
+    """One case of an operator in one dtype, forward and backward, for one target; only backward if deterministic."""
 
     operator: str
     case: str
@@ -78,7 +79,7 @@ class Job:
 
 
 class Driver:
-    """Stands in for the driver of a GPU: says what to compile for."""
+    """Stands in for the driver of a GPU and names the target to compile for."""
 
     def __init__(self, target: GPUTarget) -> None:
         self.target = target
@@ -127,13 +128,13 @@ def compiled(job: Job) -> list[dict[str, Any]]:
 def build(
     name: str, named: dict[str, Any], target: GPUTarget, deterministic: bool
 ) -> list[tuple[str, Any, triton.Config]]:
-    """Compile what a call of an operator would start, forward and backward; Triton's cache keeps it."""
+    """Compile the kernels that a call of an operator would start, forward and backward, into Triton's cache."""
     driver.set_active(Driver(target))
     launch._target.cache_clear()
     built = []
 
     def start(kernel: Any, programs: Any, arguments: dict[str, Any], config: triton.Config) -> None:
-        # What was compiled for another target is kept by device alone.
+        # Triton stores compiled kernels by device only, so those for another target have to go.
         kernel.device_caches.clear()
         found = kernel.warmup(**arguments, **config.all_kwargs(), grid=(1,))
         built.append((kernel.__name__, found, config))
@@ -143,7 +144,7 @@ def build(
     before, launch.start = launch.start, start
     torch.use_deterministic_algorithms(deterministic)
     try:
-        if not deterministic:  # forward it makes no difference
+        if not deterministic:  # The forward pass is the same.
             room.forward(*args)
         output = operator.overload(*args)
         room.backward(output, *args, [args[i] is not None for i in operator.differentiable])
@@ -154,7 +155,7 @@ def build(
 
 
 def look(built: Any) -> dict[str, Any]:
-    """What the machine code of a kernel needs and has."""
+    """The resources and instructions of the machine code of a kernel."""
     if "cubin" in built.asm:
         return {"shared": built.metadata.shared, **_look_at_cubin(built.asm["cubin"])}
     text = built.asm["amdgcn"]
@@ -184,7 +185,7 @@ def _look_at_cubin(code: bytes) -> dict[str, Any]:
     return {
         "registers": counts["REG"],
         "instructions": opcodes.total(),
-        # Bytes: a stack is where registers go that there are not.
+        # In bytes: missing registers are spilled to the stack.
         "spilled": counts["STACK"] + counts["LOCAL"],
         "atomics": {name: n for name, n in sorted(opcodes.items()) if re.match(r"REDG?\.|ATOMG?\.", name)},
         "matrix": {name: n for name, n in sorted(opcodes.items()) if re.match(r"\w*(HMMA|HGMMA|UTC\w*MMA)", name)},
@@ -192,13 +193,13 @@ def _look_at_cubin(code: bytes) -> dict[str, Any]:
 
 
 def name(row: dict[str, Any]) -> str:
-    """Which kernel a row is about; different for each."""
+    """The unique name of the kernel of a row."""
     how = ", deterministic" if row["deterministic"] else ""
     return f"{row['target']}: {row['kernel']} of {row['operator']} {row['case']}, {row['dtype']}{how}"
 
 
 def problems(rows: Sequence[dict[str, Any]], saved: Sequence[dict[str, Any]]) -> Iterator[str]:
-    """What is wrong with kernels whatever they were, then what is worse than it was."""
+    """First the kernels that exceed a limit, then those that are worse than the saved ones."""
     before = {name(row): row for row in saved}
     for row in rows:
         if row["instructions"] < FEWEST:
@@ -218,14 +219,14 @@ def problems(rows: Sequence[dict[str, Any]], saved: Sequence[dict[str, Any]]) ->
 
 
 def widest(atomics: dict[str, int]) -> int:
-    """How many float32 numbers the widest atomic addition takes."""
+    """The number of float32 values in the widest atomic addition."""
     return max((int((re.findall(r"F32x(\d)", opcode) or ["1"])[0]) for opcode in atomics), default=0)
 
 
 def _widest_wanted(row: dict[str, Any]) -> int:
-    """How many float32 numbers should be added at once.
+    """The number of float32 values that should be added at once.
 
-    Whole numbers have no vectors, nor has a gfx942; nor is there more than one where each channel has its own points.
+    Integers have no vectors, and neither has a gfx942. If each channel has its own points, values are added one by one.
     """
     vectors = row["target"] in ("sm_90", "sm_100") and not row["deterministic"]
     return 4 if vectors and "depthwise" not in row["case"] else 0

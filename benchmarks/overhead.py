@@ -1,8 +1,8 @@
-"""What a small call costs beyond its kernel.
+"""The cost of a small call beyond its kernel.
 
-The kernel is the operator as the dispatcher calls it below autograd, with no Python in between but torch's own reading
-of the arguments. The public function is the whole way: checks, autograd, and in the last row the backward. All on one
-thread: calls this small gain nothing from a second, and waking it is not what is asked about.
+The kernel is the operator as the dispatcher calls it below autograd, without Python in between except torch's parsing
+of the arguments. The public function includes checks, autograd, and in the last row the backward pass. All runs use one
+thread: such small calls gain nothing from a second one, and the cost of waking it is not of interest.
 """
 
 from collections.abc import Callable, Collection, Iterable, Iterator

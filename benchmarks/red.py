@@ -1,7 +1,7 @@
-"""How fast a GPU adds numbers into memory that many write to: what every gradient of a field waits for.
+"""The rate at which a GPU adds numbers to shared memory locations, which limits every gradient of a field.
 
-``python benchmarks/red.py`` prints a table; the kernel adds one, two or four float32 numbers at once, or one int64, to
-places all over a footprint or to a few hot ones.
+``python benchmarks/red.py`` prints a table. The kernel adds one, two or four float32 numbers at once, or one int64, to
+places anywhere in a buffer or to a few contended ones.
 """
 
 from collections.abc import Iterator
@@ -22,21 +22,21 @@ def add_rows(sums, places, values, rows, WIDTH: tl.constexpr, CHANNELS: tl.const
     row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     column = tl.arange(0, CHANNELS)
     exists = (row < rows)[:, None]
-    # All that the compiler knows of where a row begins is that it is a multiple of WIDTH: so wide are its additions.
+    # The compiler only knows that a row starts at a multiple of WIDTH, which determines the width of its additions.
     first = tl.load(places + row, mask=row < rows, other=0).to(tl.int64) * WIDTH
     amount = tl.load(values + row[:, None] * CHANNELS + column[None, :], mask=exists, other=0)
     tl.atomic_add(sums + first[:, None] + column[None, :], amount, mask=exists, sem="relaxed")
 
 
 def rates(clock: Clock, device: str, rows: int, seconds: float) -> Iterator[dict[str, Any]]:
-    """Numbers per second for each width, dtype and pattern; ``rows`` rows of 32 are added in a launch."""
+    """The numbers per second for each width, dtype and pattern; a launch adds ``rows`` rows of 32."""
     generator = torch.Generator(device).manual_seed(0)
     patterns = [
         *((name, "spread", size) for name, size in FOOTPRINTS.items()),
         *((n, "hot", c) for n, c in HOT.items()),
     ]
     for dtype, widths in ((torch.float32, (1, 2, 4)), (torch.int64, (1,))):
-        # Of whole numbers as well: what is added does not matter to where it goes.
+        # Integers, too, because the values have no effect on the places.
         values = torch.ones(rows, CHANNELS, dtype=dtype, device=device)
         for name, kind, size in patterns:
             targets = size // (CHANNELS * values.itemsize) if kind == "spread" else size

@@ -29,7 +29,7 @@ def page(documents: Iterable[dict[str, Any]]) -> str:
 
 
 def section(document: dict[str, Any]) -> Iterator[str]:
-    """Paragraphs, and tables under a line with ``####`` and their title."""
+    """The paragraphs of a section, and its tables under a line with ``####`` and their title."""
     _, render = SECTIONS[document["section"]]
     yield from render(document["rows"])
     yield _origin(document)
@@ -44,7 +44,7 @@ def _folded(part: str) -> str:
 
 
 def losses(by_section: dict[str, dict[str, Any]]) -> Iterator[str]:
-    """Where another way is faster, or ours is hardly faster, in words; all numbers are those of the results."""
+    """The cases in which deformkit is slower, or hardly faster, in words; all numbers come from the results."""
     if "conv" in by_section:
         rows = by_section["conv"]["rows"]
         plain = {(row["case"], row["pass"]): _ratio(PLAIN, row["rivals"]) for row in rows if _timed(PLAIN, row)}
@@ -123,7 +123,7 @@ def _against_table(rows: Sequence[dict[str, Any]]) -> str:
 
 
 def _ratio(name: str, timed: dict[str, Any]) -> float:
-    """How many times faster ours is; for ``plain``, how many times its time ours takes."""
+    """The time of the library divided by that of deformkit; for ``plain`` the inverse."""
     ratio = timed[name]["median"] / timed[OURS]["median"]
     return 1 / ratio if name == PLAIN else ratio
 
@@ -225,7 +225,7 @@ def _groups(rows: Sequence[dict[str, Any]]) -> Iterator[tuple[str, list[dict[str
 
 
 def _operator(row: dict[str, Any]) -> str:
-    # A row that does not say is of the first operator.
+    # A row without an operator belongs to the first one.
     return row.get("operator", "deform_conv")
 
 
@@ -295,7 +295,7 @@ def _table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
 
 
 def load(directory: Path = RESULTS) -> list[dict[str, Any]]:
-    """The results that are sections of this page; other programs keep theirs beside them."""
+    """The results that are sections of this page; other programs have their results in the same folder."""
     return [json.loads(path.read_text()) for path in sorted(directory.glob("*.json")) if path.stem in SECTIONS]
 
 

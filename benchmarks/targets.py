@@ -1,12 +1,12 @@
-"""What is aimed at, table by table: for each rival two numbers, forward and forward + backward.
+"""The targets of each table: for each rival two numbers, forward and forward + backward.
 
-For ``plain`` the number is the most that ours may take of its time; for every other rival, how many times faster ours
-has to be. A table meets a target by its geometric mean.
+For ``plain`` the number is the largest allowed multiple of its time; for every other rival, the required speed-up of
+deformkit. A table meets a target by its geometric mean.
 """
 
 from dataclasses import dataclass
 
-# A slow reference that the compiler made faster is what one would try first.
+# One would first try to compile the slow reference.
 COMPILED = (3.0, 3.0)
 
 

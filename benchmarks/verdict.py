@@ -1,4 +1,4 @@
-"""Which of ``targets.py`` the saved results meet: ``python benchmarks/verdict.py``."""
+"""Shows which targets of ``targets.py`` the saved results meet: ``python benchmarks/verdict.py``."""
 
 from collections.abc import Iterator
 from statistics import geometric_mean
@@ -9,7 +9,7 @@ from table import OURS, PASSES, PLAIN, _operator, _ratio, _timed, load
 
 
 def verdicts(documents: list[dict[str, Any]]) -> Iterator[tuple[str, float, float, bool]]:
-    """What is aimed at, the figure, the target, and whether it is met."""
+    """The description, the figure, the target, and whether it is met."""
     rows = {document["section"]: document["rows"] for document in documents}
     every = [row for name in ("conv", "attn", "aggregate", "roi") for row in rows.get(name, ())]
     for table in targets.TABLES:

@@ -1,7 +1,7 @@
 """Peak memory of one training step on a volume, for ``docs/volumes.md``: ``python benchmarks/volumes.py 96``.
 
-Each figure comes from a process of its own. It is the rise of the process's peak of resident memory over what is
-resident once the module and the input are made and a smaller step has loaded the libraries. Linux only.
+Each figure comes from a separate process. It is the increase of its peak resident memory over the memory that is
+resident when the module and the input exist and a smaller step has loaded the libraries. Linux only.
 """
 
 import os

@@ -1,4 +1,4 @@
-"""Models of transformers that attend deformably, with random weights: nothing is downloaded."""
+"""Models of transformers with deformable attention and random weights; nothing is downloaded."""
 
 import importlib
 from typing import Any
@@ -21,7 +21,7 @@ MODELS = {
 
 
 def build(name: str, **options: Any) -> nn.Module:
-    """The model by the name of its folder in transformers, with the default configuration but for ``options``."""
+    """The model by the name of its folder in transformers, with the default configuration except for ``options``."""
     transformers = importlib.import_module("transformers")
     config_name, model_name = MODELS[name]
     if name == "deformable_detr":
@@ -33,7 +33,7 @@ def build(name: str, **options: Any) -> nn.Module:
         config.use_pretrained_backbone = False
     torch.manual_seed(0)
     model = getattr(transformers, model_name)(config).eval()
-    # A new model reads whole pixels away from its reference points, on grid lines, where rounding picks a derivative.
+    # A new model samples at whole pixels from its reference points: on grid lines, rounding decides the derivative.
     with torch.no_grad():
         for key, parameter in model.named_parameters():
             parameter += 0.02 * torch.randn_like(parameter)
@@ -44,7 +44,7 @@ def build(name: str, **options: Any) -> nn.Module:
 
 def inputs(name: str, size: int, batch: int = 1) -> dict[str, Tensor]:
     """Keyword arguments for a call with square images of ``size`` pixels."""
-    # Some images have proposals so much alike that rounding chooses among them, in the unchanged model as well.
+    # Some images have nearly equal proposals, among which rounding decides, also in the original model.
     generator = torch.Generator().manual_seed(1)
     arguments = {"pixel_values": torch.randn(batch, 3, size, size, generator=generator)}
     if "grounding" in name:

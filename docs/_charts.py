@@ -10,6 +10,8 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, NullLocator
 
 OURS, PLAIN = "deformkit", "plain"
+# In inches: so narrow that the letters can be read on a telephone, where a page is 3.7 inches wide.
+WIDTH = 4.6
 PASSES = {"forward": "o", "forward + backward": "s"}
 COLOURS = {
     OURS: "#0072b2",
@@ -42,8 +44,8 @@ def _convolution(rows: Sequence[dict[str, Any]]) -> Figure:
     libraries = [OURS, "torchvision", "dc1d", "compiled"]
     figure = _dots(rows, libraries, lambda found, name: found[name]["median"] / found[PLAIN]["median"])
     axes = figure.axes[0]
-    axes.set_title("Deformable convolution", loc="left", fontweight="bold")
-    axes.set_xlabel("time as a multiple of the plain convolution's (lower is better)")
+    figure.suptitle("Deformable convolution", fontweight="bold", fontsize=11)
+    axes.set_xlabel("time as a multiple of the plain convolution's\n(lower is better)")
     return figure
 
 
@@ -51,7 +53,7 @@ def _faster(rows: Sequence[dict[str, Any]]) -> Figure:
     libraries = ["transformers", "grid_sample", "reference", "compiled"]
     figure = _dots(rows, libraries, lambda found, name: found[name]["median"] / found[OURS]["median"])
     axes = figure.axes[0]
-    axes.set_title("Attention and aggregation", loc="left", fontweight="bold")
+    figure.suptitle("Attention and aggregation", fontweight="bold", fontsize=11)
     axes.set_xlabel("time as a multiple of deformkit's")
     return figure
 
@@ -61,7 +63,7 @@ def _dots(rows: Sequence[dict[str, Any]], libraries: Sequence[str], ratio: Any) 
     # Two operators may have cases of the same name.
     cases = list(dict.fromkeys((row.get("operator", "deform_conv"), row["case"]) for row in rows))
     several = len({operator for operator, _ in cases}) > 1
-    figure = Figure(figsize=(8, 1.4 + 0.36 * len(cases)), layout="constrained")
+    figure = Figure(figsize=(WIDTH, 1.8 + 0.4 * len(cases)), layout="constrained")
     axes = figure.subplots()
     seen = set()
     for row in rows:
@@ -77,13 +79,15 @@ def _dots(rows: Sequence[dict[str, Any]], libraries: Sequence[str], ratio: Any) 
             axes.plot([], [], "o", color=COLOURS[name], label=name)
     for what, marker in PASSES.items():
         axes.plot([], [], marker, color="none", markeredgecolor="black", label=what)
-    axes.set_yticks(range(len(cases)), [f"{operator} {case}" if several else case for operator, case in cases])
+    axes.set_yticks(
+        range(len(cases)), [f"{operator}\n{case}" if several else case for operator, case in cases], fontsize=9
+    )
     axes.invert_yaxis()
     axes.set_xscale("log")
     axes.axvline(1, color="black", linewidth=1)
     _ticks(axes)
     _plain_style(axes)
-    figure.legend(loc="outside lower center", ncols=6, frameon=False, fontsize=9)
+    figure.legend(loc="outside lower center", ncols=3, frameon=False, fontsize=9)
     return figure
 
 
@@ -97,7 +101,7 @@ def _ticks(axes: Axes) -> None:
 
 def _models(rows: Sequence[dict[str, Any]]) -> Figure:
     names = list(dict.fromkeys(row["case"] for row in rows))
-    figure = Figure(figsize=(8, 1.4 + 0.4 * len(names)), layout="constrained")
+    figure = Figure(figsize=(WIDTH, 1.4 + 0.4 * len(names)), layout="constrained")
     axes = figure.subplots()
     colours = {"forward": COLOURS[OURS], "forward + backward": "#56b4e9"}
     for row in rows:
@@ -113,7 +117,7 @@ def _models(rows: Sequence[dict[str, Any]]) -> Figure:
     axes.set_yticks(range(len(names)), names)
     axes.invert_yaxis()
     axes.axvline(1, color="black", linewidth=1)
-    axes.set_title("Models of transformers after deformkit.patch(model)", loc="left", fontweight="bold")
+    figure.suptitle("Models of transformers after\ndeformkit.patch(model)", fontweight="bold", fontsize=11)
     axes.set_xlabel("time before divided by time after")
     _plain_style(axes)
     figure.legend(loc="outside lower center", ncols=2, frameon=False, fontsize=9)

@@ -4,7 +4,7 @@ import json
 from pathlib import Path
 from statistics import geometric_mean
 
-from _charts import COLOURS, OURS, PLAIN
+from _charts import COLOURS, OURS, PLAIN, WIDTH
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, NullLocator
 
@@ -20,8 +20,7 @@ def draw(results_folder: Path, output_folder: Path) -> None:
 
 
 def _figure(rows: list[dict]) -> Figure:
-    # Narrow, so that its letters can be read on a telephone.
-    figure = Figure(figsize=(5.4, 4.2), layout="constrained")
+    figure = Figure(figsize=(WIDTH, 4.4), layout="constrained")
     axes = figure.subplots()
     names, place = [], 0
     for dimension in ("1d", "2d", "3d"):

@@ -1,11 +1,9 @@
 import os
-import re
 import sys
 from importlib.metadata import version as installed_version
 from pathlib import Path
 
 DOCS = Path(__file__).parent
-EXAMPLES = DOCS.parent / "examples"
 sys.path.insert(0, str(DOCS))
 
 project = "deformkit"
@@ -21,6 +19,7 @@ extensions = [
     "sphinx.ext.viewcode",
     "sphinx_copybutton",
     "sphinx_design",
+    "sphinx_gallery.gen_gallery",
     # Formulas are shown without a network, too.
     "sphinx-mathjax-offline",
 ]
@@ -43,32 +42,22 @@ html_static_path = ["_static"]
 html_css_files = ["wide.css"]
 
 
-def is_page(script: Path) -> bool:
-    """Whether the docstring of an example begins with an underlined title, as sphinx-gallery needs it."""
-    return re.match(r'(?:#.*\n)*r?"""\n?[^\n]+\n={3,}\n', script.read_text()) is not None
-
-
-scripts = sorted(EXAMPLES.glob("*.py"))
-if any(map(is_page, scripts)):
-    extensions.append("sphinx_gallery.gen_gallery")
-    others = "|".join(re.escape(script.name) for script in scripts if not is_page(script))
-    sphinx_gallery_conf = {
-        "examples_dirs": str(EXAMPLES),
-        "gallery_dirs": "gallery",
-        "filename_pattern": r"\.py$",
-        "ignore_pattern": rf"(?:^|[\\/])(?:{others})$" if others else r"__init__\.py$",
-        # The examples train networks; make docs GALLERY=1 runs them.
-        "plot_gallery": "True" if os.environ.get("GALLERY") else "False",
-        "download_all_examples": False,
-        "show_memory": False,
-        "abort_on_example_error": True,
-    }
-
-
-def add_gallery(app, page, source):
-    # Sphinx warns of an entry without a page, and there is none where no example is in gallery form.
-    if page == "index" and "sphinx_gallery.gen_gallery" in extensions:
-        source[0] += "\n```{toctree}\n:hidden:\n:caption: Examples\n\ngallery/index\n```\n"
+sphinx_gallery_conf = {
+    "examples_dirs": str(DOCS.parent / "examples"),
+    "gallery_dirs": "gallery",
+    # The pages of layers and operators show the examples that use them.
+    "backreferences_dir": "gallery/backreferences",
+    "doc_module": ("deformkit",),
+    "image_scrapers": ("_pictures",),
+    "filename_pattern": r"\.py$",
+    # Programs of other pages, which are not written as pages.
+    "ignore_pattern": r"_readme\.py$",
+    # The examples train networks; make docs GALLERY=1 runs them.
+    "plot_gallery": "True" if os.environ.get("GALLERY") else "False",
+    "download_all_examples": False,
+    "show_memory": False,
+    "abort_on_example_error": True,
+}
 
 
 def draw(app):
@@ -87,4 +76,3 @@ def draw(app):
 
 def setup(app):
     app.connect("builder-inited", draw)
-    app.connect("source-read", add_gallery)

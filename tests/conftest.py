@@ -22,7 +22,7 @@ def pytest_configure(config: pytest.Config) -> None:
     if kernels == "cuda" and not present:
         raise pytest.UsageError("--kernels cuda: torch sees no CUDA device")
     if kernels == "triton" or not present:
-        # Triton reads it where a kernel is defined.
+        # Triton reads it when a kernel is defined.
         os.environ["TRITON_INTERPRET"] = "1"
 
 
@@ -41,13 +41,13 @@ def _kernels(request: pytest.FixtureRequest) -> Iterator[None]:
 def _reproducible() -> Iterator[None]:
     """Fixed seeds, memory full of NaN, and no warning that depends on earlier calls.
 
-    In deterministic mode every ``empty`` of torch, those that a kernel asks for in C++ included, is filled with NaN:
+    In deterministic mode every ``empty`` of torch is filled with NaN, also those that a kernel allocates in C++:
     an element that a kernel forgets to write, or reads before it has written it, shows in its result.
     """
     random.seed(0)
     torch.manual_seed(0)
     _suspect.given.clear()
-    # Many tests sample far outside, and from inverted RoIs, on purpose.
+    # Many tests sample far outside and from inverted RoIs on purpose.
     _suspect.looks_left.update(rois=0, locations=0)
     threads = torch.get_num_threads()
     torch.use_deterministic_algorithms(True)
@@ -59,7 +59,7 @@ def _reproducible() -> Iterator[None]:
 
 @pytest.fixture(params=[1, 2, 3], ids=["1d", "2d", "3d"])
 def axes(request: pytest.FixtureRequest) -> int:
-    """Number of spatial axes."""
+    """The number of spatial axes."""
     return request.param
 
 
@@ -67,5 +67,5 @@ def axes(request: pytest.FixtureRequest) -> int:
     params=[torch.float64, torch.float32, torch.float16, torch.bfloat16], ids=lambda d: str(d).split(".")[1]
 )
 def dtype(request: pytest.FixtureRequest) -> torch.dtype:
-    """Each dtype that the operators take."""
+    """Every dtype that the operators support."""
     return request.param

@@ -1,4 +1,4 @@
-"""Random configurations of the operators on images, for comparison with their hosts."""
+"""Random configurations of the operators on images, for comparisons with their hosts."""
 
 import random
 from typing import Any

@@ -48,7 +48,7 @@ def window(draw: random.Random, axes: int) -> tuple[tuple[int, ...], ...]:
 
 
 def wild_offset(draw: random.Random, offset: Tensor) -> Tensor:
-    """``offset``, if in half precision perhaps in float32, with some wild values."""
+    """``offset`` with some wild values, and perhaps in float32 if it is in half precision."""
     if offset.dtype in (torch.float16, torch.bfloat16) and draw.random() < 0.5:
         offset = offset.float()
     return sprinkle(draw, offset, (*WILD, torch.nan) if draw.random() < 0.2 else WILD)
@@ -70,7 +70,7 @@ def deform_conv(draw: random.Random) -> Call:
     size, kernel, stride, padding, dilation = window(draw, axes)
     groups, offset_groups = draw.choice(((1, 1), (1, 3), (2, 1), (2, 4), (3, 2), (8, 8), (5, 1)))
     channels = lcm(groups, offset_groups) * draw.choice((1, 2, 5, 16))
-    if draw.random() < 0.004:  # a field that a kernel does not hold whole, of which few points are read
+    if draw.random() < 0.004:  # a field that exceeds a kernel's buffer, with few points
         positions, channels = draw.choice(((80_000, 36), (300_000, 18), (2_200_000, 2)))
         groups, offset_groups = draw.choice(((1, 1), (2, 1), (1, 2), (2, 2)))
         size = tuple(round(positions ** (1 / axes)) + draw.randint(0, 9) for _ in range(axes))
@@ -107,7 +107,7 @@ def deform_aggregate(draw: random.Random) -> Call:
     size, kernel, stride, padding, dilation = window(draw, axes)
     heads, channels = draw.choice((1, 2, 3, 8)), draw.choice((1, 2, 3, 5, 8, 16, 17, 32, 40))
     batch = draw.choice((0, 1, 1, 2, 3, 9))
-    if draw.random() < 0.004:  # a field that a kernel does not hold whole, of which few points are read
+    if draw.random() < 0.004:  # a field that exceeds a kernel's buffer, with few points
         positions, heads, channels = draw.choice(((80_000, 4, 9), (300_000, 2, 9), (2_200_000, 1, 2)))
         batch, size = 1, tuple(round(positions ** (1 / axes)) + draw.randint(0, 9) for _ in range(axes))
         stride = tuple(max(1, s // draw.randint(2, {1: 300, 2: 20, 3: 6}[axes])) for s in size)
@@ -121,7 +121,7 @@ def deform_aggregate(draw: random.Random) -> Call:
         stride,
         padding,
         dilation,
-        # Powers of two: they leave points that lie on grid lines there, in float32 as in float64.
+        # With powers of two, points on grid lines stay there in float32 and in float64.
         offset_scale=draw.choice((1.0, 1.0, 2.0, 0.5, -0.25)),
         remove_center=all(k % 2 for k in kernel) and max(kernel) > 1 and draw.random() < 0.5,
         boundary=draw.choice(("zeros", "border")),
@@ -145,7 +145,7 @@ def ms_deform_attn(draw: random.Random) -> Call:
     points[draw.randrange(levels)] += 1
     batch, queries = draw.choice((0, 1, 1, 2, 3, 9)), draw.choice((0, 1, 2, 7, 33, 150))
     heads, channels = draw.choice((1, 2, 3, 8)), draw.choice((1, 2, 3, 5, 8, 16, 17, 32, 40))
-    if draw.random() < 0.004:  # a field that a kernel does not hold whole, of which few points are read
+    if draw.random() < 0.004:  # a field that exceeds a kernel's buffer, with few points
         positions, heads, channels = draw.choice(((80_000, 2, 32), (100_000, 4, 9), (100_000, 3, 16)))
         batch, sizes = 1, ((round(positions ** (1 / axes)),) * axes, *sizes[1:])
     case = Case(
@@ -168,7 +168,7 @@ def ms_deform_attn(draw: random.Random) -> Call:
 
 
 def deform_roi_pool(draw: random.Random) -> Call:
-    """A call of deformable RoI pooling, with adaptive counts of samples that stay small on images and volumes."""
+    """A call of deformable RoI pooling whose adaptive numbers of samples stay small on images and volumes."""
     from deformkit.ops.deform_roi_pool.cases import Case
 
     axes = draw.choice((1, 2, 2, 3))
@@ -178,7 +178,7 @@ def deform_roi_pool(draw: random.Random) -> Call:
 
     size, channels = each(1, {1: 60, 2: 14, 3: 6}[axes]), draw.choice((1, 2, 3, 5, 8, 16, 17, 32, 40))
     batch, rois = draw.choice((0, 1, 1, 2, 3, 9)), draw.choice((0, 1, 2, 7, 20))
-    if draw.random() < 0.004:  # a field that a kernel does not hold whole, of which few points are read
+    if draw.random() < 0.004:  # a field that exceeds a kernel's buffer, with few points
         positions, channels = draw.choice(((80_000, 36), (300_000, 18), (2_200_000, 2)))
         batch, size = 1, tuple(round(positions ** (1 / axes)) + draw.randint(0, 9) for _ in range(axes))
     case = Case(
@@ -203,8 +203,8 @@ def deform_roi_pool(draw: random.Random) -> Call:
         if dtype in (torch.float16, torch.bfloat16) and draw.random() < 0.5:
             named["offset"] = named["offset"].float()
         named["offset"] = sprinkle(draw, named["offset"], (*WILD, torch.nan) if undefined else WILD)
-    if undefined:  # as are lengths and shifts from infinity to infinity
-        # All on one side: between two of them a point may lie anywhere, and roundings say where.
+    if undefined:  # and so are infinite lengths and shifts
+        # All on one side: between two infinities a point may lie anywhere, as rounding decides.
         far = (torch.inf, torch.nan, 3e9, 1e30, 2.0**31, 2.0**63)[: None if case.sampling_ratio or axes == 1 else 2]
         sign = draw.choice((1, -1))
         named["rois"][:, 1:] = sprinkle(draw, named["rois"][:, 1:], tuple(sign * value for value in far))
@@ -242,7 +242,7 @@ def relayout(draw: random.Random, value: Any) -> Any:
 
 
 def spoil(draw: random.Random, args: list[Any]) -> list[Any]:
-    """Change a shape, or drop or add a step: what the operator has to refuse or to live with."""
+    """Change a shape, or drop or add a step. The operator has to refuse the call or to compute it correctly."""
     args = list(args)
     i = draw.choice([i for i, value in enumerate(args) if isinstance(value, Tensor | list)])
     if isinstance(args[i], list):
@@ -263,7 +263,7 @@ def spoil(draw: random.Random, args: list[Any]) -> list[Any]:
 
 
 def run_one(seed: int, compare: bool, refuse: bool = True) -> str:
-    """One random call; returns what became of it. Raises an AssertionError if a result is wrong."""
+    """Make one random call and return its outcome. Raises an AssertionError if a result is wrong."""
     from deformkit._testing import assert_close
     from deformkit.ops._library import operators
 
@@ -308,9 +308,9 @@ def run_one(seed: int, compare: bool, refuse: bool = True) -> str:
 def run(
     calls: int, seed: int = 0, compare_every: int = 5, progress: bool = False, refuse: bool = True
 ) -> dict[str, int]:
-    """Make ``calls`` random calls and count what became of them. The first wrong one raises, with its seed.
+    """Make ``calls`` random calls and count their outcomes. The first wrong result raises an error with its seed.
 
-    Without ``refuse`` none is a call that the operators have to refuse.
+    Without ``refuse``, all calls are valid.
     """
     counts: dict[str, int] = {}
     start = time.monotonic()
@@ -326,7 +326,7 @@ def run(
 
 
 def redirect(library: Path) -> None:
-    """Let deformkit load ``library`` in place of its own: two would register the same kernels."""
+    """Let deformkit load ``library`` in place of its own, because two libraries would register the same kernels."""
     load = torch.ops.load_library
     torch.ops.load_library = lambda _: load(str(library))
 

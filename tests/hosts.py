@@ -1,4 +1,4 @@
-"""What the tests of compat share: programs of other Pythons, and what every layer can do."""
+"""Helpers of the tests of compat: programs of other Pythons, and properties of every layer."""
 
 import copy
 import os
@@ -15,9 +15,9 @@ from deformkit._testing import assert_close, assert_equal
 
 
 def run_elsewhere(variable: str, program: str, calls: Any, folder: Path) -> Any:
-    """What ``program`` makes of ``calls``, run by the Python that an environment variable names.
+    """The results of ``program`` for ``calls``, computed by the Python that an environment variable names.
 
-    It is given two files: where the calls are, and where to save what comes of them.
+    The program gets two files: one with the calls, and one for the results.
     """
     torch.save(calls, folder / "calls.pt")
     (folder / "run.py").write_text(program)
@@ -31,7 +31,7 @@ def run_elsewhere(variable: str, program: str, calls: Any, folder: Path) -> Any:
 
 
 def assert_copied_compiled_and_halved(layer: nn.Module, arguments: list[Any]) -> None:
-    """Copies answer alike, compiled code too, with gradients; under autocast and in half precision it is finite."""
+    """Copies and compiled code give the same results and gradients; autocast and half precision give finite results."""
     expected = layer(*arguments)
     for other in (copy.deepcopy(layer), pickle.loads(pickle.dumps(layer))):
         assert_equal(other(*arguments), expected)

@@ -1,4 +1,4 @@
-"""Small C++ libraries of the tests, compiled as the kernels are."""
+"""Compiles small C++ libraries for tests like the kernels."""
 
 import os
 import shutil
@@ -13,7 +13,7 @@ TORCH = Path(torch.__file__).parent
 
 
 def compiled(name: str, folder: Path, *options: str) -> Path:
-    """``native/<name>.cpp`` as a shared library in ``folder``; skips where there is no compiler."""
+    """Compile ``native/<name>.cpp`` to a shared library in ``folder``; skip if there is no compiler."""
     compiler = os.environ.get("CXX") or shutil.which("c++") or shutil.which("g++") or shutil.which("clang++")
     if compiler is None:
         pytest.skip("no C++ compiler")

@@ -1,4 +1,4 @@
-"""What the tests of patch share."""
+"""Helpers of the tests of patch."""
 
 import importlib
 import importlib.util
@@ -16,7 +16,7 @@ SHAPES = [(6, 5), (3, 4)]
 
 
 class Ours(TorchDispatchMode):
-    """Counts the calls of our operators."""
+    """Counts the calls of the operators of deformkit."""
 
     def __init__(self) -> None:
         super().__init__()

@@ -1,4 +1,4 @@
-"""The most memory that this process has held since a moment."""
+"""The peak memory of this process since a moment."""
 
 from pathlib import Path
 
@@ -6,7 +6,7 @@ import pytest
 
 
 class Peak:
-    """The most memory, in MiB, that this process has held beyond what it held at the start."""
+    """The peak memory of this process in MiB, less its memory at the start."""
 
     def __init__(self) -> None:
         try:

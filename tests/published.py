@@ -1,4 +1,4 @@
-"""The formulas of host libraries that do not install here, in their own layouts, one tap after the other."""
+"""The formulas of host libraries that cannot be installed, in their own layouts, one tap after the other."""
 
 from collections.abc import Sequence
 
@@ -28,7 +28,7 @@ def modulated_conv(
     groups: int,
     deform_groups: int,
 ) -> Tensor:
-    """mmcv's and DCNv2's: channel ``2 * (group * taps + tap)`` of the offsets is along y, the next one along x."""
+    """The formula of mmcv and DCNv2: channel ``2 * (group * taps + tap)`` of the offsets is y, the next one x."""
     kernel_h, kernel_w = weight.shape[2:]
     taps = kernel_h * kernel_w
     rows, columns = offset.shape[2:]
@@ -61,7 +61,7 @@ def aggregate(
     offset_scale: float,
     remove_center: bool,
 ) -> Tensor:
-    """That of DCNv3 and DCNv4: channels last, taps column after column.
+    """The formula of DCNv3 and DCNv4, with channels last and taps in column-major order.
 
     ``offset [N, Hout, Wout, G, K, 2]`` are (x, y), ``mask [N, Hout, Wout, G, K]``.
     """

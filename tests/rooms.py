@@ -1,4 +1,4 @@
-"""Every operator and its cases, found by existing: a room is a package of deformkit.ops that has a ``cases`` module."""
+"""Finds every operator and its cases: a room is a package of deformkit.ops with a module ``cases``."""
 
 import importlib
 import pkgutil
@@ -22,7 +22,7 @@ WILD = ["nan", "inf", "-inf", 1e38, -1e38, 2.0**31, -(2.0**31), 2.0**63, -(2.0**
 
 @dataclass(frozen=True)
 class Call:
-    """One operator at one of its cases."""
+    """One operator with one of its cases."""
 
     operator: Operator
     case: Any
@@ -39,18 +39,18 @@ class Call:
         return self.operator.ordered(self.case.arguments(dtype=dtype, seed=seed))
 
     def backward_arguments(self, args: Sequence[Any]) -> list[Any]:
-        """Arguments of the backward operator, with all gradients that exist asked for."""
+        """The arguments of the backward operator, with all gradients requested."""
         output = self.operator(*args)
         grad = torch.randn(output.shape, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
         return [grad.to(output.dtype), *args, [args[i] is not None for i in self.operator.differentiable]]
 
     def positions(self, args: Sequence[Any]) -> list[int]:
-        """The arguments that have a gradient and are there."""
+        """The arguments that are given and have a gradient."""
         return [i for i in self.operator.differentiable if args[i] is not None]
 
 
 def check(call: Call, args: Sequence[Any]) -> None:
-    """Value and every gradient of the operator at ``args`` against the reference, by the tolerance rule."""
+    """Compare the value and every gradient of the operator at ``args`` with the reference, by the tolerance rule."""
     operator, positions, dtype = call.operator, call.positions(args), args[0].dtype
     actual, reference = (evaluate(function, args, positions, dtype) for function in (operator, operator.reference))
     truth = evaluate(operator.reference, double(args), positions, dtype)
@@ -60,7 +60,7 @@ def check(call: Call, args: Sequence[Any]) -> None:
 
 
 def check_bits(call: Call, args: Sequence[Any]) -> Tensor:
-    """The value at ``args``; fails unless it and every gradient have the same bits at any number of threads."""
+    """The value at ``args``. Fails unless it and every gradient are bit-identical for any number of threads."""
     found = []
     for threads in (1, 2, 3):
         torch.set_num_threads(threads)
@@ -73,7 +73,7 @@ def check_bits(call: Call, args: Sequence[Any]) -> Tensor:
 
 
 def check_survives(code: str) -> None:
-    """Run ``code``, which may try the coordinates ``wild``, in a process of its own: it may raise, but not crash."""
+    """Run ``code``, which may use the coordinates ``wild``, in a separate process: it may raise, but not crash."""
     head = f"import torch, deformkit as dk\ntorch.manual_seed(0)\nwild = [float(value) for value in {WILD}]\n"
     run = subprocess.run([sys.executable, "-c", f"{head}{code}\nprint('survived')"], capture_output=True, text=True)
     assert (run.returncode, run.stdout) == (0, "survived\n"), run.stderr
@@ -99,7 +99,7 @@ CALLS = _discover()
 
 
 def representatives(each_axes: bool = True) -> list[Call]:
-    """The first case of each operator, for each number of axes or for the first alone: where one call takes long."""
+    """The first case of each operator, for each number of axes or only for the first, for tests with slow calls."""
     first: dict[tuple[str, int], Call] = {}
     for call in CALLS:
         first.setdefault((call.operator.name, call.case.axes if each_axes else 0), call)
@@ -143,6 +143,6 @@ LAYOUTS = [_transposed, _channels_last, _strided, _reversed_order, _offset_stora
 
 
 def needs_kernel(name: str) -> pytest.MarkDecorator:
-    """For what a CPU kernel promises and the reference does not; that there is a kernel, the contract tests see to."""
+    """For properties of CPU kernels that the reference lacks. The contract tests verify that there is a kernel."""
     loaded = torch._C._dispatch_has_kernel_for_dispatch_key(f"deformkit::{name}", "CPU")
     return pytest.mark.skipif(not loaded, reason=f"{name} has no CPU kernel")

@@ -1,4 +1,4 @@
-"""Stand-ins for host libraries that cannot be installed beside a CPU torch: their names and formulas, our code.
+"""Stand-ins, with the same names and formulas, for host libraries that cannot be installed beside a CPU torch.
 
 Each source is executed as a module of the host's name. ``calls`` counts what the host itself computed.
 """
@@ -221,7 +221,7 @@ class MSDeformAttn(nn.Module):
 
 
 def install(monkeypatch: pytest.MonkeyPatch, *names: str) -> ModuleType:
-    """Let the modules ``names`` be importable, in this order, until the test ends; return the last of them."""
+    """Make the modules ``names`` importable, in this order, until the test ends; return the last one."""
     module = ModuleType("none")
     for name in names:
         parts = name.split(".")
@@ -236,7 +236,7 @@ def install(monkeypatch: pytest.MonkeyPatch, *names: str) -> ModuleType:
         module = sys.modules[name]
         module.__package__ = ".".join(parts[:-1]) if name in _LEAVES else name
         source, file = _PREAMBLE + SOURCES[name], f"<{name}>"
-        # TorchScript reads the source of a layer's class.
+        # TorchScript reads the source of the class of a layer.
         linecache.cache[file] = (len(source), None, source.splitlines(keepends=True), file)
         exec(compile(source, file, "exec"), vars(module))
     return module

@@ -1,4 +1,4 @@
-"""Timing of calls in turn."""
+"""Timing of interleaved calls."""
 
 from collections.abc import Callable
 
@@ -8,7 +8,7 @@ from deformkit._testing import timing
 
 
 class Clock:
-    """Time that passes only as the timed calls say, so that the test is exact."""
+    """A clock that only the timed calls advance, so that the test is exact."""
 
     def __init__(self) -> None:
         self.now, self.log = 0.0, []

@@ -1,4 +1,4 @@
-"""The benchmarks run; how fast is another matter."""
+"""The benchmarks run; their times are not tested."""
 
 import subprocess
 import sys
@@ -47,7 +47,7 @@ def test_all_operators(section: str) -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ["d_fine", "mask2former"])
 def test_models(name: str) -> None:
-    """One whose instances are patched, and one whose function is, for all models."""
+    """One model whose instances are patched, and one whose function is patched for all models."""
     pytest.importorskip("transformers")
     output = run("models", "--case", name)
     assert output.count(f"| {name} | 96 pixels | 6 |") == 2 and "nan" not in output

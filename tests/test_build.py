@@ -1,4 +1,4 @@
-"""Building from source: compilers, headers of the oldest torch, and the messages where something is missing."""
+"""Building from source: compilers, headers of the oldest torch, and messages about missing tools."""
 
 import os
 import shutil
@@ -17,7 +17,7 @@ COMPILER = os.environ.get("CXX") or shutil.which("c++") or shutil.which("g++") o
 
 @pytest.fixture(scope="module")
 def oldest_torch() -> Path:
-    """A folder with the headers of torch 2.10 in ``include``: what ``make headers`` fetched, or the running torch's."""
+    """A folder with headers in ``include``: of torch 2.10 from ``make headers``, or else of the running torch."""
     here = Path(torch.__file__).parent
     candidates = [Path(os.environ.get("DEFORMKIT_OLDEST_TORCH", "nowhere")), Path(sys.prefix) / "torch-2.10", here]
     for folder in candidates:
@@ -51,7 +51,7 @@ def configure(tmp_path: Path, *options: str, **environment: str) -> subprocess.C
 
 
 def words(text: str) -> str:
-    """CMake breaks lines where it likes."""
+    """Join the lines, because CMake wraps them."""
     return " ".join(text.split())
 
 
@@ -121,7 +121,7 @@ import deformkit_build
 
 
 def test_the_torch_around_an_isolated_build_is_found() -> None:
-    """As pip builds: the interpreter of the environment, with its packages out of reach (-S here)."""
+    """pip builds like this: with the interpreter of the environment, but without its packages (-S here)."""
     program = (
         "import importlib.util; assert importlib.util.find_spec('torch') is None\nprint(deformkit_build.find_torch())"
     )

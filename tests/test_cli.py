@@ -103,7 +103,7 @@ def test_a_wrong_or_failing_implementation_is_not_timed(monkeypatch: pytest.Monk
 
 @pytest.mark.parametrize("name", ["2d", "2d-v1"])
 def test_mmcv_is_called_with_its_own_signature(monkeypatch: pytest.MonkeyPatch, name: str) -> None:
-    """With our functions of its names and signatures in its place, as mmcv builds for few environments."""
+    """Functions of deformkit with the names and signatures of mmcv stand for mmcv, which few environments can build."""
     from deformkit.compat import mmcv
 
     monkeypatch.setitem(sys.modules, "mmcv", ModuleType("mmcv"))

@@ -1,4 +1,4 @@
-"""The tolerance rule itself: what it lets pass and what not."""
+"""The tolerance rule itself: the errors that it accepts and rejects."""
 
 import pytest
 import torch

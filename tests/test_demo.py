@@ -24,7 +24,7 @@ def test_both_networks_are_trained_and_a_picture_is_written(tmp_path: Path, caps
     for plain, deformable in results:
         assert (plain.name, deformable.name) == ("plain", "deformable")
         assert len(plain.losses) == len(deformable.losses) == 3
-        # Same images, same order, same weights, and offsets of zero: the first step cannot tell the two apart.
+        # With the same images, order and weights, and zero offsets, the first steps are equal.
         assert deformable.losses[0] == pytest.approx(plain.losses[0], rel=1e-4)
         for result in (plain, deformable):
             assert f"{100 * result.accuracy:.1f} %" in printed
@@ -77,7 +77,7 @@ def test_look_follows_a_constant_offset() -> None:
     model = demo.network(deformable=True)
     layers = [module for module in model if isinstance(module, PackedDeformConv2d)]
     image = torch.rand(1, demo.CANVAS, demo.CANVAS)
-    # Pixels of each layer's input are this many pixels of the image.
+    # The size of a pixel of each layer's input, in pixels of the image.
     for layer, pixel in zip(layers, (2, 2, 4), strict=True):
         with torch.no_grad():
             layer.offset_head.bias[0:18:2] = 0.5

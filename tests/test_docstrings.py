@@ -13,7 +13,7 @@ MODULES = ["deformkit", *(module.name for module in pkgutil.walk_packages(deform
 
 
 def importable(name: str) -> bool:
-    """Not the command line, which runs when it is imported, nor the Triton kernels where there is no Triton."""
+    """Exclude the command line, which runs when it is imported, and the Triton kernels if there is no Triton."""
     of_triton = ".ops." in name and ".gpu" in name
     return not name.endswith("__main__") and (find_spec("triton") is not None or not of_triton)
 

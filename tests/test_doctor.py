@@ -1,4 +1,4 @@
-"""The report of what runs here."""
+"""The report of ``deformkit doctor``."""
 
 import math
 import subprocess

@@ -1,5 +1,6 @@
 """Every block of Python in the README and in the documentation runs, page by page and in order."""
 
+import os
 import re
 from collections.abc import Callable, Iterator
 from importlib.util import find_spec
@@ -15,12 +16,14 @@ from deformkit import compat
 
 ROOT = Path(__file__).parents[1]
 BLOCKS = Sybil([PythonCodeBlockParser(), SkipParser()])
+# A line that prints, and its output in comments below it.
+PRINTED = re.compile(r"^print\(.*\)\n((?:# .*(?:\n|$))+)", re.MULTILINE)
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")), *sorted((ROOT / "docs").glob("*/*.md"))]
 
 
 def parsed(page: Path) -> Document:
     document = BLOCKS.parse(page)
-    # For the conditions of pages: <!-- skip: next if(missing("monai"), reason="needs MONAI") -->
+    # Used in the conditions of pages: <!-- skip: next if(missing("monai"), reason="needs MONAI") -->
     document.namespace["missing"] = lambda package: find_spec(package) is None
     return document
 
@@ -32,23 +35,40 @@ def examples() -> Iterator[object]:
 
 
 @pytest.fixture(scope="module", autouse=True)
-def _current() -> Iterator[list[Path]]:
-    """The page that runs now: what it installs is there for its next block, and gone for the next page."""
+def _current(tmp_path_factory: pytest.TempPathFactory) -> Iterator[list[Path]]:
+    """The current page: the shims that it installs stay for its next block, and are removed before the next page.
+
+    The pages run in a temporary folder, which receives the files that they write.
+    """
+    before = Path.cwd()
+    os.chdir(tmp_path_factory.mktemp("documents"))
     yield (current := [])
+    os.chdir(before)
     current.clear()
     compat.uninstall()
 
 
 @pytest.mark.parametrize(("page", "example"), list(examples()))
-def test_block_runs(page: Path, example: Example, _current: list[Path]) -> None:
+def test_block_runs(page: Path, example: Example, _current: list[Path], capsys: pytest.CaptureFixture[str]) -> None:
     if _current != [page]:
         compat.uninstall()
         _current[:] = [page]
     example.evaluate()
+    if printed := PRINTED.findall(str(example.parsed)):
+        words = [line.removeprefix("#").split() for lines in printed for line in lines.splitlines()]
+        assert capsys.readouterr().out.split() == [word for line in words for word in line]
+
+
+def test_pictures_exist() -> None:
+    """All but those that the build draws."""
+    shown = [page.parent / name for page in PAGES for name in re.findall(r"!\[[^\]]*\]\(([^)]+)\)", page.read_text())]
+    shown = [picture for picture in shown if "_generated" not in picture.parts]
+    assert len(shown) > 5
+    assert [picture for picture in shown if not picture.is_file()] == []
 
 
 def test_pages_with_blocks_are_found() -> None:
-    """A parser that finds nothing would let everything pass."""
+    """If the parser found nothing, every page would pass."""
     found = {page for page in PAGES if any(parsed(page).examples())}
     assert found == {page for page in PAGES if "\n```python\n" in page.read_text()}
 

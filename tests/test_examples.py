@@ -20,7 +20,7 @@ NEEDS = {
     "ultrasound_2d": ("matplotlib", "pydicom", "PIL"),
     "volume_3d": ("matplotlib",),
 }
-# Programs that the pages for newcomers refer to; all others are pages of the gallery.
+# Programs to which the pages about other libraries refer; all other examples are pages of the gallery.
 PROGRAMS = {"dc1d_readme", "deformops_readme"}
 
 
@@ -33,7 +33,7 @@ def test_example(
     path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     with warnings.catch_warnings():
-        # What other packages say of themselves when they are imported.
+        # Warnings of other packages about themselves when they are imported.
         warnings.simplefilter("ignore")
         for package in NEEDS.get(path.stem, ()):
             pytest.importorskip(package)

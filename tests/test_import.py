@@ -1,4 +1,4 @@
-"""What an import brings along, and what the package says about names that it has not."""
+"""The modules that an import loads, and the message for a missing name."""
 
 import subprocess
 import sys

@@ -17,7 +17,7 @@ from deformkit._kernels import ISAS, load, selection
 
 @pytest.fixture
 def loaded(monkeypatch: pytest.MonkeyPatch) -> list[str]:
-    """Names of the libraries that ``torch.ops.load_library`` was asked for; one whose file says so is broken."""
+    """The names of the libraries that ``torch.ops.load_library`` loads; the content of a file can make it fail."""
     names = []
 
     def load_library(path: Path) -> None:
@@ -83,7 +83,7 @@ def test_import_without_a_library_warns_once(tmp_path: Path) -> None:
     shutil.copytree(
         Path(deformkit.__file__).parent, tmp_path / "deformkit", ignore=shutil.ignore_patterns("*.so", "__pycache__")
     )
-    # -S: without it an editable install would put its own finder first.
+    # Without -S, an editable install would put its own finder first.
     program = f"""
 import sys
 sys.path[:0] = [{str(tmp_path)!r}, {str(Path(torch.__file__).parents[1])!r}]
@@ -126,7 +126,7 @@ def test_a_file_that_is_no_library(tmp_path: Path) -> None:
 
 
 def test_import_survives_a_broken_library(tmp_path: Path) -> None:
-    """With the package's directories replaced by one that holds a broken library."""
+    """Replace the directories of the package by one with a broken library."""
     make(tmp_path, list(ISAS), "not an ELF file")
     package = Path(deformkit.__file__).parent
     program = f"""

@@ -1,4 +1,4 @@
-"""``monitor`` measures what the layers sample, and names frequent mistakes; ``param_groups`` finds the offset heads."""
+"""``monitor`` measures samples and warns of common mistakes; ``param_groups`` finds the offset heads."""
 
 import warnings
 from collections.abc import Callable
@@ -44,7 +44,7 @@ def test_measurements() -> None:
     first, second = monitor.latest["0"], monitor.latest["2"]
     assert list(monitor.latest) == ["0", "2"] and monitor.step == 1 and monitor.first_nan is None
     assert first["offset_mean"] == first["offset_max"] == pytest.approx(5) and first["offset_std"] == 0
-    # Along h the taps begin at rows -1, 0, 1; moved by 3, those of 2, 3 and 4 of the 20 rows lie below the last.
+    # Along h the taps start at rows -1, 0 and 1; moved by 3, they leave the 20 rows for the last 2, 3 and 4.
     inside = sum((20 - h) * (30 - w) for h in (2, 3, 4) for w in (3, 4, 5)) / (9 * 20 * 30)
     assert first["outside"] == pytest.approx(1 - inside)
     assert first["dead_taps"] == 0 and first["mask_entropy"] == pytest.approx(1)

@@ -1,4 +1,4 @@
-"""Every Triton kernel, compiled for GPUs that need not be here, against the saved table of what it needs."""
+"""Every Triton kernel is compiled for GPUs that need not be present, and compared with the saved table of resources."""
 
 import json
 import os

@@ -1,4 +1,4 @@
-"""What a type checker sees of the package from a user's program."""
+"""The types that a type checker sees in a user's program."""
 
 import subprocess
 import sys
@@ -25,7 +25,7 @@ def run(images: torch.Tensor) -> torch.Tensor:
 
 @pytest.fixture(scope="module")
 def cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """What mypy knows of torch, which takes most of its time, for all programs."""
+    """The cache of mypy for all programs, because analysing torch takes most of the time."""
     return tmp_path_factory.mktemp("mypy")
 
 

@@ -1,4 +1,4 @@
-"""Two sides compared: what is found, what is said, and that nothing changes."""
+"""``verify`` finds and reports differences between two models, and changes neither."""
 
 import copy
 from collections.abc import Callable
@@ -172,7 +172,7 @@ def test_nothing_to_call() -> None:
         dk.verify(F.relu, None, torch.randn(2))
 
 
-# What it says
+# The report
 
 
 def said(function: Callable[..., Any], inputs: Any) -> str:
@@ -180,7 +180,7 @@ def said(function: Callable[..., Any], inputs: Any) -> str:
 
 
 def test_notes_count_points_at_minus_one() -> None:
-    # The first tap of a padded layer without offsets reads at -1 in the first row and column.
+    # The first tap of a padded layer without offsets samples at -1 in the first row and column.
     made = dk.nn.PackedDeformConv2d(2, 3, 3, padding=1)
     assert "16 of 36 points lie exactly at -1" not in said(layer(), torch.randn(1, 2, 2, 2))
     corner = sum((h == 0 and kh == 0) or (w == 0 and kw == 0) for h, w, kh, kw in PLACES)

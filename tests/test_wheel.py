@@ -1,4 +1,4 @@
-"""The wheel: one for every Python, and of use where there is no compiler."""
+"""The wheel supports every Python, and needs no compiler."""
 
 import os
 import platform
@@ -51,7 +51,7 @@ def test_the_types_are_in_it(wheel: Path) -> None:
 
 
 def test_its_description_stands_alone(wheel: Path) -> None:
-    """On an index page there is no repository around it for a relative link to lead to."""
+    """A relative link leads nowhere on the page of a package index."""
     with zipfile.ZipFile(wheel) as archive:
         (name,) = [name for name in archive.namelist() if name.endswith(".dist-info/METADATA")]
         metadata = Parser().parsestr(archive.read(name).decode())
@@ -63,7 +63,7 @@ def test_its_description_stands_alone(wheel: Path) -> None:
 
 @pytest.mark.skipif(platform.system() != "Linux" or platform.machine() != "x86_64", reason="about Linux on x86-64")
 def test_it_runs_on_the_systems_that_torch_runs_on(wheel: Path) -> None:
-    """torch's own wheels are manylinux_2_28. The extension says what a system must have, whoever compiled it."""
+    """The wheels of torch are manylinux_2_28. The library states its requirements, whoever compiled it."""
     pytest.importorskip("auditwheel", reason="needs auditwheel")
     done = subprocess.run([sys.executable, "-m", "auditwheel", "show", str(wheel)], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
@@ -81,7 +81,7 @@ def test_it_serves_without_a_compiler(wheel: Path, tmp_path: Path) -> None:
     subprocess.run([sys.executable, "-m", "venv", str(clean)], check=True)
     python = clean / "bin" / "python"
     subprocess.run([python, "-m", "pip", "install", "--quiet", "--no-index", "--no-deps", str(wheel)], check=True)
-    # torch is taken from where it is, behind the clean environment's own packages.
+    # The installed torch is used; the packages of the clean environment come first.
     site = subprocess.check_output([python, "-c", "import sysconfig; print(sysconfig.get_path('purelib'))"], text=True)
     (Path(site.strip()) / "torch_home.pth").write_text(str(Path(torch.__file__).parents[1]))
     environment = {"PATH": str(tmp_path), "HOME": os.environ.get("HOME", "")}

@@ -1,6 +1,6 @@
-"""The Triton kernels in the place of the C++ ones, so that what tests CPU tensors tests them.
+"""Runs the Triton kernels in place of the C++ ones, so that the tests with CPU tensors test them.
 
-Without a GPU Triton's interpreter runs them; with one, tensors go there, through the dispatcher, and back.
+Without a GPU the interpreter of Triton runs them; with one, tensors are copied to it and back.
 """
 
 import os
@@ -29,13 +29,13 @@ _UNINITIALISED = (
 
 
 def interpreting() -> bool:
-    """Whether the kernels of this process are for the interpreter."""
+    """Whether the kernels of this process run in the interpreter."""
     return os.environ.get("TRITON_INTERPRET") == "1"
 
 
 @contextmanager
 def instead_of_cpp() -> Iterator[None]:
-    """Within, every operator's Triton kernels answer calls with CPU tensors."""
+    """In this context, calls with CPU tensors use the Triton kernels of every operator."""
     answer = _interpreted if interpreting() else _on_cuda
     library = torch.library.Library(NAMESPACE, "IMPL")
     try:
@@ -52,7 +52,7 @@ def _interpreted(operator: Operator) -> Callable[..., Any]:
     launch = launcher(operator)
 
     def answer(*args: Any) -> Any:
-        # NumPy warns of what a GPU computes with: infinity times zero, NaN as an integer in a row that is masked.
+        # NumPy warns about operations that a GPU permits: infinity times zero, and NaN as an integer in a masked row.
         with numpy.errstate(all="ignore"), _Poisoned(), _patching_once():
             return launch(*args)
 
@@ -76,7 +76,7 @@ def _moved(value: Tensor) -> Tensor:
 
 
 class _Poisoned(TorchFunctionMode):
-    """Fills memory that a launcher asks for with NaN, as deterministic algorithms do: it shows where it is left."""
+    """Fills the memory of a launcher with NaN, as deterministic algorithms do, to show unwritten elements."""
 
     def __torch_function__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         result = function(*args, **(kwargs or {}))
@@ -86,7 +86,7 @@ class _Poisoned(TorchFunctionMode):
 
 
 def last_program_first() -> tuple[Any, str, Any]:
-    """What to set, and to what, for the interpreter to go through the programs of a kernel backwards."""
+    """The attributes and values that make the interpreter run the programs of a kernel in reverse order."""
     from triton.runtime.interpreter import interpreter_builder as builder
 
     forwards = builder.set_grid_idx
@@ -99,7 +99,7 @@ def last_program_first() -> tuple[Any, str, Any]:
 
 @contextmanager
 def _patching_once() -> Iterator[None]:
-    """Keep the interpreter from patching the language anew at each call of a function: half of its time."""
+    """Keep the interpreter from patching the language again in each call, which takes half of its time."""
     from triton.runtime import interpreter
 
     patch, modules, scopes = interpreter._patch_lang, set(), []

@@ -1,9 +1,6 @@
 """The command line: ``deformkit doctor | bench | demo | look``."""
 
 import json
-import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Annotated, Any
@@ -14,11 +11,9 @@ from rich.box import SIMPLE
 from rich.console import Console
 from rich.table import Column, Table
 
-from . import __version__, bench, demo, doctor, look
+from . import __version__, _progress, bench, demo, doctor, look
 from ._testing.cases import ROOMS, of_shape, operator
 from ._testing.rivals import EVERYONE, OURS, PLAIN, ours
-
-_SECONDS_BETWEEN_LINES = 5.0
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_show_locals=False)
 
@@ -38,28 +33,10 @@ def _options(
     """Deformable operators for PyTorch in one, two and three dimensions."""
 
 
-@contextmanager
-def _progress(noun: str) -> Iterator[Callable[[int, int], None]]:
-    """Report how much is done on standard error: in place on a terminal, else in a line every few seconds."""
-    console, last = Console(stderr=True), time.monotonic()
-
-    def line(done: int, total: int) -> None:
-        nonlocal last
-        if time.monotonic() - last >= _SECONDS_BETWEEN_LINES:
-            last = time.monotonic()
-            console.print(f"{done} of {total} {noun}")
-
-    if not console.is_terminal:
-        yield line
-        return
-    with console.status(noun) as status:
-        yield lambda done, total: status.update(f"{done} of {total} {noun}")
-
-
 @app.command("doctor")
 def _doctor() -> None:
     """Show which kernels are in use and verify their results, as a text to paste into a bug report."""
-    with _progress("checks") as progress:
+    with _progress.counting("checks") as progress:
         diagnosis = doctor.diagnose(progress)
     print(diagnosis.text)
     raise typer.Exit(not diagnosis.healthy)
@@ -118,7 +95,7 @@ def _bench(
         Console(stderr=True).print(f"[yellow]warning:[/yellow] {warning}", soft_wrap=True)
     passes = bench.PASSES if backward else bench.PASSES[:1]
     document: dict[str, Any] = {**bench.origin(), "device": device, "dtype": dtype, "rows": []}
-    with _progress("timings") as progress:
+    with _progress.counting("timings") as progress:
         progress(0, total := len(cases) * len(passes))
         options: dict[str, Any] = {"dtype": _DTYPES[dtype], "device": device, "passes": passes, "least": 1}
         for row in bench.rows(cases, names, seconds, **options):

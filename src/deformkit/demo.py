@@ -3,7 +3,6 @@
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
-from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
 from statistics import mean, stdev
@@ -295,6 +294,8 @@ def main(
 
     from rich.console import Console
 
+    from ._progress import training
+
     console = Console()
     console.print(
         "Scanned digits, warped at random: a small network with plain and with deformable layers. Both start from the "
@@ -302,7 +303,7 @@ def main(
         f"Seeds: {seeds}. Threads: {torch.get_num_threads()}."
     )
     results: list[list[Result]] = []
-    with torch.random.fork_rng(devices=[]), _progress(console) as progress:
+    with torch.random.fork_rng(devices=[]), training(console) as begin:
         for seed in range(seeds):
             data = load_digits(seed)
             count = steps or epochs * (len(data.train_images) // BATCH)
@@ -310,8 +311,7 @@ def main(
             for name in ("plain", "deformable"):
                 torch.manual_seed(seed)
                 result = Result(name, network(name == "deformable"))
-                task = progress.add_task(f"seed {seed}  {name}", total=count, loss=float("nan"))
-                train(result, data, seed, count, partial(_advance, progress, task))
+                train(result, data, seed, count, begin(f"seed {seed}  {name}", count))
                 pair.append(result)
             results.append(pair)
     console.print(_table(results))
@@ -325,25 +325,6 @@ def main(
     picture(looks, out, "Where the network with deformable layers looks: warped test digits it was not trained on")
     console.print(f"Where the deformable network looks: {out}", soft_wrap=True)
     return results
-
-
-def _progress(console: Any) -> Any:
-    from rich.progress import (
-        BarColumn,
-        MofNCompleteColumn,
-        Progress,
-        TextColumn,
-        TimeElapsedColumn,
-        TimeRemainingColumn,
-    )
-
-    loss = TextColumn("loss {task.fields[loss]:.3f}")
-    columns = (TextColumn("{task.description:<19}"), BarColumn(), MofNCompleteColumn(), loss)
-    return Progress(*columns, TimeElapsedColumn(), TimeRemainingColumn(), console=console)
-
-
-def _advance(progress: Any, task: Any, loss: float) -> None:
-    progress.update(task, advance=1, loss=loss)
 
 
 def _table(results: list[list[Result]]) -> Any:

@@ -1,9 +1,8 @@
 """``deformkit look``: where a small network with deformable layers looks in a picture of one's own."""
 
-from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import torch
 import typer
@@ -106,12 +105,13 @@ def as_digit(picture: Tensor, size: int) -> Tensor:
     return F.interpolate(grey.unsqueeze(0), target, mode="bilinear", antialias=True)[0]
 
 
-def _trained(epochs: int, console: object) -> torch.nn.Sequential:
+def _trained(epochs: int, console: Any) -> torch.nn.Sequential:
+    from ._progress import training
+
     data = demo.load_digits(0)
     steps = epochs * (len(data.train_images) // demo.BATCH)
-    with torch.random.fork_rng(devices=[]), demo._progress(console) as progress:
+    with torch.random.fork_rng(devices=[]), training(console) as begin:
         torch.manual_seed(0)
         result = demo.Result("deformable", demo.network(True))
-        task = progress.add_task("training on digits", total=steps, loss=float("nan"))
-        demo.train(result, data, 0, steps, partial(demo._advance, progress, task))
+        demo.train(result, data, 0, steps, begin("training on digits", steps))
     return result.network.eval()

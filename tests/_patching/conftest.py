@@ -1,4 +1,4 @@
-"""Nothing stays replaced, and the models of the benchmarks."""
+"""Fixtures of the tests of patch: models of the benchmarks, and a check that nothing stays replaced."""
 
 import importlib
 import importlib.util
@@ -29,7 +29,7 @@ def zoo() -> ModuleType:
 
 @pytest.fixture(autouse=True)
 def _one_thread() -> None:
-    # Layers as small as these mostly wait for their threads, on a busy machine long.
+    # Such small layers spend most of their time waiting for threads, which is long on a busy machine.
     torch.set_num_threads(1)
 
 

@@ -1,4 +1,4 @@
-"""Patching other hosts: themselves where somebody has them, and stand-ins with their names and formulas."""
+"""Patching other hosts: the hosts themselves if they are installed, and stand-ins with their names and formulas."""
 
 import copy
 import pickle
@@ -16,7 +16,7 @@ from torch import Tensor, nn
 import deformkit as dk
 from deformkit._testing import assert_close, assert_equal
 
-# Other hosts themselves, where somebody has them
+# Other hosts, if they are installed
 
 
 def test_model_of_ultralytics() -> None:
@@ -43,7 +43,7 @@ def assert_same_in_float64(model: nn.Module, pixels: Tensor, outputs: Callable[[
     torch.testing.assert_close(actual, expected, rtol=1e-12, atol=1e-12)
 
 
-# Stand-ins of other hosts: their names and formulas, our code
+# Stand-ins with the names and formulas of other hosts
 
 
 def attention_arguments(merged: bool = False) -> tuple[Tensor, Tensor, Tensor]:
@@ -56,7 +56,7 @@ def attention_arguments(merged: bool = False) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def check(model: nn.Module, inputs: tuple[Any, ...], host: ModuleType, operator: str) -> dk._patching.Patch:
-    """A patched model gives what the host gives, without calling it, and is restored."""
+    """A patched model gives the result of the host without calling it, and is restored."""
     original = copy.deepcopy(model)
     with torch.no_grad():
         reference, truth = model(*inputs), copy.deepcopy(model).double()(*doubled(inputs))
@@ -112,7 +112,7 @@ def test_torchvision_function_by_every_name(monkeypatch: pytest.MonkeyPatch) -> 
 
 @pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning")
 def test_torchvision_in_torchscript(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A patched layer, and a network in whose file the function was replaced under its name."""
+    """A patched layer, and a network whose file had the function replaced by name."""
     stand_ins.install(monkeypatch, "torchvision.ops.deform_conv", "torchvision.ops")
     host = sys.modules["torchvision.ops.deform_conv"]
     inputs = (torch.randn(2, 4, 9, 8), torch.randn(2, 18, 9, 8), torch.rand(2, 9, 9, 8))

@@ -18,13 +18,13 @@ pytestmark = [
     pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning"),
     pytest.mark.filterwarnings("ignore::DeprecationWarning"),
     pytest.mark.filterwarnings("ignore::FutureWarning"),
-    # What the exporters say of themselves.
+    # Warnings of the exporters about their own code.
     pytest.mark.filterwarnings("ignore:(?s).*(ONNX|onnx|Constant folding|constants in the trace)"),
 ]
 
 
 class OfTensors(nn.Module):
-    """A layer that is given tensors alone, as an exporter wants it, and gives one."""
+    """A layer that takes only tensors, as an exporter requires, and returns one."""
 
     def __init__(self, layer: nn.Module, names: list[str], rest: dict[str, Any]) -> None:
         super().__init__()
@@ -36,7 +36,7 @@ class OfTensors(nn.Module):
 
 
 def check(layer: nn.Module, arguments: dict[str, Any], dynamo: bool, path: Path) -> None:
-    """The patched layer gives a graph of standard operators, which computes what the layer does."""
+    """The patched layer exports to a graph of standard operators with the same results."""
     if dynamo:
         pytest.importorskip("onnxscript")
     names = [name for name, value in arguments.items() if isinstance(value, Tensor) and value.is_floating_point()]

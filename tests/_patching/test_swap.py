@@ -1,4 +1,4 @@
-"""Swapping parts and putting them back: copies, names that models share, what others changed, what is refused."""
+"""Swapping parts and restoring them: copies, names that models share, changes by others, and refused models."""
 
 import copy
 import gc
@@ -121,7 +121,7 @@ def test_shared_function_comes_back_when_the_last_model_ends() -> None:
 
 
 def test_model_that_ends_while_another_is_patched() -> None:
-    """Neither keeps the other from being what it is."""
+    """Two patched models do not affect each other."""
     one, (other, arguments) = attention("rt_detr_v2")[0], attention("rt_detr_v2")
     module = sys.modules[type(one).__module__]
     original = module.multi_scale_deformable_attention_v2
@@ -144,7 +144,7 @@ def test_model_that_ends_while_another_is_patched() -> None:
 
 
 def test_threads() -> None:
-    """Each is told of its own model, and nothing stays replaced."""
+    """Each caller hears about its own model, and nothing stays replaced."""
     made = [attention(model_type)[0] for model_type in ("rt_detr_v2", "mask2former") * 8]
     modules = [sys.modules[type(model).__module__] for model in made[:2]]
     names = ("multi_scale_deformable_attention_v2", "multi_scale_deformable_attention")
@@ -207,7 +207,7 @@ def test_hooks_of_the_core_see_its_inputs() -> None:
 
 @pytest.mark.parametrize("model_type", ["deformable_detr", "mask2former"])
 def test_layer_of_another_release_is_not_replaced(model_type: str) -> None:
-    """One whose forward takes what ours does not know: its core, a layer or a function, is replaced all the same."""
+    """A layer whose forward takes unknown arguments: its core, a layer or a function, is still replaced."""
     host, arguments = attention(model_type)
     base: Any = type(host)
 
@@ -223,7 +223,7 @@ def test_layer_of_another_release_is_not_replaced(model_type: str) -> None:
     dk.unpatch(host)
 
 
-# What it refuses, and what it leaves alone
+# Refused models, and parts that are left alone
 
 
 @pytest.mark.parametrize("maker", ["torch.compile", "torch.jit.script", "torch.fx"])

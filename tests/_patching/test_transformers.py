@@ -65,9 +65,9 @@ def test_model_of_transformers(zoo: ModuleType, name: str) -> None:
 
 @contextmanager
 def deciding(model: nn.Module, decide: Callable[[Tensor], Tensor]) -> Iterator[None]:
-    """Give the model, for each mask that it makes by a threshold to attend by, the one that ``decide`` makes of it.
+    """Replace each attention mask that the model computes by a threshold with the result of ``decide``.
 
-    Rounding decides where a value lies at the threshold; what follows is then another computation.
+    If a value lies at the threshold, rounding decides, and everything after it differs.
     """
 
     def decided(made: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
@@ -108,7 +108,7 @@ def test_training_step(zoo: ModuleType) -> None:
         assert_close(value, truth[key], reference[key], key)
 
 
-# The layers of transformers that hold the three interfaces
+# The layers of transformers with the three interfaces
 
 
 def test_gradients(layer: tuple[nn.Module, dict[str, Any]]) -> None:
@@ -163,7 +163,7 @@ def test_autocast(layer: tuple[nn.Module, dict[str, Any]], half: torch.dtype) ->
 
 
 def test_half_model(layer: tuple[nn.Module, dict[str, Any]], request: pytest.FixtureRequest) -> None:
-    """Locations come in the model's dtype; the operator takes float32."""
+    """The locations have the model's dtype; the operator takes float32."""
     host, arguments = layer
     half = torch.bfloat16
     low = tree_map(lambda v: v.to(half) if isinstance(v, Tensor) and v.is_floating_point() else v, arguments)
@@ -178,7 +178,7 @@ def test_half_model(layer: tuple[nn.Module, dict[str, Any]], request: pytest.Fix
 
 @pytest.mark.parametrize("model_type", LAYERS)
 def test_gradient_of_one_image_through_batch_norm(model_type: str) -> None:
-    """Which torch gets wrong on a CPU for some layouts of the gradient; those of the host have to stay."""
+    """torch computes this wrongly on a CPU for some layouts of the gradient; the layouts of the host have to stay."""
     host, arguments = attention(model_type)
     arguments = {name: value[:1] if name in ONE_IMAGE else value for name, value in arguments.items()}
     maps = [torch.randn(1, 16, *size) for size in SHAPES]
@@ -221,7 +221,7 @@ DETR_LIKE = (
 
 
 def whole_layer(model_type: str) -> nn.Module:
-    """A small layer of the kind that is replaced as a whole."""
+    """A small layer of a class that is replaced as a whole."""
     module = importlib.import_module(f"transformers.models.{model_type}.modeling_{model_type}")
     (cls,) = (value for name, value in vars(module).items() if name.endswith("MultiscaleDeformableAttention"))
     if model_type in DETR_LIKE:

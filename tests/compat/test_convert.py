@@ -1,4 +1,4 @@
-"""Converted state-dicts: what the converted layer computes is what the published one did."""
+"""Converted state-dicts: the converted layer computes the same as the published one."""
 
 from typing import Any
 
@@ -47,7 +47,7 @@ def test_mmcv(pack: str, groups: int) -> None:
 @packs
 @pytest.mark.parametrize("head", ["conv2.conv_offset", "conv2.conv_offset_mask", "conv2_offset"])
 def test_mmcv_within_a_network_and_by_older_names(pack: str, head: str) -> None:
-    """The layers of DCNv2, and those of mmcv before version 2, called their head otherwise; the rest stays."""
+    """In DCNv2, and in mmcv before version 2, the head has another name; the other names are equal."""
     network = nn.ModuleDict({"conv1": nn.Conv2d(3, 8, 3), "conv2": published(pack)})
     state = {name.replace("conv2.conv_offset", head): value for name, value in network.state_dict().items()}
     before = {name: value.clone() for name, value in state.items()}
@@ -67,7 +67,7 @@ def test_half_weights_are_not_rounded(pack: str) -> None:
 
 
 class ByHand(nn.Module):
-    """As many programs pack torchvision's function: one plain convolution for each thing to predict."""
+    """Many programs pack torchvision's function like this, with one plain convolution for each prediction."""
 
     def __init__(self, modulated: bool, factor: float) -> None:
         super().__init__()

@@ -1,4 +1,4 @@
-"""The layers and functions of compat.dc1d beside those of dc1d itself."""
+"""The layers and functions of compat.dc1d are compared with those of dc1d."""
 
 import copy
 import random
@@ -19,18 +19,18 @@ theirs_ops = pytest.importorskip("dc1d.ops")
 LENGTH = 19
 NAMES = ("input", "offsets", "mask")
 
-# torch says so of its own convolution, by which both predict offsets.
+# torch warns so about its own convolution, with which both predict offsets.
 pytestmark = pytest.mark.filterwarnings("ignore:Using padding='same' with even kernel lengths:UserWarning")
 
 
 @pytest.fixture(autouse=True)
 def _one_thread() -> None:
-    # Layers as small as these mostly wait for their threads, on a busy machine long.
+    # Such small layers spend most of their time waiting for threads, which is long on a busy machine.
     torch.set_num_threads(1)
 
 
 def layer_options(seed: int) -> dict[str, Any]:
-    """The arguments of a layer with four channels, at random."""
+    """Random arguments of a layer with four channels."""
     draw = random.Random(seed)
     padding = draw.choice(["same", "valid", 0, 1, 3])
     return {
@@ -48,7 +48,7 @@ def layer_options(seed: int) -> dict[str, Any]:
 
 
 def pair(name: str, dtype: torch.dtype = torch.float64, **options: Any) -> tuple[nn.Module, nn.Module]:
-    """Our layer and theirs with the same random parameters."""
+    """Our layer and the layer of dc1d, with the same random parameters."""
     one, other = getattr(ours, name)(**options).to(dtype), getattr(theirs, name)(**options).to(dtype)
     for parameter in other.parameters():
         nn.init.normal_(parameter)
@@ -59,7 +59,7 @@ def pair(name: str, dtype: torch.dtype = torch.float64, **options: Any) -> tuple
 def run(layer: nn.Module, arguments: list[Tensor], parameters: dict[str, Tensor]) -> dict[str, Tensor]:
     """Output and gradients of all arguments, by name, and of all parameters together.
 
-    Together, since single ones may be zero but for rounding: a slope before a norm where all activations are negative.
+    Together, because a single one may be zero up to rounding, as a slope before a norm if all activations are negative.
     """
 
     def call(*values: Tensor) -> Tensor:
@@ -74,7 +74,7 @@ def run(layer: nn.Module, arguments: list[Tensor], parameters: dict[str, Tensor]
 
 
 def check(one: nn.Module, other: nn.Module, arguments: list[Tensor]) -> None:
-    """Our values and gradients against theirs in float64; in a lower dtype, they may be as far off as theirs are."""
+    """Our values and gradients against theirs in float64; in a lower dtype, the error may be as large as theirs."""
     parameters = {name: parameter.detach() for name, parameter in one.named_parameters()}
     wide = copy.deepcopy(other).double()
     truth = run(wide, [a.double() for a in arguments], {n: p.double() for n, p in parameters.items()})
@@ -172,7 +172,7 @@ def test_functions(
     x = torch.randn(2, 4, LENGTH, dtype=torch.float32)
     offsets = 2 * torch.randn(2, groups, size, kernel_size, dtype=torch.float32)
     window = {"kernel_size": kernel_size, "dilation": dilation, "stride": stride, **options}
-    # Two of theirs hold the positions of taps in float32 whatever their arguments are in.
+    # Two of their functions compute the positions of taps in float32 for any dtype of the arguments.
     actual, reference, truth = (
         evaluate(lambda x, o, f=f: f(x, o, **window), [x.to(dtype), offsets.to(dtype)], [0, 1], torch.float32)
         for f, dtype in (
@@ -219,7 +219,7 @@ def test_sampling_locations_are_where_the_layer_reads(padding_mode: str, unconst
     layer = ours.DeformConv1d(
         1, 1, 3, 2, 2, 2, padding_mode=padding_mode, bias=False, unconstrained=unconstrained
     ).double()
-    # A straight line reads at a point the point itself, as long as all of the window is in the input.
+    # A sample of a linear ramp is the position itself, as long as the whole window is in the input.
     line = torch.arange(40.0, dtype=torch.float64).reshape(1, 1, -1)
     offsets = torch.randn(1, 1, layer.expected_offset_positions(40), 3, dtype=torch.float64)
     locations = layer.sampling_locations(offsets)
@@ -250,7 +250,7 @@ def test_offsets_may_be_in_another_precision_than_the_input() -> None:
     layer = ours.DeformConv1d(4, 6, 3, dilation=100)
     input, offsets = torch.randn(2, 4, 210), (8 * torch.randn(2, 1, 10, 3)).bfloat16()
     expected = layer(input, offsets.float())
-    # A tap at 100.3 is one at 100.5 in bfloat16: its place in the window must not be computed in it.
+    # bfloat16 rounds the position 100.3 to 100.5, so positions in the window must not be computed in it.
     assert_equal(layer(input, offsets), expected)
     assert_equal(layer(input, offsets.double()), expected)
     layer.double()
@@ -311,7 +311,7 @@ def test_functions_refuse_by_name() -> None:
 
 @pytest.mark.parametrize("packed", [False, True])
 def test_what_a_layer_shows_of_itself(packed: bool) -> None:
-    """Numbers, and a buffer that moves with it, as theirs."""
+    """The attributes are numbers, and a buffer moves with the layer, as in dc1d."""
     name = "PackedDeformConv1d" if packed else "DeformConv1d"
     one, other = (
         getattr(host, name)(4, 6, [3], (2,), 1, [4]) if host is ours else getattr(host, name)(4, 6, 3, 2, 1, 4)
@@ -335,7 +335,7 @@ def test_what_a_layer_shows_of_itself(packed: bool) -> None:
 
 @pytest.mark.parametrize(("name", "options"), CALLS, ids=lambda value: str(value))
 def test_functions_take_numbers_in_sequences(name: str, options: dict[str, Any]) -> None:
-    """As a layer of torch has them."""
+    """The attributes are those of a layer of torch."""
     x, offsets, function = torch.rand(2, 4, 10), torch.rand(2, 1, 3, 3), getattr(ours.ops, name)
     assert_equal(function(x, offsets, (3,), [2], (2,), **options), function(x, offsets, 3, 2, 2, **options))
     assert ours.ops.output_length(10, (3,), [2], (2,)) == 3

@@ -1,4 +1,4 @@
-"""Names of Deformable DETR against the port of its layer and its core in transformers."""
+"""The names of Deformable DETR are compared with the ports of its layer and its function in transformers."""
 
 from types import SimpleNamespace
 from typing import Any
@@ -18,12 +18,12 @@ STARTS = torch.tensor([0, 35])
 
 
 def published(value: Tensor, shapes: Tensor, starts: Tensor, locations: Tensor, weights: Tensor) -> Tensor:
-    """The core that transformers has."""
+    """The function of transformers."""
     return modeling.MultiScaleDeformableAttention()(value, shapes, shapes.tolist(), starts, locations, weights, 64)
 
 
 def call(seed: int) -> dict[str, Any]:
-    """A random call by name, in float64."""
+    """The arguments of a random call, by name, in float64."""
     case = drawn.attention(seed)
     named = case.arguments(torch.float64, seed=seed)
     form = (len(case.sizes), case.points[0])
@@ -50,7 +50,7 @@ def functions() -> dict[str, Any]:
 @pytest.mark.parametrize("seed", range(10))
 @pytest.mark.parametrize("name", functions())
 def test_functions(name: str, seed: int) -> None:
-    """Values and every gradient."""
+    """Compare values and every gradient."""
     given = list(call(seed).values())
     expected = evaluate(published, given, [0, 3, 4], torch.float64)
     for result, *pair in zip(
@@ -64,7 +64,7 @@ def test_functions(name: str, seed: int) -> None:
 
 @pytest.mark.parametrize("coordinates", [2, 4], ids=["points", "boxes"])
 def test_the_layer(coordinates: int) -> None:
-    """The state-dict is that of the port, and so are the output and the gradient of every parameter."""
+    """The state-dict, the output and the gradient of every parameter are those of the port."""
     theirs = modeling.DeformableDetrMultiscaleDeformableAttention(
         SimpleNamespace(d_model=24, num_feature_levels=2, disable_custom_kernels=True), 3, 2
     ).double()
@@ -93,7 +93,7 @@ def test_the_layer(coordinates: int) -> None:
 
 
 def test_a_transformer_that_resets_its_layers() -> None:
-    """As that of Deformable DETR does after it has drawn every parameter anew."""
+    """Deformable DETR does the same after it has drawn every parameter anew."""
     layer = compat.MSDeformAttn(8, 2, 2, 3)
     start = {name: value.clone() for name, value in layer.state_dict().items()}
     for parameter in layer.parameters():
@@ -115,7 +115,7 @@ def test_half_locations_are_read_as_float32(half: torch.dtype) -> None:
 
 
 def test_autocast() -> None:
-    """What reaches the function under autocast: a half value, and weights from a softmax in float32."""
+    """Under autocast the function gets a half-precision value, and weights from a softmax in float32."""
     layer = compat.MSDeformAttn(16, n_levels=2, n_heads=2)
     call = (torch.randn(1, 4, 16), torch.rand(1, 4, 2, 2), torch.randn(1, 47, 16), SHAPES, STARTS)
     with torch.autocast("cpu", torch.bfloat16):

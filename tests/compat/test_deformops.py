@@ -1,4 +1,4 @@
-"""The layers of compat.deformops beside their formulas, and beside deformops itself where there is a Python with it."""
+"""The layers of compat.deformops are compared with their formulas, and with deformops if a Python has it."""
 
 import copy
 import os
@@ -20,7 +20,7 @@ from deformkit.compat.deformops.v3 import nn as v3
 
 @pytest.fixture(autouse=True)
 def _one_thread() -> None:
-    # Layers as small as these mostly wait for their threads, on a busy machine long.
+    # Such small layers spend most of their time waiting for threads, which is long on a busy machine.
     torch.set_num_threads(1)
 
 
@@ -47,14 +47,14 @@ def gradients(function: Callable[..., Tensor], layer: nn.Module, inputs: Sequenc
 
 
 def check(function: Callable[..., Tensor], layer: nn.Module, inputs: Sequence[Tensor]) -> None:
-    """The layer against what ``function`` makes of its parameters."""
+    """Compare the layer with ``function`` of its parameters."""
     actual, expected = gradients(layer, layer, inputs), gradients(function, layer, inputs)
     for name, value in expected.items():
         assert_close(actual[name], value, name=name)
 
 
 def aggregated(value: Tensor, offset: Tensor, mask: Tensor, window: dict[str, Any]) -> Tensor:
-    """What the published layers compute: taps column after column, offsets as (x, y).
+    """The formula of the published layers, with taps in column-major order and offsets as (x, y).
 
     Args:
         value: ``[N, H, W, C]``.
@@ -178,7 +178,7 @@ def test_points_are_given_in_the_order_of_the_operator() -> None:
     with torch.no_grad():
         layer.offset_pointwise.bias.copy_(torch.arange(48.0))
     offset, mask = layer.predict(torch.zeros(1, 8, 5, 6))
-    # The second tap of a row is the fourth of a column, whose offset along y comes second.
+    # The second tap in row-major order is the fourth in column-major order; its offset along y comes second.
     assert offset[0, 0, 0, 1, 1].tolist() == [24 + 2 * 3 + 1, 24 + 2 * 3]
     assert mask[0, 0, 0, 1].tolist() == [24 + 16 + tap for tap in (0, 3, 5, 1, 6, 2, 4, 7)]
     locations = layer.sampling_locations(torch.zeros_like(offset))
@@ -413,7 +413,7 @@ for name, options, state, inputs, cotangent in torch.load(sys.argv[1]):
 torch.save(results, sys.argv[2])
 """
 
-# Theirs wants a multiple of 16 channels in each group, and a power of two in each head.
+# deformops needs a multiple of 16 channels in each group, and a power of two in each head.
 RIVAL_WINDOWS = [
     {},
     {"kernel_size": 5, "groups": 2, "spread": 1.5},

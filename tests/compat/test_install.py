@@ -1,4 +1,4 @@
-"""Import shims: what old programs import computes the published formulas, and no real module is replaced unasked."""
+"""Import shims: modules for old programs compute the published formulas and replace no real module unasked."""
 
 import importlib
 import subprocess
@@ -24,7 +24,7 @@ NAMES = ("MultiScaleDeformableAttention", "groundingdino._C", "DCNv3", "DCNv4", 
 
 @pytest.fixture(autouse=True)
 def _clean() -> Iterator[None]:
-    """Nothing installed, before and after."""
+    """Check that no shim is installed before and after."""
     compat.uninstall()
     before = set(sys.modules)
     yield
@@ -35,13 +35,13 @@ def _clean() -> Iterator[None]:
 
 
 def found(name: str) -> ModuleType:
-    """The module that deformkit puts behind a name."""
+    """The module that deformkit installs under a name."""
     assert compat.install(name) == (name,)
     return importlib.import_module(name)
 
 
 def as_function(forward: Callable[..., Tensor], backward: Callable[..., Any]) -> Any:
-    """How old programs use such a module: its two functions in an autograd.Function, called with tensors alone."""
+    """Old programs use such a module like this: its two functions in an autograd.Function, called with tensors only."""
 
     class Function(torch.autograd.Function):
         @staticmethod
@@ -58,7 +58,7 @@ def as_function(forward: Callable[..., Tensor], backward: Callable[..., Any]) ->
 
 
 def compare(ours: Any, theirs: Any, tensors: list[Tensor]) -> None:
-    """Value and every gradient."""
+    """Compare the value and every gradient."""
     results = [evaluate(function, tensors, range(len(tensors)), torch.float64) for function in (ours, theirs)]
     for number, pair in enumerate(zip(*results, strict=True)):
         assert pair[1].any()
@@ -90,7 +90,7 @@ def test_attention(name: str, seed: int) -> None:
 
 @dataclass
 class Aggregation:
-    """A random call of DCNv3 or DCNv4: the numbers that both take; the field, the offsets and weights of each tap."""
+    """A random call of DCNv3 or DCNv4: the numbers that both take, the field, and the offset and weight of each tap."""
 
     seed: int
     softmax: bool = False
@@ -109,7 +109,7 @@ class Aggregation:
         self.mask = torch.randn(case.batch, *out, self.group, taps).double()
 
     def published(self, input: Tensor, offset: Tensor, mask: Tensor) -> Tensor:
-        """The formula, for offsets and weights that are flat or not."""
+        """The formula, for flat offsets and weights and for others."""
         mask = mask.reshape(self.mask.shape)
         mask = mask.softmax(-1) if self.softmax else mask
         rest = (self.group, self.scale, self.remove_center)
@@ -134,7 +134,7 @@ def test_dcnv3(seed: int) -> None:
 @pytest.mark.parametrize("softmax", [False, True])
 @pytest.mark.parametrize("seed", range(6))
 def test_dcnv4(seed: int, softmax: bool) -> None:
-    """Offsets and weights in one tensor, with unused channels behind them."""
+    """Offsets and weights in one tensor, followed by unused channels."""
     module, call = found("DCNv4"), Aggregation(seed, softmax)
     offsets = call.mask.shape[-1] * 2
     packed = torch.cat([call.offset.flatten(-2), call.mask], -1).flatten(3)
@@ -160,7 +160,7 @@ def test_dcnv4(seed: int, softmax: bool) -> None:
 
 
 def test_the_layer_of_dcnv4() -> None:
-    """It takes a published state-dict as it is; :class:`deformkit.nn.DCNv4` takes it converted."""
+    """The layer loads a published state-dict as it is; :class:`deformkit.nn.DCNv4` needs a converted one."""
     found("DCNv4")
     from DCNv4.modules.dcnv4 import DCNv4  # type: ignore[import-not-found]
 
@@ -178,7 +178,7 @@ def test_the_layer_of_dcnv4() -> None:
 
 
 def test_the_layer_of_dcnv4_in_a_network_that_resets_it() -> None:
-    """As FlashInternImage does with each layer of the class that it finds by a name in the package."""
+    """FlashInternImage does this with each layer of a class that it looks up by name in the package."""
     module = found("DCNv4")
     network = nn.Sequential(nn.LayerNorm(16), module.DCNv4(channels=16, group=1, output_bias=False))
     for parameter in network.parameters():
@@ -232,7 +232,7 @@ def test_the_layers_of_dcn_v2() -> None:
 
 @pytest.mark.parametrize("name", ["dcnv3", "dcn_v2", "attention"])
 def test_errors_of_backward_functions(name: str) -> None:
-    """A gradient of the wrong shape is an error by name, before any kernel runs."""
+    """A gradient of the wrong shape raises an error that names it before any kernel runs."""
     grad = torch.zeros(1, 2, 3)
     with pytest.raises(ValueError, match=r"grad_output has shape \[1, 2, 3\]; the output has"):
         if name == "dcnv3":
@@ -316,7 +316,7 @@ def test_layers_that_lack_only_their_extension_stay(
 
 
 def test_a_module_that_raises_is_replaced(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """As one does that was built for another torch, or wants a GPU."""
+    """An extension fails like this if it was built for another torch or needs a GPU."""
     (tmp_path / "DCNv4" / "functions").mkdir(parents=True)
     (tmp_path / "DCNv4" / "__init__.py").write_text("from . import functions")
     (tmp_path / "DCNv4" / "functions" / "__init__.py").write_text("raise NotImplementedError('no such GPU')")
@@ -329,7 +329,7 @@ def test_a_module_that_raises_is_replaced(tmp_path: Path, monkeypatch: pytest.Mo
 
 @pytest.mark.parametrize("first", ["install", "import"])
 def test_a_submodule_of_a_real_package(first: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Grounding DINO itself is real; what it lacks is the compiled part."""
+    """Grounding DINO itself is installed; only its compiled part is missing."""
     (tmp_path / "groundingdino").mkdir()
     (tmp_path / "groundingdino" / "__init__.py").write_text("real = True")
     monkeypatch.syspath_prepend(tmp_path)

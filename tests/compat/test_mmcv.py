@@ -32,7 +32,7 @@ def randomise(layer: nn.Module) -> nn.Module:
 @pytest.mark.parametrize("modulated", [False, True], ids=["v1", "v2"])
 @pytest.mark.parametrize("seed", range(12))
 def test_convolution(seed: int, modulated: bool) -> None:
-    """Value and every gradient."""
+    """Compare the value and every gradient."""
     case = drawn.conv(seed, modulated=modulated, **({} if modulated else {"bias": False}))
     named = case.arguments(torch.float64, seed=seed)
     steps = (named["stride"], named["padding"], named["dilation"], case.groups, case.offset_groups)
@@ -87,7 +87,7 @@ def test_layers_of_mmcv_itself(seed: int, name: str) -> None:
 
 @pytest.mark.parametrize("size", [(1, 1), (2, 5), (4, 1)])
 def test_an_input_smaller_than_the_kernel(size: tuple[int, int]) -> None:
-    """mmcv pads input and offsets with zeros up to the kernel, and crops the output; ours needs no padding."""
+    """mmcv pads input and offsets with zeros up to the kernel size and crops the output; deformkit needs no padding."""
     layer = randomise(compat.DeformConv2d(4, 6, 3, padding=1, deform_groups=2))
     x, offset = torch.randn(2, 4, *size).double(), torch.randn(2, 36, *size).double() * 2
 
@@ -104,7 +104,7 @@ def test_an_input_smaller_than_the_kernel(size: tuple[int, int]) -> None:
 
 @packs
 def test_packed_layers(pack: str) -> None:
-    """Two parts in three of what ``conv_offset`` gives are offsets, the last is the logit of the mask."""
+    """The first two thirds of the output of ``conv_offset`` are offsets; the last third are the logits of the mask."""
     modulated = pack == "DCNv2"
     layer = randomise(PACKS[pack](8, 6, (3, 2), (1, 2), (2, 1), (2, 1), 2, 2))
     x = torch.randn(2, 8, 7, 8).double()
@@ -132,7 +132,7 @@ def test_layers_with_offsets_given() -> None:
 
 @packs
 def test_a_new_layer_is_as_mmcv_leaves_it(pack: str) -> None:
-    """The head at zero, the weights from the same draws, the bias at zero; the mask is 1/2."""
+    """Head and bias start at zero, the weights come from the same random numbers, and the mask is 1/2."""
     torch.manual_seed(3)
     layer = PACKS[pack](8, 6, 3, padding=1)
     torch.manual_seed(3)
@@ -153,14 +153,14 @@ def test_a_new_layer_is_as_mmcv_leaves_it(pack: str) -> None:
 
 @packs
 def test_old_state_dicts(pack: str) -> None:
-    """Before version 2 the head of ``conv2`` was ``conv2_offset``."""
+    """Before version 2, the head of ``conv2`` was called ``conv2_offset``."""
     network = nn.ModuleDict({"block": nn.ModuleDict({"conv2": randomise(PACKS[pack](4, 6, 3))})})
     state = network.state_dict()
     old = {name.replace("conv2.conv_offset", "conv2_offset"): value for name, value in state.items()}
     assert "block.conv2_offset.weight" in old
 
     def load_whole(module: nn.Module, given: dict[str, Tensor], prefix: str = "") -> list[str]:
-        """As mmengine does: every layer is handed the whole state-dict."""
+        """mmengine loads like this: every layer gets the whole state-dict."""
         missing: list[str] = []
         module._load_from_state_dict(given, prefix, {}, True, missing, [], [])
         for name, child in module.named_children():
@@ -186,7 +186,7 @@ def test_the_dtype_is_that_of_the_offsets(half: torch.dtype) -> None:
 
 @pytest.mark.parametrize("half", [torch.float16, torch.bfloat16], ids=["float16", "bfloat16"])
 def test_autocast_changes_no_dtype(half: torch.dtype) -> None:
-    """mmcv's functions compute in the dtype of their offsets, of their value, of their input."""
+    """The functions of mmcv compute in the dtype of their offsets, value or input."""
     x, offset, weight = torch.randn(1, 4, 5, 5), torch.randn(1, 18, 5, 5), torch.randn(4, 4, 3, 3)
     mask, rois = torch.rand(1, 9, 5, 5), torch.tensor([[0, 1.0, 2.0, 4.0, 4.0]])
     value, locations, weights = torch.randn(1, 47, 2, 3), torch.rand(1, 4, 2, 2, 3, 2), torch.rand(1, 4, 2, 2, 3)
@@ -251,7 +251,7 @@ def test_errors_of_convolution() -> None:
 
 
 def published_roi_pool(named: dict[str, Any], input: Tensor, offset: Tensor | None) -> Tensor:
-    """mmcv's: bins of each region, shifted by half a pixel, moved by the offsets of channel 0 along x, 1 along y."""
+    """The formula of mmcv: regions are shifted by half a pixel; channel 0 of the offsets is x, channel 1 is y."""
     (rows, columns), scale, gamma = named["output_size"], named["spatial_scale"], named["gamma"]
     height, width = input.shape[2:]
     bins = []
@@ -319,7 +319,7 @@ def test_half_rois_are_read_as_float32() -> None:
 
 
 def core(value: Tensor, shapes: Tensor, locations: Tensor, weights: Tensor) -> Tensor:
-    """The core that transformers has."""
+    """The function of transformers."""
     modeling = pytest.importorskip("transformers.models.deformable_detr.modeling_deformable_detr")
     return modeling.MultiScaleDeformableAttention()(value, shapes, shapes.tolist(), None, locations, weights, 64)
 
@@ -352,7 +352,7 @@ STARTS = torch.tensor([0, 35])
 @pytest.mark.parametrize("batch_first", [False, True], ids=["queries-first", "batch-first"])
 @pytest.mark.parametrize("ratio", [1.0, 0.5])
 def test_the_attention_layer(coordinates: int, batch_first: bool, ratio: float) -> None:
-    """mmcv's formula around the core: positions, projections, padding, dropout and the residual connection."""
+    """The formula of mmcv around the function: positions, projections, padding, dropout and the residual connection."""
     layer = randomise(
         compat.MultiScaleDeformableAttention(12, 3, 2, 2, batch_first=batch_first, value_proj_ratio=ratio)
     )
@@ -393,7 +393,7 @@ def test_the_attention_layer(coordinates: int, batch_first: bool, ratio: float) 
 
 
 def test_the_attention_layer_by_default() -> None:
-    """The query is the value and the identity; dropout acts on what is added to it."""
+    """The query serves as value and identity; dropout acts on the term that is added to it."""
     layer = compat.MultiScaleDeformableAttention(8, 2, 1, dropout=1.0)
     query, where = torch.randn(35, 2, 8), {"reference_points": torch.rand(2, 35, 1, 2), "spatial_shapes": SHAPES[:1]}
     assert_equal(layer(query, **where), query)

@@ -1,4 +1,4 @@
-"""Names of torchvision: signatures, values, gradients and state-dicts are torchvision's own, where it is installed."""
+"""Names of torchvision: signatures, values, gradients and state-dicts are those of torchvision, if it is installed."""
 
 import inspect
 import io
@@ -20,14 +20,14 @@ NAMES = ("input", "offset", "weight", "bias", "mask")
 
 
 def arguments(seed: int) -> dict[str, Any]:
-    """A random call by name. Every third one has its offsets on grid lines, the border's included."""
+    """A random call, by name. Every third one has its offsets on grid lines, including those of the border."""
     named = drawn.conv(seed).arguments(torch.float64, seed=seed)
     del named["boundary"]
     return {**named, "offset": named["offset"].round()} if seed % 3 == 0 else named
 
 
 def results(named: dict[str, Any]) -> dict[str, Tensor]:
-    """Output and every gradient of ours, for the cotangent that the torchvision side draws too."""
+    """Our output and every gradient, for the same cotangent as on the side of torchvision."""
     names = [name for name in NAMES if named[name] is not None]
     keyed = [named[name] for name in names]
 
@@ -66,7 +66,7 @@ torch.save((work, made), sys.argv[2])
 
 @pytest.fixture(scope="module")
 def theirs(tmp_path_factory: pytest.TempPathFactory) -> tuple[list[dict[str, Tensor]], dict[str, Any]]:
-    """What torchvision makes of the calls, and a layer of its own."""
+    """The results of torchvision for the calls, and one of its layers."""
     if "DEFORMKIT_RIVALS_PYTHON" not in os.environ:
         pytest.skip("DEFORMKIT_RIVALS_PYTHON does not name a Python with torchvision")
     calls = [arguments(seed) for seed in SEEDS]
@@ -82,7 +82,7 @@ def test_values_and_gradients(theirs: Any, seed: int) -> None:
 
 
 def test_the_layer(theirs: Any) -> None:
-    """The same parameters from the same seed, the same state-dict, output, signatures and text."""
+    """Parameters from the same seed, state-dict, output, signatures and text are equal."""
     made = theirs[1]
     torch.manual_seed(0)
     layer = compat.DeformConv2d(8, 4, (3, 2), 2, 1, 1, 2)
@@ -113,7 +113,7 @@ def test_the_number_of_offset_groups_is_read_off_the_offsets() -> None:
 
 
 class User(nn.Module):
-    """A network that calls the function, and holds a layer."""
+    """A network that calls the function and contains a layer."""
 
     def __init__(self, bias: bool) -> None:
         super().__init__()
@@ -128,7 +128,7 @@ class User(nn.Module):
 @pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning")
 @pytest.mark.parametrize("bias", [False, True])
 def test_torchscript(bias: bool) -> None:
-    """Scripted, saved and loaded, and traced: the same values and gradients."""
+    """Scripting, saving and loading, and tracing keep values and gradients."""
     network = User(bias)
     inputs = [torch.randn(2, 8, 9, 7), torch.randn(2, 36, 9, 7), torch.randn(2, 18, 5, 5), torch.rand(2, 9, 5, 5)]
 
@@ -160,7 +160,7 @@ def test_torchscript_accepts_steps_in_every_form(step: Any) -> None:
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64], ids=str)
 @pytest.mark.parametrize("half", [torch.float16, torch.bfloat16], ids=["float16", "bfloat16"])
 def test_autocast_is_that_of_torchvision(half: torch.dtype, dtype: torch.dtype) -> None:
-    """All is computed in float32, or float64, and the output is in the dtype of the input."""
+    """Everything is computed in float32, or float64; the output has the dtype of the input."""
     layer = compat.DeformConv2d(4, 6, 3, padding=1)
     input, offset, mask = torch.randn(2, 4, 5, 6), torch.randn(2, 18, 5, 6), torch.rand(2, 9, 5, 6)
     if dtype == torch.float64:

@@ -36,7 +36,7 @@ FLAGS = (
     "--disable-component-update",
     "--disable-sync",
 )
-# Pictures that load late are not asked for at the top of a page; whether their files exist is tested without a browser.
+# Pictures with lazy loading are not loaded at the top of a page; another test verifies that their files exist.
 UNLOADED = """
 return [...document.images]
   .filter(image => image.loading != "lazy" && !(image.complete && image.naturalWidth))
@@ -137,7 +137,7 @@ def browser(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
 
 
 def seen_faults(browser: Any, page: Path, width: int) -> dict[str, Any]:
-    """What the browser finds wrong with a page at a width, by kind."""
+    """The faults that the browser finds on a page at a width, by kind."""
     metrics = {"width": width, "height": 900, "deviceScaleFactor": 1, "mobile": False}
     browser.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", metrics)
     browser.get(page.as_uri())

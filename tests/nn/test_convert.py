@@ -1,4 +1,4 @@
-"""State-dicts of published layers: permuted, and permuted back. What they compute is seen in test_dcn.py."""
+"""State-dicts of published layers are permuted and permuted back. test_dcn.py verifies what they compute."""
 
 from typing import Any
 
@@ -23,7 +23,7 @@ def build(name: str, *args: Any, **options: Any) -> nn.Module:
 
 
 def test_a_converted_tap_reads_where_the_published_one_did() -> None:
-    """The published tap 1 is the one below tap 0, and its first coordinate is x."""
+    """The published tap 1 is below tap 0, and its first coordinate is x."""
     layer = dk.nn.DCNv3(4, group=1)
     published = layer.state_dict()
     published["offset.bias"][2:4] = torch.tensor([0.25, 0.5])  # x and y of tap 1

@@ -1,4 +1,4 @@
-"""The layers DCNv3 and DCNv4 beside the published ones, whose forward is written out here in its own convention."""
+"""The layers DCNv3 and DCNv4 are compared with the forward of the published ones, in the published convention."""
 
 import copy
 import io
@@ -143,7 +143,7 @@ def configuration_id(value: Any) -> str:
 def test_a_published_checkpoint_gives_the_published_layer(name: str, options: dict[str, Any], group: int) -> None:
     layer = build(name, 8, group=group, dtype=torch.float64, std=0.2, **options)
     window = {"kernel_size": options.get("kernel_size", 3), "remove_center": options.get("remove_center", False)}
-    # The random values are taken as those of a published layer: our layer gets them converted.
+    # The random values stand for those of a published layer; our layer gets them converted.
     published = {key: v.detach().clone() for key, v in layer.state_dict().items()}
     converted = CONVERT[name](published, group=group, **window)
     layer.load_state_dict(converted, strict=True)
@@ -170,7 +170,7 @@ def test_a_published_checkpoint_gives_the_published_layer(name: str, options: di
 
 @both
 def test_names_and_shapes_of_the_parameters(name: str) -> None:
-    """As in the published modules, with all that is optional."""
+    """The names and shapes are those of the published modules with all options."""
     options = {"dw_kernel_size": 5, "center_feature_scale": True, "remove_center": True}
     shapes = {key: tuple(v.shape) for key, v in LAYERS[name](64, group=4, **options).state_dict().items()}
     common = {"center_feature_scale_proj_weight": (4, 64), "center_feature_scale_proj_bias": (4,)}
@@ -212,7 +212,7 @@ def test_names_and_shapes_of_the_parameters(name: str) -> None:
 @both
 @pytest.mark.parametrize("options", [{}, {"center_feature_scale": True, "remove_center": True, "offset_scale": 2.0}])
 def test_a_unit_axis_changes_nothing(axes: int, name: str, options: dict[str, Any]) -> None:
-    """A layer on k axes is the one on k+1 whose kernel is one wide on the last."""
+    """A layer with k axes equals the layer with k+1 axes whose kernel has size 1 along the last."""
     layer = build(name, 8, spatial_dims=axes, dw_kernel_size=3, dtype=torch.float64, **options)
     window = {"kernel_size": [3] * axes + [1], "pad": [1] * axes + [0], "dw_kernel_size": [3] * axes + [1]}
     lifted = LAYERS[name](8, spatial_dims=axes + 1, dtype=torch.float64, **window, **options)
@@ -237,7 +237,7 @@ def test_a_unit_axis_changes_nothing(axes: int, name: str, options: dict[str, An
 
 
 def insert_zeros(offset: Tensor) -> Tensor:
-    """``[G, K, N, ...]`` with one more coordinate, of zero, behind the others."""
+    """``[G, K, N, ...]`` with an additional last coordinate of zero."""
     return torch.cat([offset, torch.zeros_like(offset[:, :, :1])], 2)
 
 
@@ -258,7 +258,7 @@ def test_a_new_dcnv4_gives_its_bias(axes: int) -> None:
 
 @both
 def test_it_learns(axes: int, name: str) -> None:
-    """From its first values, with every parameter moving: DCNv4's offsets a step after its masks."""
+    """A new layer learns, and every parameter changes; the offsets of DCNv4 change one step after its masks."""
     layer = LAYERS[name](8, spatial_dims=axes, dw_kernel_size=3, center_feature_scale=True)
     optimizer = torch.optim.SGD(layer.parameters(), lr=0.1)
     input, losses = image(axes), []
@@ -295,7 +295,7 @@ def test_it_learns(axes: int, name: str) -> None:
     ids=configuration_id,
 )
 def test_the_heads_are_read_at_the_centres_of_the_windows(axes: int, name: str, window: dict[str, Any]) -> None:
-    """An output position has the offsets and masks that a layer of stride 1 has at the centre of the window."""
+    """The offsets and masks of an output position are those of a layer with stride 1 at the centre of the window."""
     options = {"spatial_dims": axes, "center_feature_scale": True, "dtype": torch.float64}
     window = {"dw_kernel_size": 3, **window}
     layer = build(name, 8, **options, **window)
@@ -330,7 +330,7 @@ def test_the_heads_are_read_at_the_centres_of_the_windows(axes: int, name: str, 
 
 @both
 def test_sampling_locations_are_where_the_layer_reads(axes: int, name: str) -> None:
-    """On an input that is its own coordinate, a mask that picks one tap returns that tap's point."""
+    """If the input holds its own coordinates, a mask that selects one tap returns the position of that tap."""
     window = {"kernel_size": 3, "stride": 2, "pad": 0, "dilation": 1, "offset_scale": 0.5, "remove_center": True}
     layer = LAYERS[name](1, group=1, spatial_dims=axes, **window)
     offset = torch.empty(1, *((n - 3) // 2 + 1 for n in SIZE[:axes]), 1, 3**axes - 1, axes, dtype=torch.float64)

@@ -1,4 +1,4 @@
-"""The layers of deformable convolution beside torch.nn.ConvNd."""
+"""The layers of deformable convolution are compared with torch.nn.ConvNd."""
 
 import copy
 import doctest
@@ -35,7 +35,7 @@ WINDOWS = [
     {"padding": 1, "groups": 4},
 ]
 
-# torch says so of its own convolution.
+# torch warns so about its own convolution.
 pytestmark = pytest.mark.filterwarnings("ignore:Using padding='same' with even kernel lengths:UserWarning")
 
 
@@ -89,7 +89,7 @@ def test_border_at_zero_offsets_is_replicate_padding(axes: int, window: dict[str
 
 @pytest.mark.parametrize("boundary", ["zeros", "border"])
 def test_same_with_an_even_kernel_only_adds_positions(axes: int, boundary: str) -> None:
-    """One more row at the end continues what the boundary rule says, wherever the points are."""
+    """An additional row at the end that continues the boundary rule changes nothing, wherever the points are."""
     layer = GIVEN[axes](4, 8, 4, padding="same", boundary=boundary, dtype=torch.float64)
     input = image(axes, dtype=torch.float64)
     offset = offsets(layer, input, std=4.0).requires_grad_()
@@ -152,7 +152,7 @@ def test_packed_is_the_given_layer_at_its_prediction(axes: int, padding_mode: st
 
 
 def test_the_head_learns(axes: int) -> None:
-    """Padded and zero-initialised, where points start on grid lines and partly outside."""
+    """The layer is padded and zero-initialised: its points start on grid lines and partly outside."""
     layer = PACKED[axes](4, 8, 3, padding=1, modulated=True)
     input = image(axes)
     for step in range(2):
@@ -166,7 +166,7 @@ def test_the_head_learns(axes: int) -> None:
 
 
 def test_an_offset_outside_has_a_gradient(axes: int) -> None:
-    """The first tap of the first position lies at -1, where the derivative is the right-hand one."""
+    """The first tap of the first position is at -1, where the derivative is the right-hand one."""
     line = [0] * (axes - 1)
     layer = GIVEN[axes](4, 8, (3, 1, 1)[:axes], padding=(1, *line))
     offset = offsets(layer, image(axes)).requires_grad_()
@@ -194,7 +194,7 @@ def test_sampling_locations(axes: int) -> None:
 
 @pytest.mark.parametrize("padding_mode", ["zeros", "reflect"])
 def test_sampling_locations_are_where_the_layer_reads(axes: int, padding_mode: str) -> None:
-    """On an input that is its own coordinate, a layer that picks one tap returns that tap's point."""
+    """If the input holds its own coordinates, a layer that selects one tap returns the position of that tap."""
     layer = GIVEN[axes](1, 1, 2, padding="same", padding_mode=padding_mode, bias=False, dtype=torch.float64)
     size = SIZE[:axes]
     offset = offsets(layer, torch.zeros(1, 1, *size, dtype=torch.float64)).uniform_(-0.9, -0.1)
@@ -285,7 +285,7 @@ def test_autocast(axes: int, half: torch.dtype) -> None:
     output.float().sum().backward()
     assert layer.offset_head.weight.grad is not None and layer.offset_head.weight.grad.dtype == torch.float32
 
-    # Coordinates in float32 stay so: a shift that half precision cannot hold is not rounded.
+    # Coordinates stay in float32: a shift that half precision cannot represent is not rounded.
     exact, fine = GIVEN[axes](4, 8, 1), torch.full((2, axes, *SIZE[:axes]), 0.5 + 2**-13)
     with torch.autocast("cpu", half):
         moved, rounded = exact(1e3 * input, fine), exact(1e3 * input, fine.to(half).float())
@@ -303,7 +303,7 @@ def test_channels_last() -> None:
 
 
 class Both(nn.Module):
-    """A packed layer with zero padding, and one whose "same" pads explicitly."""
+    """A packed layer with zero padding, and one with padding="same" that pads explicitly."""
 
     def __init__(self, axes: int) -> None:
         super().__init__()
@@ -397,7 +397,7 @@ def test_an_unsplit_offset_is_recognised(unsplit: int) -> None:
 
 
 def test_a_packed_layer_checks_its_input_first(axes: int) -> None:
-    """Before its offset head runs, whose errors are torch's."""
+    """The check comes before the offset head runs, whose errors would be those of torch."""
     layer = getattr(dk.nn, f"PackedDeformConv{axes}d")(8, 4, 3, padding=1)
     sound = torch.randn(2, 8, *range(5, 5 + axes))
     for call in (layer, layer.predict):

@@ -98,7 +98,7 @@ def test_packed_is_the_given_layer_at_its_prediction(axes: int) -> None:
 
 
 def test_the_first_rows_of_the_head_are_x(axes: int) -> None:
-    """As in mmcv: a head that says 1 in its first rows moves the bins along the last axis of the input."""
+    """As in mmcv, a head that predicts 1 in its first rows moves the bins along the last axis of the input."""
     layer = packed(axes, sampling_ratio=2, gamma=0.25)
     bins = layer.offset_fc[4].bias.numel() // axes
     nn.init.ones_(layer.offset_fc[4].bias.data[:bins])

@@ -1,4 +1,4 @@
-"""Linear layers as convolutions, where that is quicker, and nothing but the layer elsewhere."""
+"""Linear layers are computed as convolutions if that is faster, and by the layer itself otherwise."""
 
 from collections.abc import Callable
 from typing import Any
@@ -14,7 +14,7 @@ from deformkit._testing import assert_close
 from deformkit.nn import _linear
 from deformkit.nn._linear import linear
 
-# Where one of them is missing the layer always answers itself.
+# If one of them is missing, the layer itself is always called.
 CONVOLVES = torch.backends.mkl.is_available() and torch.backends.mkldnn.is_available()
 
 
@@ -24,7 +24,7 @@ def _products_of_small_layers_count(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 class Convolutions(TorchDispatchMode):
-    """How many there are."""
+    """The number of them."""
 
     count = 0
 
@@ -92,7 +92,7 @@ def pruned() -> nn.Module:
 
 
 class Opaque(torch.Tensor):
-    """A weight that a linear map can use and nothing else."""
+    """A weight that only a linear map can use."""
 
     @classmethod
     def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:

@@ -1,4 +1,4 @@
-"""The layer of multi-scale deformable attention, beside Deformable DETR's."""
+"""The layer of multi-scale deformable attention is compared with that of Deformable DETR."""
 
 import copy
 import math
@@ -31,7 +31,7 @@ def inputs(axes: int, boxes: bool = False, dtype: torch.dtype = torch.float64) -
 
 
 def layer(axes: int = 2, dtype: torch.dtype = torch.float64, **options: Any) -> MSDeformAttn:
-    """One whose predictions depend on the query."""
+    """A layer whose predictions depend on the query."""
     made = MSDeformAttn(24, 2, 4, **{"n_points": 3, **options}, spatial_dims=axes, dtype=dtype)
     for head in (made.sampling_offsets, made.attention_weights):
         nn.init.normal_(head.weight, std=0.3)
@@ -78,7 +78,7 @@ def test_outputs_and_gradients_are_those_of_deformable_detr(boxes: bool, padding
 
 
 def bare_model(module: Any) -> Any:
-    """A model of which only the initialisation of its parts is wanted."""
+    """A model that serves only to initialise its parts."""
     model = object.__new__(module.DeformableDetrPreTrainedModel)
     model.__dict__["config"] = SimpleNamespace(initializer_range=0.02)
     return model
@@ -91,7 +91,7 @@ def test_state_dict_and_initialisation_are_those_of_deformable_detr() -> None:
     module.DeformableDetrPreTrainedModel._init_weights(bare_model(module), other)
     for name, value in other.state_dict().items():
         if name not in ("value_proj.weight", "output_proj.weight"):
-            # Theirs takes its angles in float32.
+            # transformers computes the angles in float32.
             assert_close(ours.state_dict()[name].float(), value, name=name)
     bound = math.sqrt(6 / 48)
     for projection in (ours.value_proj, ours.output_proj):
@@ -112,7 +112,7 @@ def test_each_head_of_a_new_layer_samples_in_its_own_direction(axes: int, heads:
         nearest = (directions @ directions.T).fill_diagonal_(-1).amax()
         if axes == 2:
             assert_close(nearest.float(), torch.tensor(2 * math.pi / heads, dtype=torch.float64).cos())
-        else:  # further apart than three quarters of the side of a square that is a head's share of the sphere
+        else:  # farther apart than three quarters of the side of a square with a head's share of the sphere
             assert nearest < math.cos(0.75 * math.sqrt(4 * math.pi / heads))
     assert not made.sampling_offsets.weight.any() and not made.attention_weights.weight.any()
 
@@ -131,7 +131,7 @@ def test_a_new_layer_reads_around_its_reference_points(axes: int) -> None:
 @pytest.mark.parametrize("boxes", [False, True], ids=["points", "boxes"])
 @pytest.mark.parametrize("n_points", [3, [1, 4], [3, 0]], ids=str)
 def test_forward_is_the_formula(axes: int, boxes: bool, n_points: Any) -> None:
-    """Written out for each level and each axis."""
+    """The formula, written out for each level and each axis."""
     made, given = layer(axes, n_points=n_points), inputs(axes, boxes)
     counts = [n_points] * 2 if isinstance(n_points, int) else n_points
     query, references, start = given["query"], given["reference_points"], 0
@@ -181,7 +181,7 @@ def test_spatial_shapes_in_every_form(axes: int) -> None:
 
 
 def seen_locations(made: MSDeformAttn, given: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> tuple[Tensor, Tensor]:
-    """What the operator is given as locations, and the layer's output."""
+    """The locations that the operator gets, and the output of the layer."""
     seen = []
 
     def spy(value: Tensor, shapes: Any, locations: Tensor, *args: Any, **options: Any) -> Tensor:
@@ -212,7 +212,7 @@ def test_locations_stay_float32_in_a_half_layer(
 
 
 class Given(nn.Module):
-    """A prediction that is known."""
+    """A head with a known prediction."""
 
     def __init__(self, prediction: Tensor) -> None:
         super().__init__()
@@ -235,7 +235,7 @@ def test_locations_stay_float32_under_autocast(
         output.float().sum().backward()
     assert locations.dtype == torch.float32 and output.dtype == half
     assert all(p.grad.dtype == torch.float32 and p.grad.any() for p in made.parameters())
-    # The offsets are those of a half projection; adding them to the reference points costs nothing more.
+    # The offsets come from a half-precision projection; adding them to the reference points adds no further error.
     with torch.autocast("cpu", dtype=half):
         offsets = made.sampling_offsets(given["query"]).double()
     truth.sampling_offsets = Given(offsets)

@@ -1,4 +1,4 @@
-"""A sample's output and gradients are the same bits alone and in a batch, whatever else the batch holds."""
+"""The output and gradients of a batch element are bit-identical alone and in any batch."""
 
 from typing import Any
 
@@ -15,7 +15,7 @@ from deformkit.ops.ms_deform_attn.cases import Case as Attend
 
 LEVELS = ((31, 29), (12, 11), (5, 4))
 DTYPES = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
-# Few and many heads, rows of every width, points that read a field seldom and often.
+# Few and many heads, rows of every width, fields that are read seldom and often.
 HEADS = [
     *(Attend(f"decoder-{h}x{d}", 9, LEVELS, 7, h, d, (2, 1, 2)) for h, d in ((1, 32), (3, 31), (8, 16), (2, 3))),
     *(Attend(f"between-{h}x{d}", 9, LEVELS, 150, h, d, (2, 1, 2)) for h, d in ((1, 32), (8, 17))),
@@ -56,7 +56,7 @@ def test_image_of_rois(size: tuple[int, int], channels: int, dtype: torch.dtype)
     call = Call(operators["deform_roi_pool"], case)
     input, rois, offset, *rest = call.arguments(dtype)
     grad = torch.randn(21, channels, 3, 2, generator=torch.Generator().manual_seed(1)).to(dtype)
-    # One image is read as often as any, another not at all.
+    # One image is read as often as possible, another not at all.
     rois[:, 0] = rois[:, 0].clamp(min=1)
     rois = torch.cat([rois, rois.repeat(20, 1).index_fill(1, torch.tensor([0]), 2.0)])
     offset, grad = offset.repeat(21, 1, 1, 1), grad.repeat(21, 1, 1, 1)

@@ -21,7 +21,7 @@ def _fresh_compiler() -> None:
 
 
 class Layer(torch.nn.Module):
-    """The operator as a module: what the batch runs over is given to it, the rest it keeps."""
+    """The operator as a module: it takes the batched arguments and keeps the others."""
 
     def __init__(self, call: Call, args: list[Any]) -> None:
         super().__init__()
@@ -66,7 +66,7 @@ def test_dynamic_shapes_compile_once(call: Call) -> None:
     layer = Layer(call, call.arguments())
     compiled = torch.compile(layer, fullgraph=True, dynamic=True, backend=counter)
     counts = []
-    for repeat in (7, 3, 5):  # the first unlike any other size, which would make the two one symbol
+    for repeat in (7, 3, 5):  # the first differs from all other sizes, which would otherwise share its symbol
         inputs = layer.inputs(repeat)
         leaves = [
             t.requires_grad_() for i, t in zip(layer.given, inputs, strict=True) if i in call.positions(layer.args)
@@ -78,7 +78,7 @@ def test_dynamic_shapes_compile_once(call: Call) -> None:
             assert torch.equal(one, other)
         assert torch.equal(output, expected)
         counts.append(counter.frame_count)
-    assert counts == counts[:1] * 3  # 2 in the first call where a real number among the arguments was made constant
+    assert counts == counts[:1] * 3  # 2 if the first call made a real number among the arguments constant
 
 
 @one_call_each

@@ -1,4 +1,4 @@
-"""What every operator owes PyTorch, forward and backward, by existing: the checks that take well under a second."""
+"""The contract of every operator with PyTorch, forward and backward: the checks that take well under a second."""
 
 from collections.abc import Callable
 from typing import Any
@@ -17,7 +17,7 @@ one_call_each = pytest.mark.parametrize("call", representatives(), ids=str)
 
 
 def of(function: Callable[..., Tensor], args: list[Any], positions: list[int]) -> Callable[..., Tensor]:
-    """``function`` of the arguments at ``positions`` alone."""
+    """``function`` of only the arguments at ``positions``."""
 
     def of_some(*values: Any) -> Tensor:
         full = list(args)
@@ -33,7 +33,7 @@ def at(args: list[Any], positions: list[int]) -> list[Any]:
 
 
 def assert_all_close(actual: Any, truth: Any) -> None:
-    """Compare two nests of float64 tensors by the tolerance rule."""
+    """Compare two nested structures of float64 tensors by the tolerance rule."""
     actual, truth = (torch.utils._pytree.tree_leaves(nest) for nest in (actual, truth))
     assert len(actual) == len(truth) > 0
     for i, (one, other) in enumerate(zip(actual, truth, strict=True)):
@@ -330,7 +330,7 @@ one_each = pytest.mark.parametrize("call", representatives(each_axes=False), ids
 
 
 def scaled(call: Call, args: list[Any]) -> Any:
-    """A number that depends on all coordinates through another one."""
+    """A number that depends on all coordinates through another function."""
 
     def function(factor: Tensor) -> Tensor:
         values = list(args)
@@ -343,7 +343,7 @@ def scaled(call: Call, args: list[Any]) -> Any:
 
 @one_each
 def test_two_forward_levels(call: Call) -> None:
-    """torch loses the outer tangent of a Function's own jvp."""
+    """torch loses the outer tangent in the jvp of a Function."""
     function, at = scaled(call, call.arguments(torch.float64)), torch.ones((), dtype=torch.float64)
     expected = torch.func.jacfwd(torch.func.jacrev(function))(at)
     assert expected.abs() > 1e-3
@@ -406,7 +406,7 @@ def test_a_cotangent_on_another_device_raises(call: Call) -> None:
 
 @one_each
 def test_the_fallback_checks(call: Call) -> None:
-    """On a device without a kernel the reference answers, also those who call the operator itself."""
+    """On a device without a kernel the reference is used, also if the operator itself is called."""
     args = call.arguments()
     for i in call.operator.tensors:
         if args[i] is not None:

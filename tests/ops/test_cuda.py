@@ -1,4 +1,4 @@
-"""What the contract asks of calls with CUDA tensors; and, on any machine, of calls with tensors on two devices."""
+"""The contract for calls with CUDA tensors, and, on any machine, for calls with tensors on two devices."""
 
 from typing import Any
 
@@ -25,7 +25,7 @@ def cpu(results: list[Tensor]) -> list[Tensor]:
 
 
 def assert_right(results: list[Tensor], call: Call, args: list[Any], dtype: torch.dtype) -> None:
-    """Compare output and gradients on any device with the reference's on the CPU."""
+    """Compare output and gradients on any device with those of the reference on the CPU."""
     truth = evaluate(call.operator.reference, double(args), call.positions(args), dtype)
     reference = evaluate(call.operator.reference, args, call.positions(args), dtype)
     for one, *others in zip(cpu(results), truth, reference, strict=True):
@@ -153,13 +153,13 @@ class TestManyRunsOnCuda:
         assert torch.cuda.memory_allocated() == before
 
 
-# Bad calls: on CUDA, or on meta, the words are those of the CPU
+# Wrong calls have the same messages on CUDA or meta as on the CPU
 
 ELSEWHERE = ["meta", pytest.param("cuda", marks=gpu)]
 
 
 def refusal(call: Call, args: list[Any]) -> tuple[type[Exception], str]:
-    """How the public function refuses a call."""
+    """The error of the public function for a call."""
     named = dict(zip(call.operator.arguments, args, strict=True))
     name, axes = call.operator.name, call.case.axes
     if name == "deform_conv":
@@ -193,7 +193,7 @@ def test_a_tensor_on_another_device_is_named(call: Call, device: str) -> None:
 @pytest.mark.parametrize("device", ELSEWHERE)
 @pytest.mark.parametrize("wrong", [torch.float64, torch.bfloat16, torch.int32], ids=str)
 def test_wrong_dtypes_have_the_same_errors(call: Call, device: str, wrong: torch.dtype) -> None:
-    """Mixed dtypes, half locations, whole numbers: but offsets may be in half precision."""
+    """Mixed dtypes, half-precision locations and integers are errors; offsets may be in half precision."""
     args = call.arguments()
     for i in tensors_after_the_first(call, args):
         allowed = wrong == torch.bfloat16 and call.operator.arguments[i] == "offset"

@@ -1,4 +1,4 @@
-"""What a kernel computes against the reference, for every operator and case that exists."""
+"""Every kernel is compared with the reference, for every case of every operator."""
 
 from itertools import product
 from typing import Any

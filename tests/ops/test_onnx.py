@@ -1,4 +1,4 @@
-"""Export to ONNX: the operators become tensor operations that any runtime knows, and their answers stay."""
+"""Export to ONNX: the operators become tensor operations that every runtime supports, with the same results."""
 
 from pathlib import Path
 from typing import Any
@@ -17,7 +17,7 @@ pytestmark = [
     pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning"),
     pytest.mark.filterwarnings("ignore::DeprecationWarning"),
     pytest.mark.filterwarnings("ignore::FutureWarning"),
-    # What the exporters say of themselves.
+    # Warnings of the exporters about their own code.
     pytest.mark.filterwarnings("ignore:(?s).*(ONNX|onnx|Constant folding|constants in the trace|axis name)"),
 ]
 

@@ -1,4 +1,4 @@
-"""The products of cpu/gemm.h by themselves, against torch.mm."""
+"""The products of cpu/gemm.h are compared with torch.mm."""
 
 import ctypes
 from collections.abc import Iterator
@@ -69,5 +69,5 @@ def test_product(
     start = before if add else torch.zeros_like(before)
     truth = start.double() + left.double() @ right.double()
     assert_close(result[:, :columns], truth, start + left @ right)
-    # Beyond the whole vectors of the last columns nothing is written.
+    # Nothing is written beyond the whole vectors of the last columns.
     assert result[:, pitch - 3 :].isnan().all()

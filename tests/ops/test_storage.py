@@ -1,4 +1,4 @@
-"""Tensors whose memory was freed, as sharding and offloading do: an error that names them, before a kernel runs."""
+"""Tensors whose memory was freed, as by sharding or offloading, raise an error that names them before a kernel runs."""
 
 import subprocess
 import sys

@@ -1,4 +1,4 @@
-"""Every operator's Triton kernels against the reference: in Triton's interpreter, or on a GPU where there is one."""
+"""The Triton kernels of every operator are compared with the reference, in the interpreter of Triton or on a GPU."""
 
 from collections.abc import Iterator
 from importlib.util import find_spec
@@ -31,7 +31,7 @@ WIDEST = [
 ]
 every_call = pytest.mark.parametrize("call", CALLS, ids=str)
 one_call_each = pytest.mark.parametrize("call", representatives(), ids=str)
-# Without the volumes, whose kernels go through eight corners at a time, and the interpreter through each of them.
+# Without volumes, which are slow in the interpreter because of their eight corners.
 one_flat_call_each = pytest.mark.parametrize("call", FLAT, ids=str)
 one_plane_each = pytest.mark.parametrize("call", PLANE, ids=str)
 every_layout = pytest.mark.parametrize("layout", LAYOUTS, ids=lambda f: f.__name__.strip("_"))
@@ -48,7 +48,7 @@ def _triton(_kernels: None, request: pytest.FixtureRequest) -> Iterator[None]:
 
 @pytest.fixture(params=[False, True], ids=["atomics", "deterministic"])
 def deterministic(request: pytest.FixtureRequest) -> bool:
-    """The two ways in which the gradient of a field is added up."""
+    """The two ways in which the gradient of a field is accumulated."""
     torch.use_deterministic_algorithms(request.param)
     return request.param
 
@@ -116,7 +116,7 @@ def test_gradients_only_where_asked(call: Call, deterministic: bool) -> None:
 
 @pytest.mark.parametrize("call", WIDEST, ids=str)
 def test_many_small_tiles(call: Call, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Blocks far smaller than the sizes: rows and channels are in several of them, none of which is whole."""
+    """Blocks far smaller than the sizes: rows and channels span several blocks, and the last one is partial."""
     start, started = launch.start, []
 
     def start_small(kernel: Any, programs: Any, arguments: Any, config: Any) -> None:
@@ -162,7 +162,7 @@ def test_random_calls() -> None:
 
 
 class Total(NamedTuple):
-    """A sum that a kernel adds to, as that of a field's gradient is."""
+    """A sum to which a kernel adds, like the gradient of a field."""
 
     value: Tensor
 

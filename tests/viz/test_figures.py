@@ -1,4 +1,4 @@
-"""The pictures show the positions that the layer samples."""
+"""The figures show the positions that the layer samples."""
 
 from typing import Any
 

@@ -1,4 +1,4 @@
-"""``deformkit look``: a page and a picture, and one line where a file cannot be read."""
+"""``deformkit look`` writes a page and a picture, or one line if a file cannot be read."""
 
 from pathlib import Path
 

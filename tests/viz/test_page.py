@@ -1,4 +1,4 @@
-"""The interactive page, driven in a browser: what it draws is what the layer samples."""
+"""A browser drives the interactive page, which draws the samples of the layer."""
 
 import shutil
 from collections.abc import Iterator
@@ -98,14 +98,14 @@ def test_a_page_of_levels_and_of_many_positions(browser: Any, tmp_path: Path) ->
     assert len(browser.execute_script(DRAWN)[4]) == 20
     moved_over(browser, 7)
     x, y, *_ = browser.execute_script(DRAWN)
-    # Every third query is shown, over an image of eight pixels for one of the first level.
+    # Every third query is shown; one pixel of the first level is eight pixels of the image.
     expected = found[0].on((48, 64))[0, 21].flatten(0, 1)
     torch.testing.assert_close(torch.tensor([y, x]).T, expected, rtol=0, atol=1e-4)
 
 
 def test_a_page_is_no_wider_than_a_telephone(browser: Any, tmp_path: Path) -> None:
     found = viz.sampling(dk.nn.PackedDeformConv2d(1, 2, 3, padding=1), torch.rand(1, 1, 54, 80))
-    # Chromium's windows have a least width; what the page gets is set apart from the window.
+    # Windows of Chromium have a minimum width; the width of the page is set independently.
     metrics = {"width": 390, "height": 844, "deviceScaleFactor": 1, "mobile": False}
     browser.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", metrics)
     try:

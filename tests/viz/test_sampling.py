@@ -1,4 +1,4 @@
-"""The positions, weights and levels that ``viz.sampling`` reports are those that the layers sample."""
+"""The positions, weights and levels from ``viz.sampling`` are those that the layers sample."""
 
 from importlib.util import find_spec
 from math import prod
@@ -25,7 +25,7 @@ def read(field: Tensor, layer: viz.Layer, group: int) -> Tensor:
 
 
 def convolved(layer: viz.Layer, input: Tensor, weight: Tensor) -> Tensor:
-    """The convolution by its samples: read, times the mask, contracted with the weight."""
+    """The convolution of its samples: they are multiplied by the mask and contracted with the weight."""
     groups = layer.positions.shape[-3]
     parts = input.chunk(groups, 1)
     columns = [read(part, layer, g) * layer.weights.select(-2, g).unsqueeze(1) for g, part in enumerate(parts)]
@@ -85,7 +85,7 @@ def test_samples_of_an_aggregation_give_its_output(axes: int, name: str) -> None
 
 
 def attended(layer: viz.Layer, value: Tensor) -> Tensor:
-    """Attention by its samples over ``value [B, S, H, D]``, ``[B, Q, H*D]``."""
+    """Attention from its samples of ``value [B, S, H, D]``: ``[B, Q, H*D]``."""
     heads = []
     for head in range(value.shape[2]):
         total: Any = 0.0
@@ -111,7 +111,7 @@ def test_samples_of_attention_give_its_output(axes: int) -> None:
     assert found.levels.tolist() == [0, 0, 0, 1, 1] and found.sizes == tuple(sizes)
     value = layer.value_proj(features).unflatten(-1, (2, 8))
     torch.testing.assert_close(attended(found, value), values[0].double(), rtol=1e-4, atol=1e-4)
-    # A query of self-attention stands for its own pixel: of the first level that is its index.
+    # A query of self-attention stands for its own pixel; on the first level this is its index.
     first = torch.stack(torch.meshgrid(*map(torch.arange, sizes[0]), indexing="ij"), -1).flatten(0, -2).float()
     torch.testing.assert_close(found.anchors[0, : len(first)], first, atol=1e-5, rtol=0)
 
@@ -226,7 +226,7 @@ def test_receptive_field_through_stacked_layers() -> None:
     found = viz.sampling(model, torch.randn(1, 1, 15, 15))
     field = found.receptive_field(at=(5, 7))
     rows, columns = field.nonzero().T
-    # Two 3x3 layers reach 2 pixels around; the second looks 3 rows further down.
+    # Two 3x3 layers reach 2 pixels around; the second one samples 3 rows farther down.
     assert (rows.min(), rows.max(), columns.min(), columns.max()) == (6, 10, 5, 9)
 
 
@@ -237,7 +237,7 @@ def test_receptive_field_of_a_layer_with_channels_last(axes: int) -> None:
     nn.init.ones_(layer.offset_mask.bias)
     field = viz.sampling(layer, torch.randn(1, *size, 4)).receptive_field(at=(2,) * axes)
     assert field.shape == size
-    # All offsets are 1: the window is that around the next position.
+    # All offsets are 1: the window is around the next position.
     reached = field.nonzero()
     assert reached.amin(0).tolist() == [2] * axes and reached.amax(0).tolist() == [4] * axes
 

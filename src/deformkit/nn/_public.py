@@ -3,10 +3,9 @@
 from collections.abc import Callable
 from functools import wraps
 from types import FunctionType
-from typing import Any
+from typing import Any, ParamSpec
 
-# The names that other libraries use, and ours.
-_NAMES_ELSEWHERE = {"deform_groups": "offset_groups", "deformable_groups": "offset_groups"}
+Parameters = ParamSpec("Parameters")
 
 
 def of_class(cls: type, name: str) -> Any:
@@ -19,13 +18,22 @@ def of_class(cls: type, name: str) -> Any:
     return function
 
 
-def with_hints(init: Callable[..., None], layer: str) -> Callable[..., None]:
-    """``init`` with a helpful error for an argument under the name that other libraries give it."""
+def named_elsewhere(**ours: str) -> Callable[[Callable[Parameters, None]], Callable[Parameters, None]]:
+    """A decorator of constructors: an argument under the name that another library gives it raises a helpful error.
 
-    @wraps(init)
-    def with_hints(self: Any, *args: Any, **kwargs: Any) -> None:
-        for name in kwargs.keys() & _NAMES_ELSEWHERE.keys():
-            raise TypeError(f"{layer} has no argument {name!r}; it is called {_NAMES_ELSEWHERE[name]!r} here")
-        init(self, *args, **kwargs)
+    Args:
+        ours: the name here, by the name elsewhere.
+    """
 
-    return with_hints
+    def decorate(init: Callable[Parameters, None]) -> Callable[Parameters, None]:
+        layer = init.__qualname__.split(".")[0]
+
+        @wraps(init)
+        def with_hints(*args: Parameters.args, **kwargs: Parameters.kwargs) -> None:
+            for name in kwargs.keys() & ours.keys():
+                raise TypeError(f"{layer} has no argument {name!r}; it is called {ours[name]!r} here")
+            init(*args, **kwargs)
+
+        return with_hints
+
+    return decorate

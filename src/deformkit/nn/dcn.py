@@ -14,9 +14,11 @@ from ..ops._shape import check_choice, check_count, check_tensor, checked_output
 from ..ops.deform_aggregate.op import check_offset_scale, deform_aggregate, tap_count
 from ..ops.deform_aggregate.reference import points
 from ._linear import linear
+from ._public import named_elsewhere
 
 _CONV: dict[int, type[nn.Module]] = {1: nn.Conv1d, 2: nn.Conv2d, 3: nn.Conv3d}
 _BATCH_NORM: dict[int, type[nn.Module]] = {1: nn.BatchNorm1d, 2: nn.BatchNorm2d, 3: nn.BatchNorm3d}
+_with_hints = named_elsewhere(in_channels="channels", dim="channels", padding="pad", groups="group", num_heads="group")
 _ACTIVATION: dict[str, type[nn.Module]] = {"GELU": nn.GELU, "SiLU": nn.SiLU, "ReLU": nn.ReLU}
 
 
@@ -225,6 +227,7 @@ class DCNv3(_DCN):
     Paper: InternImage, https://arxiv.org/abs/2211.05778.
     """
 
+    @_with_hints
     def __init__(
         self,
         channels: int = 64,
@@ -330,6 +333,7 @@ class DCNv4(_DCN):
     Paper: DCNv4, https://arxiv.org/abs/2401.06197.
     """
 
+    @_with_hints
     def __init__(
         self,
         channels: int = 64,

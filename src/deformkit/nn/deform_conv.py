@@ -24,11 +24,12 @@ from ..ops._shape import (
 )
 from ..ops.deform_conv.op import deform_conv1d, deform_conv2d, deform_conv3d
 from ..ops.sample.reference import tap_grid
-from ._public import of_class, with_hints
+from ._public import named_elsewhere, of_class
 
 PaddingMode = Literal["zeros", "reflect", "replicate", "circular"]
 
 _FUNCTIONS = {1: deform_conv1d, 2: deform_conv2d, 3: deform_conv3d}
+_with_hints = named_elsewhere(deform_groups="offset_groups", deformable_groups="offset_groups")
 _PLAIN: dict[int, type[nn.Module]] = {1: nn.Conv1d, 2: nn.Conv2d, 3: nn.Conv3d}
 
 
@@ -43,7 +44,7 @@ class _DeformConv(_ConvNd):
         super().__init_subclass__(**kwargs)
         # When arguments are wrong, Python's message has the name under which the function was defined.
         if cls.__module__ == __name__ and not cls.__name__.startswith("_"):
-            cls.__init__ = with_hints(of_class(cls, "__init__"), cls.__name__)  # type: ignore[method-assign]
+            cls.__init__ = _with_hints(of_class(cls, "__init__"))  # type: ignore[method-assign]
             cls.forward = of_class(cls, "forward")  # type: ignore[method-assign]
 
     def __init__(

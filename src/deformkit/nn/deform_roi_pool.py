@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from ..ops._shape import check_count, check_tensor, ntuple
 from ..ops.deform_roi_pool.op import check_numbers, deform_roi_pool
+from ._public import named_elsewhere
 
 
 class DeformRoIPool(nn.Module):
@@ -42,6 +43,7 @@ class DeformRoIPool(nn.Module):
     Paper: Deformable Convolutional Networks, https://arxiv.org/abs/1703.06211.
     """
 
+    @named_elsewhere(out_size="output_size", trans_std="gamma")
     def __init__(
         self,
         output_size: int | Sequence[int],
@@ -123,6 +125,7 @@ class PackedDeformRoIPool(DeformRoIPool):
     Deformable ConvNets v2, https://arxiv.org/abs/1811.11168.
     """
 
+    @named_elsewhere(out_size="output_size", out_channels="output_channels", trans_std="gamma")
     def __init__(
         self,
         output_size: int | Sequence[int],

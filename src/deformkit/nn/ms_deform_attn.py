@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from ..ops._shape import check_count, check_tensor, compute_dtype
 from ..ops.ms_deform_attn.op import SpatialShapes, level_sizes, ms_deform_attn
 from ._linear import linear
+from ._public import named_elsewhere
 
 
 def point_locations(offsets: Tensor, references: Tensor, extents: Tensor, points: Sequence[int]) -> Tensor:
@@ -113,6 +114,7 @@ class MSDeformAttn(nn.Module):
     Paper: Deformable DETR, https://arxiv.org/abs/2010.04159.
     """
 
+    @named_elsewhere(embed_dims="d_model", num_levels="n_levels", num_heads="n_heads", num_points="n_points")
     def __init__(
         self,
         d_model: int = 256,

@@ -1,4 +1,4 @@
-"""Every wrong argument of deformable aggregation, with what is said about it."""
+"""Every wrong argument of deformable aggregation, and the message that it gets."""
 
 import re
 from typing import Any
@@ -18,7 +18,7 @@ def no(*shape: int, dtype: torch.dtype = torch.float32, device: str = "cpu") -> 
     return torch.zeros(shape, dtype=dtype, device=device)
 
 
-# name of the test: what is changed in a sound call, the error, what its message says
+# the name of a test: the change of a valid call, the error, and its message
 WRONG: dict[str, tuple[dict[str, Any], type[Exception], str]] = {
     "no tensor": ({"value": [1.0]}, TypeError, "value is a list; it must be a torch.Tensor"),
     "no offset": ({"offset": None}, TypeError, "offset is a NoneType; it must be a torch.Tensor"),
@@ -121,7 +121,7 @@ WRONG: dict[str, tuple[dict[str, Any], type[Exception], str]] = {
     "padding by name": ({"padding": "same"}, TypeError, "padding is 'same'; it must be an int or a sequence of 2 ints"),
 }
 
-# What the schema of the bare operator refuses or converts, and what a kernel has an answer to.
+# Arguments that the schema of the operator refuses or converts, or that a kernel accepts.
 WRONG_OPTIONS: dict[str, tuple[dict[str, Any], type[Exception], str]] = {
     "scale by name": ({"offset_scale": "2"}, TypeError, "offset_scale is '2'; it must be a real number"),
     "true scale": ({"offset_scale": True}, TypeError, "offset_scale is True; it must be a real number"),
@@ -145,7 +145,7 @@ def test_a_wrong_argument_is_named(name: str) -> None:
 
 @pytest.mark.parametrize("name", [name for name in WRONG if name != "boundary"])
 def test_the_bare_operator_raises_an_error_too(name: str) -> None:
-    """torch.ops.deformkit called with what the public function would refuse: an error, never memory out of bounds."""
+    """Wrong arguments of torch.ops.deformkit raise an error and never lead to an access out of bounds."""
     change, _, _ = WRONG[name]
     named = {**CASE.arguments(), **change}
     for step in ("kernel_size", "stride", "padding", "dilation"):
@@ -154,7 +154,7 @@ def test_the_bare_operator_raises_an_error_too(name: str) -> None:
     args = operators["deform_aggregate"].ordered(named)
     with pytest.raises((RuntimeError, ValueError, TypeError, NotImplementedError)):
         torch.ops.deformkit.deform_aggregate(*args)
-    if name.endswith("elsewhere"):  # with a tensor on meta nothing is computed
+    if name.endswith("elsewhere"):  # nothing is computed for a tensor on meta
         return
     grad_output = torch.zeros(2, 7, 7, 4, 8)
     with pytest.raises((RuntimeError, ValueError, TypeError, NotImplementedError)):
@@ -186,7 +186,7 @@ def test_a_wrong_output_mask_raises(mask: list[bool]) -> None:
 
 
 def test_fake_tensors_are_checked_too() -> None:
-    """What would fail at run time fails while a graph is traced."""
+    """Arguments that would fail at run time fail while a graph is traced."""
     named = {name: v.to("meta") if isinstance(v, Tensor) else v for name, v in CASE.arguments().items()}
     named["offset"] = no(2, 7, 9, 4, 15, 2, device="meta")
     with pytest.raises(ValueError, match="offset has spatial size 7x9"):

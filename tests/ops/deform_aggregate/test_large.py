@@ -1,4 +1,4 @@
-"""Deformable aggregation at sizes where a kernel cuts its work, and where an index needs 64 bits."""
+"""Deformable aggregation at sizes where a kernel divides its work, and where an index needs 64 bits."""
 
 import pytest
 import torch
@@ -13,7 +13,7 @@ from deformkit.ops.deform_aggregate.cases import Case
 
 OPERATOR = operators["deform_aggregate"]
 
-# Fields of more than 16 MB of which few points are read, near the grid or anywhere; then many points of small fields.
+# Few points in fields of more than 16 MB, near the grid or anywhere; then many points in small fields.
 LARGE = [
     Case("1d-long", 1, (600_000,), 2, 4, (2,), stride=97),
     Case("1d-long-wild", 1, (600_000,), 1, 8, (2,), stride=97, offset_std=1e5),
@@ -71,7 +71,7 @@ def test_same_bits_at_any_number_of_threads_and_in_any_batch(case: Case) -> None
 def test_more_than_2_to_the_31_elements(
     heads: int, channels: int, size: tuple[int, ...], stride: tuple[int, ...]
 ) -> None:
-    """All positions and heads are one in memory: an index that overflows reads elsewhere, or is taken for outside."""
+    """All positions and heads share one place in memory: an overflowing index reads elsewhere or counts as outside."""
     axes, count, content = len(size), 17, 1.5
     value = torch.full((*[1] * (axes + 2), channels), content, dtype=torch.float16).expand(1, *size, heads, channels)
     assert value.numel() > 2**31
@@ -94,7 +94,7 @@ def test_more_than_2_to_the_31_elements(
 
 
 def test_workspace_does_not_grow_with_the_image() -> None:
-    """What all taps read would take 324 MB here, and twice that in the backward."""
+    """The samples of all taps would take 324 MB here, and twice as much in the backward pass."""
     value = torch.randn(1, 750, 750, 2, 8)
     weight = torch.zeros(1, 750, 750, 2, 9)
     offset = torch.zeros(1, 750, 750, 2, 9, 2)

@@ -1,4 +1,4 @@
-"""Laws of deformable aggregation, on geometries that hypothesis draws."""
+"""Laws of deformable aggregation, on random geometries from hypothesis."""
 
 from typing import Any
 
@@ -42,7 +42,7 @@ def geometries(draw: st.DrawFn, axes: int | None = None, **options: Any) -> Case
 
 
 def run(named: dict[str, Any]) -> dict[str, Tensor]:
-    """Output and every gradient, by name; the cotangent is the output's cosine, so that it moves with it."""
+    """The output and every gradient, by name. The cotangent is the cosine of the output, to move with it."""
     values = {name: named[name].detach().requires_grad_() for name in NAMES}
     output = dk.deform_aggregate(**{**named, **values})
     grads = torch.autograd.grad(output, list(values.values()), output.detach().cos())
@@ -56,7 +56,7 @@ def assert_same(actual: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
 
 
 def windows(field: Tensor, named: dict[str, Any]) -> Tensor:
-    """What an undeformed window reads of ``field [B, *S, H, D]``, as ``[B, *out, H, D, K]``."""
+    """The samples of an undeformed window in ``field [B, *S, H, D]``, as ``[B, *out, H, D, K]``."""
     axes = field.dim() - 3
     read = F.pad(field.movedim((-2, -1), (1, 2)), [n for p in reversed(named["padding"]) for n in (p, p)])
     for axis in range(axes):
@@ -94,7 +94,7 @@ def test_a_removed_centre_is_a_weight_of_zero(case: Case, seed: int) -> None:
 @laws
 @given(geometries(), seeds)
 def test_the_scale_spreads_the_taps(case: Case, seed: int) -> None:
-    """A scale is the offsets that move each tap as far: those of scale 1 reach the same points."""
+    """A scale equals offsets that move each tap by as much: with scale 1 they reach the same points."""
     named = case.arguments(torch.float64, seed=seed)
     from_centre = case._from_centre(named["dilation"])
     offset = case.offset_scale * (from_centre + named["offset"]) - from_centre
@@ -106,11 +106,11 @@ def test_the_scale_spreads_the_taps(case: Case, seed: int) -> None:
 @laws
 @given(geometries(), seeds, st.data())
 def test_an_integer_offset_is_a_shift(case: Case, seed: int, data: st.DataObject) -> None:
-    """Moving every point by whole pixels is moving the padding."""
+    """Moving every point by whole pixels equals a change of the padding."""
     named = case.arguments(torch.float64, seed=seed)
     shift = [data.draw(st.integers(0, 4)) for _ in case.size]
     moved = {**named, "offset": named["offset"] - torch.tensor(shift, dtype=torch.float64) / case.offset_scale}
-    # The same points as from a first tap that lies further out, on an output cut to the same size.
+    # A first tap farther outside has the same points, on an output that is cropped to the same size.
     padding = [p + s for p, s in zip(named["padding"], shift, strict=True)]
     grown = Case(**{**case.__dict__, "padding": tuple(padding)}).arguments(torch.float64, seed=seed)
     inner = (slice(None), *(slice(n) for n in named["offset"].shape[1:-3]))
@@ -123,7 +123,7 @@ def test_an_integer_offset_is_a_shift(case: Case, seed: int, data: st.DataObject
 @laws
 @given(geometries(axes=1) | geometries(axes=2), seeds, st.data())
 def test_a_unit_axis_changes_nothing(case: Case, seed: int, data: st.DataObject) -> None:
-    """A k-D call is the (k+1)-D call with one more axis of size 1, wherever that axis is put."""
+    """A k-D call equals the (k+1)-D call with an additional axis of size 1 at any place."""
     named = case.arguments(torch.float64, seed=seed)
     place = data.draw(st.integers(0, case.axes))
     lifted = {**named, **{name: named[name].unsqueeze(1 + place) for name in NAMES}}
@@ -164,7 +164,7 @@ def test_adjoint_in_value_and_in_weight(case: Case, seed: int) -> None:
         forward = dk.deform_aggregate(**{**named, name: x}) * y
         backward = x * adjoint
         magnitude = forward.abs().sum() + backward.abs().sum()
-        # Beside the sum of the magnitudes, which is what rounding goes by: the two may cancel to nothing.
+        # Relative to the sum of the magnitudes, on which rounding depends: the terms may cancel.
         assert_close(forward.sum() - backward.sum() + magnitude, magnitude, name=name)
 
 
@@ -187,7 +187,7 @@ def test_heads_and_channels_permute(case: Case, seed: int, data: st.DataObject) 
 @laws
 @given(geometries(), seeds, st.data())
 def test_taps_permute(case: Case, seed: int, data: st.DataObject) -> None:
-    """Nothing but its place in the window tells taps apart: another one reaches the point with another offset."""
+    """Taps differ only in their place in the window: another tap reaches the same point with another offset."""
     named = case.arguments(torch.float64, seed=seed)
     from_centre = case._from_centre(named["dilation"])
     order = data.draw(st.permutations(range(len(from_centre))))
@@ -200,7 +200,7 @@ def test_taps_permute(case: Case, seed: int, data: st.DataObject) -> None:
 @laws
 @given(geometries(remove_center=False), seeds)
 def test_constant_weights_are_a_depthwise_convolution(case: Case, seed: int) -> None:
-    """Weights that depend on the tap and the head alone: deform_conv with one offset group for each head."""
+    """With weights that depend only on tap and head, aggregation is deform_conv with one offset group for each head."""
     named = case.arguments(torch.float64, seed=seed)
     first = named["weight"][(0,) * (case.axes + 1)].clone()
     named["weight"] = first.expand_as(named["weight"])
@@ -224,7 +224,7 @@ def test_constant_weights_are_a_depthwise_convolution(case: Case, seed: int) -> 
 @laws
 @given(geometries(boundary="zeros"), seeds, st.data())
 def test_zeros_around_the_value_are_its_boundary(case: Case, seed: int, data: st.DataObject) -> None:
-    """Translation: writing zeros around the value and starting as much earlier reads the same."""
+    """Translation: zeros around the value, and a window that starts earlier by as much, give the same samples."""
     named = case.arguments(torch.float64, seed=seed)
     low = [data.draw(st.integers(0, p)) for p in named["padding"]]
     padded = F.pad(named["value"], [0, 0, 0, 0, *(n for p in reversed(low) for n in (p, p))])

@@ -1,4 +1,4 @@
-"""The public function of deformable aggregation under what PyTorch does with functions."""
+"""The public function of deformable aggregation under the transforms of PyTorch."""
 
 from functools import partial
 from typing import Any
@@ -19,7 +19,7 @@ def named(axes: int) -> dict[str, Any]:
 
 
 def test_names_and_places_of_arguments(named: dict[str, Any]) -> None:
-    """A convolution's order; what follows the dilation goes by name alone."""
+    """The arguments are in the order of a convolution; those after the dilation are keyword-only."""
     rest = {name: named.pop(name) for name in ("offset_scale", "remove_center", "boundary")}
     assert list(named) == ["value", "offset", "weight", "kernel_size", "stride", "padding", "dilation"]
     assert torch.equal(dk.deform_aggregate(*named.values(), **rest), dk.deform_aggregate(**named, **rest))
@@ -46,7 +46,7 @@ def test_compiles_whole_for_any_batch(named: dict[str, Any]) -> None:
 
 
 def test_compiles_for_any_scale(named: dict[str, Any]) -> None:
-    """The second float that differs becomes a symbol."""
+    """The compiler turns the second different float into a symbol."""
     torch.compiler.reset()
     compiled = torch.compile(dk.deform_aggregate, fullgraph=True, backend="aot_eager")
     for scale in (0.5, 0.75, 1.5, -2.0, 3):
@@ -64,7 +64,7 @@ def test_a_wrong_shape_raises_while_compiling(named: dict[str, Any]) -> None:
 
 
 def test_grad_of_a_compiled_function(named: dict[str, Any]) -> None:
-    """A transform around the compiler instead of in it: right, or an error; not silently zero."""
+    """A transform of a compiled function gives the right result or an error, never silent zeros."""
     torch.compiler.reset()
 
     def loss(offset: Tensor) -> Tensor:
@@ -76,7 +76,7 @@ def test_grad_of_a_compiled_function(named: dict[str, Any]) -> None:
 
 
 def test_ensembles_of_weights(named: dict[str, Any]) -> None:
-    """vmap over the weights alone, as for an ensemble, and over samples without a batch axis."""
+    """vmap over the weights only, as for an ensemble, and over samples without a batch axis."""
     weights = torch.stack([named["weight"], -named["weight"], 2 * named["weight"]])
     found = torch.func.vmap(lambda weight: dk.deform_aggregate(**{**named, "weight": weight}))(weights)
     assert_close(found, torch.stack([dk.deform_aggregate(**{**named, "weight": w}) for w in weights]))

@@ -1,7 +1,7 @@
 """Deformable aggregation against the published formulas of DCNv3 and DCNv4, and against F.grid_sample.
 
-The published operators take images, keep their taps column after column (x outside, y inside), and their offsets as
-(x, y). The loops below stay in that convention, so that what is compared includes the change of order.
+The published operators take images and have their taps in column-major order (x outside, y inside) and offsets as
+(x, y). The loops below keep that convention, so that the comparison includes the change of order.
 """
 
 from collections.abc import Callable
@@ -29,7 +29,7 @@ PUBLISHED = [
 
 
 def published_order(kernel_size: tuple[int, int], remove_center: bool) -> list[int]:
-    """For each of our taps, row after row, its number among those counted column after column."""
+    """The number in column-major order of each of our taps, which are in row-major order."""
     height, width = kernel_size
     taps = [(y, x) for y in range(height) for x in range(width)]
     by_column = sorted(taps, key=lambda tap: (tap[1], tap[0]))
@@ -46,7 +46,7 @@ def aggregate_by_loops(
     case: Case,
     named: dict[str, Any],
 ) -> Tensor:
-    """What DCNv3 and DCNv4 have in common, of a value ``[N, H, W, G, C]``, one position and one tap after the other.
+    """The common part of DCNv3 and DCNv4 for a value ``[N, H, W, G, C]``, one position and one tap after the other.
 
     ``offset_at`` gives x and y, and ``weight_at`` the factor, for image, row, column, group and number of the tap.
     """
@@ -91,7 +91,7 @@ def bilinear(field: Tensor, x: Tensor, y: Tensor) -> Tensor:
 
 
 def published_tensors(case: Case, named: dict[str, Any]) -> list[Tensor]:
-    """The case's value, offset and weight as DCNv3 takes them: heads and channels, and all that is predicted, flat."""
+    """Value, offset and weight of the case as DCNv3 takes them, with flattened heads, channels and predictions."""
     order = published_order(case.kernel_size, case.remove_center)
     back = [order.index(tap) for tap in range(len(order))]
     offset = named["offset"][..., back, :].flip(-1).flatten(-3)
@@ -99,7 +99,7 @@ def published_tensors(case: Case, named: dict[str, Any]) -> list[Tensor]:
 
 
 def ours(case: Case, named: dict[str, Any], value: Tensor, offset: Tensor, weight: Tensor) -> Tensor:
-    """Our operator on tensors in the published layout."""
+    """The operator of deformkit on tensors in the published layout."""
     order = published_order(case.kernel_size, case.remove_center)
     given = {
         "value": value.unflatten(-1, (case.heads, -1)),
@@ -138,7 +138,7 @@ def test_the_formula_of_dcnv3(case: Case) -> None:
 
 @pytest.mark.parametrize("case", PUBLISHED, ids=lambda c: c.name)
 def test_the_formula_of_dcnv4(case: Case) -> None:
-    """One tensor: for each group 2K offsets, then K masks; behind the last group zeros up to a multiple of 8."""
+    """One tensor with 2K offsets, then K masks for each group, followed by zeros up to a multiple of 8."""
     named = case.arguments(torch.float64)
     value, offset, mask = published_tensors(case, named)
     taps = prod(case.kernel_size) - case.remove_center
@@ -166,7 +166,7 @@ def test_the_formula_of_dcnv4(case: Case) -> None:
 
 
 def by_grid_sample(case: Case, named: dict[str, Any], value: Tensor, offset: Tensor, weight: Tensor) -> Tensor:
-    """The formula with F.grid_sample, which counts x first and from -1 to 1; a sequence becomes one row of an image."""
+    """The formula with F.grid_sample, whose grid is x first, from -1 to 1; a sequence becomes an image of one row."""
     taps = list(product(*(range(k) for k in case.kernel_size)))
     if case.remove_center:
         del taps[len(taps) // 2]

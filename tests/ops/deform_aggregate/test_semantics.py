@@ -1,4 +1,4 @@
-"""What deformable aggregation promises at the edges: undefined, infinite and far points, empty and large calls."""
+"""Edge cases of deformable aggregation: NaN, infinite and far points, empty and large calls."""
 
 from dataclasses import replace
 from typing import Any
@@ -34,7 +34,7 @@ def results(named: dict[str, Any], dtype: torch.dtype = torch.float32) -> dict[s
     return dict(zip(NAMES, found, strict=True))
 
 
-# Undefined and infinite
+# NaN and infinity
 
 
 @boundaries
@@ -49,7 +49,7 @@ def test_nan_offset_is_visible_and_local(axes: int, boundary: str) -> None:
         if where is not None:
             expected[where] = True
         assert torch.equal(marked[name].isnan(), expected), name
-        if name != "value":  # whose gradient has lost what the point contributed
+        if name != "value":  # whose gradient lacks the contribution of the point
             assert_equal(marked[name][~expected], clean[name][~expected], name)
 
 
@@ -84,7 +84,7 @@ def test_a_far_point_reads_the_border(axes: int, far: float) -> None:
 
 @pytest.mark.parametrize("poison", [torch.nan, torch.inf])
 def test_a_corner_outside_does_not_leak(axes: int, poison: float) -> None:
-    """Poison on the border of the field: points outside, whose corners would be clamped onto it, do not see it."""
+    """Points outside do not read the poisoned border of the field, onto which their corners would be clamped."""
     named = PLAIN[axes].arguments()
     field = torch.full_like(named["value"], poison)
     field[(slice(None), *[slice(1, -1)] * axes)] = 0.0
@@ -95,7 +95,7 @@ def test_a_corner_outside_does_not_leak(axes: int, poison: float) -> None:
 
 
 def test_poison_is_seen_where_it_is_read(axes: int) -> None:
-    """A corner in the field counts even with weight 0, as in grid_sample: only what is outside is skipped."""
+    """A corner in the field counts even with weight 0, as in grid_sample; only corners outside are skipped."""
     named = PLAIN[axes].arguments()
     named["offset"] = torch.zeros_like(named["offset"])
     named["value"][(0, *[2] * axes, 1, 3)] = torch.inf
@@ -110,7 +110,7 @@ def test_poison_is_seen_where_it_is_read(axes: int) -> None:
 @every_case
 def test_on_grid_lines_as_the_reference(call: Call) -> None:
     named = call.case.arguments()
-    # Scales that a float32 holds exactly: another one puts the points beside the lines, and on either side of them.
+    # float32 represents these scales exactly; any other one puts points beside the grid lines, on either side.
     named["offset_scale"] = round(4 * named["offset_scale"]) / 4
     named["offset"] = named["offset"].round()
     check(call, call.operator.ordered(named))
@@ -119,7 +119,7 @@ def test_on_grid_lines_as_the_reference(call: Call) -> None:
 
 
 def test_a_zero_offset_at_the_padding_can_start_to_learn(axes: int) -> None:
-    """At exactly -1 the derivative is the right-hand one: the first tap of a padded layer at zero offset is there."""
+    """The derivative at exactly -1, where a padded layer without offsets has its first tap, is the right-hand one."""
     value = torch.full((1, *[4] * axes, 1, 1), 3.0)
     offset = torch.zeros(1, *[6] * axes, 1, 1, axes, requires_grad=True)
     dk.deform_aggregate(value, offset, torch.ones(1, *[6] * axes, 1, 1), 1, padding=1).sum().backward()
@@ -129,7 +129,7 @@ def test_a_zero_offset_at_the_padding_can_start_to_learn(axes: int) -> None:
 
 
 def test_a_scale_of_zero_reads_the_centre(axes: int) -> None:
-    """Every tap reads the centre of its window, and no offset moves it."""
+    """Every tap samples the centre of its window, and no offset moves it."""
     named = {**PLAIN[axes].arguments(), "kernel_size": [3] * axes, "padding": [1] * axes, "offset_scale": 0.0}
     maps = (2, *PLAIN[axes].size, 3, 3**axes)
     named.update(offset=torch.randn(*maps, axes), weight=torch.rand(maps))
@@ -191,13 +191,13 @@ def test_wild_offsets_do_not_crash() -> None:
     check_survives(CRASH)
 
 
-# Weights that are no numbers
+# NaN weights
 
 
 @boundaries
 @pytest.mark.parametrize("where", [0.3, 90.0, torch.inf], ids=["inside", "outside", "infinite"])
 def test_weight_that_is_no_number(axes: int, boundary: str, where: float) -> None:
-    """It is never silent, though its point is outside."""
+    """A NaN weight shows in the output even if its point is outside."""
     call = Call(OPERATOR, replace(PLAIN[axes], boundary=boundary))
     args = call.arguments()
     place = (0, *[1] * axes, 1, 2)

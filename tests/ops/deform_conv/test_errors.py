@@ -1,4 +1,4 @@
-"""Every wrong argument of deformable convolution, with what is said about it."""
+"""Every wrong argument of deformable convolution, and the message that it gets."""
 
 import re
 from typing import Any
@@ -18,7 +18,7 @@ def no(*shape: int, dtype: torch.dtype = torch.float32, device: str = "cpu") -> 
     return torch.zeros(*shape, dtype=dtype, device=device)
 
 
-# name of the test: what is changed in a sound call, the error, what its message says
+# the name of a test: the change of a valid call, the error, and its message
 WRONG: dict[str, tuple[dict[str, Any], type[Exception], str]] = {
     "no tensor": ({"input": [1.0]}, TypeError, "input is a list; it must be a torch.Tensor"),
     "no offset": ({"offset": None}, TypeError, "offset is a NoneType; it must be a torch.Tensor"),
@@ -120,7 +120,7 @@ def test_a_wrong_argument_is_named(name: str) -> None:
 
 @pytest.mark.parametrize("name", [name for name in WRONG if name != "boundary"])
 def test_the_bare_operator_raises_an_error_too(name: str) -> None:
-    """torch.ops.deformkit called with what the public function would refuse: an error, never memory out of bounds."""
+    """Wrong arguments of torch.ops.deformkit raise an error and never lead to an access out of bounds."""
     change, _, _ = WRONG[name]
     named = {**CASE.arguments(), **change}
     for step in ("stride", "padding", "dilation"):
@@ -129,7 +129,7 @@ def test_the_bare_operator_raises_an_error_too(name: str) -> None:
     args = operators["deform_conv"].ordered(named)
     with pytest.raises((RuntimeError, ValueError, TypeError, NotImplementedError)):
         torch.ops.deformkit.deform_conv(*args)
-    if name.endswith("elsewhere"):  # with a tensor on meta nothing is computed
+    if name.endswith("elsewhere"):  # nothing is computed for a tensor on meta
         return
     grad_output = torch.zeros(2, 6, 7, 10)
     with pytest.raises((RuntimeError, ValueError, TypeError, NotImplementedError)):
@@ -185,7 +185,7 @@ def test_the_wrong_number_of_axes(dimensions: tuple[int, int]) -> None:
 
 
 def test_fake_tensors_are_checked_too() -> None:
-    """What would fail at run time fails while a graph is traced."""
+    """Arguments that would fail at run time fail while a graph is traced."""
     named = {name: v.to("meta") if isinstance(v, Tensor) else v for name, v in CASE.arguments().items()}
     named["offset"] = no(2, 24, 7, 9, device="meta")
     with pytest.raises(ValueError, match="offset has spatial size 7x9"):

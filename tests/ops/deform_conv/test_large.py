@@ -1,4 +1,4 @@
-"""Deformable convolution at sizes where a kernel cuts its work, and where an index needs 64 bits."""
+"""Deformable convolution at sizes where a kernel divides its work, and where an index needs 64 bits."""
 
 import os
 import subprocess
@@ -20,7 +20,7 @@ from deformkit.ops.deform_conv.cases import Case
 
 OPERATOR = operators["deform_conv"]
 
-# Fields of more than 16 MB of which few points are read, near the grid or anywhere; then many points of small fields.
+# Few points in fields of more than 16 MB, near the grid or anywhere; then many points in small fields.
 LARGE = [
     Case("1d-long", 1, 8, (600_000,), 3, (2,), stride=97),
     Case("1d-long-wild", 1, 8, (600_000,), 3, (2,), stride=97, offset_std=1e5),
@@ -76,7 +76,7 @@ def test_same_bits_at_any_number_of_threads_and_in_any_batch(case: Case) -> None
     ids=["1d", "1d-channels", "2d", "3d"],
 )
 def test_more_than_2_to_the_31_elements(channels: int, size: tuple[int, ...], stride: tuple[int, ...]) -> None:
-    """All elements are one element in memory: an index that overflows reads elsewhere, or is taken for outside."""
+    """All elements share one place in memory: an index that overflows reads elsewhere or counts as outside."""
     axes = len(size)
     value = 1.5
     input = torch.full((1, 1, *[1] * axes), value, dtype=torch.float16).expand(1, channels, *size)
@@ -117,7 +117,7 @@ for call in CALLS:
 
 @pytest.mark.parametrize("isa", ["avx2", "baseline"])
 def test_every_instruction_set(isa: str) -> None:
-    """The libraries for lesser processors, which torch can be told that this is."""
+    """The libraries for older processors; torch can be told to behave like one."""
     if _kernels.selection.isa in ("baseline", isa):
         pytest.skip(f"the suite itself runs the {_kernels.selection.isa} library")
     environment = {
@@ -131,7 +131,7 @@ def test_every_instruction_set(isa: str) -> None:
 
 
 def test_workspace_does_not_grow_with_the_image() -> None:
-    """Columns of all positions would take 324 MB here, and twice that in the backward."""
+    """The columns of all positions would take 324 MB here, and twice as much in the backward pass."""
     input = torch.randn(1, 16, 750, 750)
     offset = torch.zeros(1, 18, 750, 750)
     weight = torch.randn(16, 16, 3, 3)
@@ -146,7 +146,7 @@ def test_workspace_does_not_grow_with_the_image() -> None:
 
 @pytest.mark.slow
 def test_double_backward_uses_bounded_memory() -> None:
-    """It goes through the reference, which keeps some dozens of the columns, in parts."""
+    """The call uses the reference in parts, because it needs dozens of times the memory of the columns."""
     code = """
 import torch, deformkit as dk
 from peak import Peak
@@ -172,7 +172,7 @@ print(peak.so_far())
 
 @pytest.mark.parametrize("far", [3e8, -3e8, 1e12], ids=str)
 def test_border_of_a_long_sequence(far: float) -> None:
-    """At 2^28 positions float32 knows no single one; what lies far outside is the end all the same."""
+    """At 2^28 positions, float32 cannot represent single positions; points far outside are still clamped to the end."""
     size, count = 2**28 + 64, 17
     input = torch.full((1, 1, 1), 1.5).expand(1, 1, size)
     offset, weight = torch.full((1, 1, count), far), torch.full((1, 1, 1), 2.0)
@@ -181,7 +181,7 @@ def test_border_of_a_long_sequence(far: float) -> None:
 
 
 def test_a_far_offset_costs_its_own_time_alone() -> None:
-    """One point far outside of its window does not make the window the whole image: the workspace stays."""
+    """One point far outside its window does not enlarge the window to the whole image: the workspace stays small."""
     input, weight = torch.randn(1, 32, 700, 700), torch.randn(4, 32, 3, 3)
     offset = torch.zeros(1, 18, 234, 234)
     peak = Peak()

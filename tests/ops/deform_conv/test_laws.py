@@ -1,4 +1,4 @@
-"""Laws of deformable convolution, on geometries that hypothesis draws."""
+"""Laws of deformable convolution, on random geometries from hypothesis."""
 
 from typing import Any
 
@@ -52,7 +52,7 @@ def geometries(draw: st.DrawFn, axes: int | None = None, boundary: str | None = 
 
 
 def run(named: dict[str, Any]) -> dict[str, Tensor]:
-    """Output and every gradient in float64, by name; the cotangent is the output's cosine, so that it moves with it."""
+    """The output and every gradient in float64, by name. The cotangent is the cosine of the output, to move with it."""
     names = [name for name, value in named.items() if isinstance(value, Tensor)]
     values = {name: named[name].detach().requires_grad_() for name in names}
     output = FUNCTIONS[named["input"].dim() - 2](**{**named, **values})
@@ -80,13 +80,13 @@ def test_zero_offset_is_the_plain_convolution(case: Case, seed: int) -> None:
 @laws
 @given(geometries(), seeds, st.data())
 def test_an_integer_offset_is_a_shift(case: Case, seed: int, data: st.DataObject) -> None:
-    """Moving every point by whole pixels is moving the padding."""
+    """Moving every point by whole pixels equals a change of the padding."""
     named = case.arguments(torch.float64, seed=seed)
     shift = [data.draw(st.integers(0, 4)) for _ in case.size]
     moved = named["offset"].unflatten(1, (-1, case.axes))
     moved = moved - torch.tensor(shift, dtype=torch.float64).reshape(-1, *[1] * case.axes)
     named["offset"], plain = moved.flatten(1, 2), dict(named)
-    # The same points as from a first tap that lies further out, on an output cut to the same size.
+    # A first tap farther outside has the same points, on an output that is cropped to the same size.
     padding = [p + s for p, s in zip(named["padding"], shift, strict=True)]
     grown = [
         (s + 2 * p - d * (k - 1) - 1) // t + 1
@@ -105,7 +105,7 @@ def test_an_integer_offset_is_a_shift(case: Case, seed: int, data: st.DataObject
 @laws
 @given(geometries(axes=1) | geometries(axes=2), seeds, st.data())
 def test_a_unit_axis_changes_nothing(case: Case, seed: int, data: st.DataObject) -> None:
-    """A k-D call is the (k+1)-D call with one more axis of size 1, wherever that axis is put."""
+    """A k-D call equals the (k+1)-D call with an additional axis of size 1 at any place."""
     named = case.arguments(torch.float64, seed=seed)
     place = data.draw(st.integers(0, case.axes))
     lifted = dict(named)
@@ -156,7 +156,7 @@ def test_adjoint_in_input_and_in_weight(case: Case, seed: int) -> None:
         forward = function(**{**named, name: x}) * y
         backward = x * adjoint
         magnitude = forward.abs().sum() + backward.abs().sum()
-        # Beside the sum of the magnitudes, which is what rounding goes by: the two may cancel to nothing.
+        # Relative to the sum of the magnitudes, on which rounding depends: the terms may cancel.
         assert_close(forward.sum() - backward.sum() + magnitude, magnitude, name=name)
 
 
@@ -183,7 +183,7 @@ def test_groups_permute(case: Case, seed: int, data: st.DataObject) -> None:
 @laws
 @given(geometries(boundary="zeros"), seeds, st.data())
 def test_zeros_around_the_input_are_its_boundary(case: Case, seed: int, data: st.DataObject) -> None:
-    """Translation: writing zeros around the input and starting as much earlier reads the same."""
+    """Translation: zeros around the input, and a window that starts earlier by as much, give the same samples."""
     named = case.arguments(torch.float64, seed=seed)
     low = [data.draw(st.integers(0, p)) for p in named["padding"]]
     padded = F.pad(named["input"], [n for p in reversed(low) for n in (p, p)])

@@ -1,4 +1,4 @@
-"""The public functions of deformable convolution under what PyTorch does with functions."""
+"""The public functions of deformable convolution under the transforms of PyTorch."""
 
 from typing import Any
 
@@ -20,7 +20,7 @@ def named(axes: int) -> dict[str, Any]:
 
 
 def test_names_and_places_of_arguments(axes: int, named: dict[str, Any]) -> None:
-    """The order is torchvision's; what follows the mask goes by name alone."""
+    """The arguments are in the order of torchvision; those after the mask are keyword-only."""
     boundary = named.pop("boundary")
     by_place = FUNCTIONS[axes](*named.values())
     assert list(named) == ["input", "offset", "weight", "bias", "stride", "padding", "dilation", "mask"]
@@ -58,7 +58,7 @@ def test_a_wrong_shape_raises_while_compiling(axes: int, named: dict[str, Any]) 
 
 
 def test_grad_of_a_compiled_function(axes: int, named: dict[str, Any]) -> None:
-    """A transform around the compiler instead of in it: right, or an error; not silently zero."""
+    """A transform of a compiled function gives the right result or an error, never silent zeros."""
     torch.compiler.reset()
 
     def loss(function: Any, offset: Tensor) -> Tensor:
@@ -71,7 +71,7 @@ def test_grad_of_a_compiled_function(axes: int, named: dict[str, Any]) -> None:
 
 
 def test_ensembles_of_weights(axes: int, named: dict[str, Any]) -> None:
-    """vmap over the parameters alone, as for an ensemble, and over samples without a batch axis."""
+    """vmap over the parameters only, as for an ensemble, and over samples without a batch axis."""
     weights = torch.stack([named["weight"], -named["weight"], 2 * named["weight"]])
     function = torch.func.vmap(lambda weight: FUNCTIONS[axes](**{**named, "weight": weight}))
     assert_close(function(weights), torch.stack([FUNCTIONS[axes](**{**named, "weight": w}) for w in weights]))

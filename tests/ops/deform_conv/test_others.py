@@ -1,4 +1,4 @@
-"""Deformable convolution against implementations by others: values, and gradients where they have them."""
+"""Deformable convolution is compared with other implementations: values, and gradients if they have them."""
 
 import os
 import subprocess
@@ -26,7 +26,7 @@ def call(case: Case, named: dict[str, Any]) -> Tensor:
 
 
 def named_gradients(case: Case, named: dict[str, Any]) -> dict[str, Tensor]:
-    """Output and gradients of ours, by name, for the cotangent that :func:`evaluate` draws."""
+    """Our output and gradients, by name, for the cotangent that :func:`evaluate` draws."""
     names, values = list(named), list(named.values())
     positions = [i for i, v in enumerate(values) if isinstance(v, Tensor)]
     results = evaluate(lambda *v: call(case, dict(zip(names, v, strict=True))), values, positions, torch.float64)
@@ -57,7 +57,7 @@ def test_zero_offset_is_the_plain_convolution(case: Case, dtype: torch.dtype) ->
 
 
 def onnx_deform_conv(case: Case, named: dict[str, Any]) -> Tensor:
-    """The same call by onnxruntime's DeformConv, which takes images: a sequence becomes one that is one row high."""
+    """The same call with DeformConv of onnxruntime, which takes images; a sequence becomes an image of one row."""
     onnx = pytest.importorskip("onnx")
     runtime = pytest.importorskip("onnxruntime")
     extra = 2 - case.axes
@@ -126,7 +126,7 @@ def test_values_and_gradients_are_those_of_torchvision(tmp_path: Path) -> None:
     for case in cases:
         for seed in range(3):
             named = case.arguments(torch.float64, seed=seed)
-            if seed == 2:  # on grid lines, the border's included
+            if seed == 2:  # on grid lines, including those of the border
                 named["offset"] = named["offset"].round()
             expected.append(named_gradients(case, named))
             cotangent = torch.randn(
@@ -163,7 +163,7 @@ def test_values_and_gradients_are_those_of_dc1d(
     size = (24 - 2 * dilation - 1) // stride + 1
     reach = 3.0 if boundary == "border" else 0.0
     position = torch.arange(size)[:, None] * stride + torch.arange(3) * dilation
-    # Points in the input, for zeros; for border, which holds the last element as dc1d does, also beyond it.
+    # For "zeros" the points lie in the input; for "border", which clamps as dc1d does, also outside.
     points = torch.rand(2, offset_groups, size, 3, dtype=torch.float64) * (23 + 2 * reach) - reach
     offsets = points - position
     mask = torch.rand_like(offsets) if modulated else None

@@ -1,4 +1,4 @@
-"""What deformable convolution promises at the edges: undefined, infinite and far points, empty and large calls."""
+"""Edge cases of deformable convolution: NaN, infinite and far points, empty and large calls."""
 
 from typing import Any
 
@@ -34,7 +34,7 @@ def results(named: dict[str, Any], dtype: torch.dtype = torch.float32) -> dict[s
     return dict(zip(["output", *(names[i] for i in positions)], found, strict=True))
 
 
-# Undefined and infinite
+# NaN and infinity
 
 
 @boundaries
@@ -46,7 +46,7 @@ def test_nan_offset_is_visible_and_local(axes: int, boundary: str) -> None:
     marked = results(named)
 
     output = torch.zeros_like(clean["output"], dtype=torch.bool)
-    output[(1, slice(3, 6), *[1] * axes)] = True  # the second group's channels, which alone read that point
+    output[(1, slice(3, 6), *[1] * axes)] = True  # the channels of the second group, which alone sample that point
     offset = torch.zeros_like(clean["offset"], dtype=torch.bool)
     offset[(1, slice(-axes, None), *[1] * axes)] = True
     mask = torch.zeros_like(clean["mask"], dtype=torch.bool)
@@ -99,7 +99,7 @@ def _double(value: Any) -> Any:
 
 @pytest.mark.parametrize("poison", [torch.nan, torch.inf])
 def test_a_corner_outside_does_not_leak(axes: int, poison: float) -> None:
-    """Poison on the border of the field: points outside, whose corners would be clamped onto it, do not see it."""
+    """Points outside do not read the poisoned border of the field, onto which their corners would be clamped."""
     named = PLAIN[axes].arguments()
     field = torch.full_like(named["input"], poison)
     field[(slice(None), slice(None), *[slice(1, -1)] * axes)] = 0.0
@@ -111,7 +111,7 @@ def test_a_corner_outside_does_not_leak(axes: int, poison: float) -> None:
 
 
 def test_poison_is_seen_where_it_is_read(axes: int) -> None:
-    """A corner in the field counts even with weight 0, as in grid_sample: only what is outside is skipped."""
+    """A corner in the field counts even with weight 0, as in grid_sample; only corners outside are skipped."""
     named = PLAIN[axes].arguments()
     named.update(offset=torch.zeros_like(named["offset"]), mask=None)
     named["input"][(0, 0, *[2] * axes)] = torch.inf
@@ -131,7 +131,7 @@ def test_on_grid_lines_as_the_reference(call: Call) -> None:
 
 
 def test_a_zero_offset_at_the_padding_can_start_to_learn(axes: int) -> None:
-    """At exactly -1 the derivative is the right-hand one: the first tap of a padded layer at zero offset is there."""
+    """The derivative at exactly -1, where a padded layer without offsets has its first tap, is the right-hand one."""
     input = torch.full((1, 1, *[4] * axes), 3.0)
     offset = torch.zeros(1, axes, *[6] * axes, requires_grad=True)
     FUNCTIONS[axes](input, offset, torch.ones(1, 1, *[1] * axes), padding=1).sum().backward()
@@ -174,7 +174,7 @@ def test_batch_zero_under_vmap(axes: int) -> None:
 
 @pytest.mark.parametrize("batch", [1, 7, 11, 13])
 def test_any_batch_size(batch: int) -> None:
-    """More elements than the weight's gradient has partial sums, and numbers that divide nothing."""
+    """More elements than the gradient of the weight has partial sums, and sizes that divide nothing evenly."""
     for case in (CASES[0], CASES[5], CASES[10]):
         call = Call(operators["deform_conv"], Case(**{**case.__dict__, "batch": batch}))
         check(call, call.arguments())

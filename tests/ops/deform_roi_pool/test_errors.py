@@ -1,4 +1,4 @@
-"""Every wrong argument of deformable RoI pooling, with what is said about it."""
+"""Every wrong argument of deformable RoI pooling, and the message that it gets."""
 
 import re
 from typing import Any
@@ -27,7 +27,7 @@ def indices(*values: float) -> Tensor:
     return rois
 
 
-# name of the test: what is changed in a sound call, the error, what its message says
+# the name of a test: the change of a valid call, the error, and its message
 WRONG: dict[str, tuple[dict[str, Any], type[Exception], str]] = {
     "no tensor": ({"input": [1.0]}, TypeError, "input is a list; it must be a torch.Tensor"),
     "no rois": ({"rois": None}, TypeError, "rois is a NoneType; it must be a torch.Tensor"),
@@ -148,7 +148,7 @@ def test_a_wrong_argument_is_named(name: str) -> None:
 @needs_kernel("deform_roi_pool")
 @pytest.mark.parametrize("name", WRONG)
 def test_the_bare_operator_raises_an_error_too(name: str) -> None:
-    """torch.ops.deformkit called with what the public function would refuse: an error, never memory out of bounds."""
+    """Wrong arguments of torch.ops.deformkit raise an error and never lead to an access out of bounds."""
     change, _, _ = WRONG[name]
     named = {**CASE.arguments(), **change}
     if isinstance(named["output_size"], int):
@@ -156,7 +156,7 @@ def test_the_bare_operator_raises_an_error_too(name: str) -> None:
     args = [named[argument] for argument in operators["deform_roi_pool"].arguments]
     with pytest.raises(REFUSED):
         torch.ops.deformkit.deform_roi_pool(*args)
-    if name.endswith("elsewhere"):  # with a tensor on meta nothing is computed
+    if name.endswith("elsewhere"):  # nothing is computed for a tensor on meta
         return
     with pytest.raises(REFUSED):
         torch.ops.deformkit.deform_roi_pool_backward(torch.zeros(4, 8, 3, 2), *args, [True] * 2)
@@ -179,7 +179,7 @@ def test_a_wrong_output_mask_raises(mask: list[bool]) -> None:
 @pytest.mark.parametrize("index", [2.0, -1.0, 0.5, torch.nan, torch.inf, -torch.inf, 2.0**31, 2.0**63, -(2.0**63)])
 @pytest.mark.parametrize("ratio", [0, 2])
 def test_a_batch_index_out_of_range_is_never_read(axes: int, index: float, ratio: int) -> None:
-    """By the operator itself and by the reference, where the public function cannot look."""
+    """The operator and the reference refuse it if the public function cannot read the values."""
     case = Case("small", 2, 3, (5,) * axes, 3, (2,) * axes, sampling_ratio=ratio)
     args = list(case.arguments().values())
     args[1][1, 0] = index
@@ -213,7 +213,7 @@ def test_inverted_rois_warn_once(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_fake_tensors_are_checked_too() -> None:
-    """What would fail at run time fails while a graph is traced."""
+    """Arguments that would fail at run time fail while a graph is traced."""
     named = {name: v.to("meta") if isinstance(v, Tensor) else v for name, v in CASE.arguments().items()}
     named["offset"] = no(4, 2, 2, 3, device="meta")
     with pytest.raises(ValueError, match=r"offset has shape \[4, 2, 2, 3\]"):

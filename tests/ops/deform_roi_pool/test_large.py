@@ -1,4 +1,4 @@
-"""Deformable RoI pooling at sizes where a kernel cuts its work, and where an index needs 64 bits."""
+"""Deformable RoI pooling at sizes where a kernel divides its work, and where an index needs 64 bits."""
 
 import pytest
 import torch
@@ -12,7 +12,7 @@ from deformkit.ops.deform_roi_pool.cases import Case
 
 OPERATOR = operators["deform_roi_pool"]
 
-# Fields of more than 16 MB of which few points are read; then many RoIs, channels or bins of small fields.
+# Few points in fields of more than 16 MB; then many RoIs, channels or bins in small fields.
 LARGE = [
     Case("1d-long", 1, 8, (600_000,), 40, (3,), bin_size=500.0),
     Case("1d-long-adaptive", 2, 4, (600_000,), 30, (5,), 1 / 4, sampling_ratio=0, bin_size=7.0, spread=1.5),
@@ -54,7 +54,7 @@ def test_same_bits_at_any_number_of_threads(case: Case) -> None:
     ids=["1d", "1d-channels", "2d", "3d"],
 )
 def test_more_than_2_to_the_31_elements(channels: int, size: tuple[int, ...]) -> None:
-    """All elements are one element in memory: an index that overflows reads elsewhere, or is taken for outside."""
+    """All elements share one place in memory: an index that overflows reads elsewhere or counts as outside."""
     axes, value, extent = len(size), 1.5, 256.0
     input = torch.full((1, 1, *[1] * axes), value, dtype=torch.float16).expand(1, channels, *size)
     assert input.numel() > 2**31
@@ -89,7 +89,7 @@ def test_the_last_of_very_many_images() -> None:
 
 @needs_kernel("deform_roi_pool")
 def test_workspace_does_not_grow_with_the_samples() -> None:
-    """The samples alone would take 379 MB here, and twice that in the backward."""
+    """The samples alone would take 379 MB here, and twice as much in the backward pass."""
     named = Case("many", 1, 64, (60, 80), 250, (7, 7), sampling_ratio=11, bin_size=12.0).arguments()
     args = list(named.values())
     peak = Peak()

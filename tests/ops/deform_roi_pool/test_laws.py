@@ -1,4 +1,4 @@
-"""Laws of deformable RoI pooling, on geometries that hypothesis draws."""
+"""Laws of deformable RoI pooling, on random geometries from hypothesis."""
 
 from typing import Any
 
@@ -42,7 +42,7 @@ def geometries(draw: st.DrawFn, most_axes: int = 3, **fixed: Any) -> Case:
 
 
 def run(named: dict[str, Any]) -> dict[str, Tensor]:
-    """Output and every gradient, by name; the cotangent is the output's cosine, so that it moves with it."""
+    """The output and every gradient, by name. The cotangent is the cosine of the output, to move with it."""
     leaves = {k: named[k].detach().requires_grad_() for k in ("input", "offset") if named[k] is not None}
     output = dk.deform_roi_pool(**{**named, **leaves})
     grads = torch.autograd.grad(output, list(leaves.values()), output.detach().cos())
@@ -68,7 +68,7 @@ def with_corners(rois: Tensor, low: Tensor, high: Tensor) -> Tensor:
 @laws
 @given(geometries(with_offset=False, spread=0.0), seeds)
 def test_a_constant_is_pooled_to_itself(case: Case, seed: int) -> None:
-    """Inside, up to the clamped edge: the samples' shares add up to 1."""
+    """Up to the clamped edge the weights of the samples add up to 1."""
     size = tuple(n + 16 for n in case.size)
     named = Case(**{**case.__dict__, "size": size}).arguments(torch.float64, seed=seed)
     named["input"] = named["input"][..., :1].flatten(1)[:, :1].reshape(-1, *[1] * (case.axes + 1))
@@ -79,12 +79,12 @@ def test_a_constant_is_pooled_to_itself(case: Case, seed: int) -> None:
 @laws
 @given(geometries(most_axes=2), seeds, st.data())
 def test_a_unit_axis_changes_nothing(case: Case, seed: int, data: st.DataObject) -> None:
-    """A k-D call is the (k+1)-D call with one more axis of size 1, wherever that axis is put."""
+    """A k-D call equals the (k+1)-D call with an additional axis of size 1 at any place."""
     named = case.arguments(torch.float64, seed=seed)
     place = data.draw(st.integers(0, case.axes))
     x_first = case.axes - place
     low, high = named["rois"][:, 1:].chunk(2, 1)
-    # No sample at 0 itself: where one is clamped, the derivative is 0 to the last bit.
+    # No sample is at exactly 0: if a sample is clamped, the derivative is exactly 0.
     new = torch.tensor([0.1, 0.7], dtype=torch.float64).expand(case.rois, 2) / case.spatial_scale
     sides = [
         torch.cat([c[:, :x_first], n, c[:, x_first:]], 1) for c, n in zip((low, high), new.split(1, 1), strict=True)
@@ -111,7 +111,7 @@ def test_a_unit_axis_changes_nothing(case: Case, seed: int, data: st.DataObject)
 @laws
 @given(geometries(), seeds, st.data())
 def test_moving_input_and_rois_together_changes_nothing(case: Case, seed: int, data: st.DataObject) -> None:
-    """The RoIs in the middle of an input, and of the same input with more around it."""
+    """RoIs in the middle of an input, and in the same input with more around it."""
     room = [2 * int(case.bin_size + 1) * n + 20 for n in case.output_size]
     inner = Case(**{**case.__dict__, "size": tuple(room), "gamma": 0.05})
     named = inner.arguments(torch.float64, seed=seed)
@@ -136,7 +136,7 @@ def test_moving_input_and_rois_together_changes_nothing(case: Case, seed: int, d
 @laws
 @given(geometries(), seeds, st.data())
 def test_a_mirror(case: Case, seed: int, data: st.DataObject) -> None:
-    """Reversing an axis of the input, with its corners and offsets, reverses the bins: both edges are alike."""
+    """Reversing an axis of the input with its corners and offsets reverses the bins: both edges have the same rule."""
     named = case.arguments(torch.float64, seed=seed)
     axis = data.draw(st.integers(0, case.axes - 1))
     low, high = (c.clone() for c in corners(named["rois"]))
@@ -171,7 +171,7 @@ def test_the_scale_multiplies_the_rois(case: Case, seed: int) -> None:
 @laws
 @given(geometries(), seeds, st.sampled_from([torch.float32, torch.float64, torch.bfloat16]), st.data())
 def test_rois_are_separate(case: Case, seed: int, dtype: torch.dtype, data: st.DataObject) -> None:
-    """In another order, or alone, a RoI has the same bits; the gradients of the input add up."""
+    """The result of a RoI is bit-identical in another order or alone; the gradients of the input add up."""
     named = case.arguments(dtype, seed=seed)
     names = ["rois", *(["offset"] if case.with_offset else [])]
     whole = run(named)
@@ -203,7 +203,7 @@ def test_adjoint_in_input(case: Case, seed: int) -> None:
     (adjoint,) = torch.autograd.grad(output, leaf, y)
     forward, backward = dk.deform_roi_pool(**{**named, "input": x}) * y, x * adjoint
     magnitude = forward.abs().sum() + backward.abs().sum()
-    # Beside the sum of the magnitudes, which is what rounding goes by: the two may cancel to nothing.
+    # Relative to the sum of the magnitudes, on which rounding depends: the terms may cancel.
     assert_close(forward.sum() - backward.sum() + magnitude, magnitude)
 
 
@@ -235,7 +235,7 @@ def test_an_inverted_roi_is_sampled_backwards(case: Case, seed: int, data: st.Da
 @laws
 @given(geometries(sampling_ratio=1, with_offset=False), seeds, st.integers(2, 3))
 def test_samples_are_the_mean_of_finer_bins(case: Case, seed: int, ratio: int) -> None:
-    """n samples in a bin are one sample in each of n times as many bins."""
+    """n samples in a bin equal one sample in each of n times as many bins."""
     named = case.arguments(torch.float64, seed=seed)
     fine = dk.deform_roi_pool(**{**named, "output_size": [n * ratio for n in case.output_size]})
     pool = {1: F.avg_pool1d, 2: F.avg_pool2d, 3: F.avg_pool3d}[case.axes]

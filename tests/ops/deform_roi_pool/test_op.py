@@ -1,4 +1,4 @@
-"""The public function of deformable RoI pooling under what PyTorch does with functions."""
+"""The public function of deformable RoI pooling under the transforms of PyTorch."""
 
 from typing import Any
 
@@ -23,7 +23,7 @@ def named(case: Case) -> dict[str, Any]:
 
 
 def test_names_and_places_of_arguments(named: dict[str, Any]) -> None:
-    """The order is mmcv's; what follows the offset goes by name alone."""
+    """The arguments are in the order of mmcv; those after the offset are keyword-only."""
     tensors = [named.pop(name) for name in ("input", "rois", "offset")]
     assert list(named) == ["output_size", "spatial_scale", "sampling_ratio", "gamma"]
     dk.deform_roi_pool(*tensors, **named)
@@ -85,7 +85,7 @@ def test_rois_have_no_gradient(named: dict[str, Any]) -> None:
 
 
 def test_transforms_whose_values_cannot_be_read(case: Case, named: dict[str, Any]) -> None:
-    """A batch index is looked at where it can be; a transform or a fake tensor is let through."""
+    """Batch indices are checked if they can be read; transforms and fake tensors pass."""
     several = [case.arguments(torch.float64, seed=seed) for seed in range(3)]
     stacked = {name: torch.stack([s[name] for s in several]) for name in ("rois", "offset")}
 
@@ -119,7 +119,7 @@ def test_export_with_any_number_of_rois(case: Case) -> None:
 
 @pytest.mark.parametrize("half", [torch.bfloat16, torch.float16], ids=["bfloat16", "float16"])
 def test_autocast(case: Case, half: torch.dtype) -> None:
-    """The input is cast; corners and offsets keep what half precision would round."""
+    """The input is cast; corners and offsets are not, because half precision would round them."""
     named = case.arguments()
     with torch.autocast("cpu", half):
         output = dk.deform_roi_pool(**named)

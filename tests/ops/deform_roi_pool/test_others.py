@@ -1,4 +1,4 @@
-"""Deformable RoI pooling against the formula as published, sample by sample, and against grid_sample."""
+"""Deformable RoI pooling is compared with the published formula, sample by sample, and with grid_sample."""
 
 from itertools import product
 from math import ceil, floor, prod
@@ -18,7 +18,7 @@ seeds = pytest.mark.parametrize("seed", range(3))
 
 
 def ours(named: dict[str, Any]) -> tuple[Tensor, dict[str, Tensor]]:
-    """Output, and the gradients of input and offset by name, beside the cotangent that they are for."""
+    """The output, the gradients of input and offset by name, and their cotangent."""
     leaves = {k: named[k].detach().requires_grad_() for k in ("input", "offset") if named[k] is not None}
     output = dk.deform_roi_pool(**{**named, **leaves})
     cotangent = torch.randn(output.shape, dtype=torch.float64)
@@ -27,10 +27,10 @@ def ours(named: dict[str, Any]) -> tuple[Tensor, dict[str, Tensor]]:
 
 
 class Published:
-    """The sums of the published kernel, one sample after the other, value and gradients.
+    """The values and gradients of the published kernel, one sample after the other.
 
-    Its derivative by the offset, where a sample was clamped, is taken as if it had not been; ours is 0 along an axis
-    that was clamped. ``clamped [R, *output_size]`` says where.
+    Its derivative by the offset ignores whether a sample was clamped; the derivative of deformkit is 0 along an axis
+    that was clamped. ``clamped [R, *output_size]`` is True there.
     """
 
     def __init__(self, named: dict[str, Any], cotangent: Tensor) -> None:
@@ -77,7 +77,7 @@ class Published:
                             self.grads["offset"][(r, axes - 1 - axis, *place)] += slope * (share * field[at]).sum()
 
     def corners(self, point: list[float]) -> Any:
-        """The corners of the cell around a clamped point, each with its share along every axis."""
+        """The corners of the cell around a clamped point, each with its weight along every axis."""
         sides = []
         for x, n in zip(point, self.size, strict=True):
             x = min(max(x, 0.0), n - 1.0)
@@ -102,7 +102,7 @@ def test_the_published_formula(case: Case, seed: int) -> None:
 
 @pytest.mark.parametrize("ratio", [0, 2])
 def test_every_gradient_of_the_published_formula(axes: int, ratio: int) -> None:
-    """In the middle of an input, where nothing is clamped."""
+    """RoIs in the middle of an input, where nothing is clamped."""
     case = Case("inner", 2, 3, (30, 24, 20)[:axes], 6, (3, 2, 2)[:axes], 0.5, ratio, bin_size=2.0, spread=-1.0)
     named = case.arguments(torch.float64)
     output, grads = ours(named)
@@ -114,7 +114,7 @@ def test_every_gradient_of_the_published_formula(axes: int, ratio: int) -> None:
 
 
 def by_grid_sample(named: dict[str, Any]) -> Tensor:
-    """The call with a fixed ratio by grid_sample, which clamps; what lies further out is set to 0 here."""
+    """The call with a fixed ratio, computed by grid_sample, which clamps; samples farther outside are set to 0 here."""
     input, rois, offset, ratio = (named[name] for name in ("input", "rois", "offset", "sampling_ratio"))
     axes, count, size = input.dim() - 2, rois.shape[0], input.shape[2:]
     grid = []
@@ -148,7 +148,7 @@ def by_grid_sample(named: dict[str, Any]) -> Tensor:
 @pytest.mark.parametrize("case", [c for c in CASES if c.sampling_ratio], ids=lambda c: c.name)
 @seeds
 def test_grid_sample(case: Case, seed: int, dtype: torch.dtype) -> None:
-    """Value and every gradient, where a sample was clamped too."""
+    """The value and every gradient, also for clamped samples."""
     named = case.arguments(dtype, seed=seed)
     names = [name for name in ("input", "offset") if named[name] is not None]
 
@@ -171,7 +171,7 @@ def test_grid_sample(case: Case, seed: int, dtype: torch.dtype) -> None:
 @every_case
 @seeds
 def test_samples_of_the_cases_keep_clear_of_grid_lines(case: Case, seed: int) -> None:
-    """Else a rounding would decide on a derivative, or on the number of samples."""
+    """Otherwise rounding would decide on a derivative or on the number of samples."""
     named = case.arguments(torch.float64, seed=seed)
     if not case.sampling_ratio:
         lengths = (named["rois"][:, 1 + case.axes :] - named["rois"][:, 1 : 1 + case.axes]).flip(1) * case.spatial_scale

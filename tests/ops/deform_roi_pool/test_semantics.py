@@ -1,4 +1,4 @@
-"""What deformable RoI pooling promises at the edges: undefined, infinite, empty, inverted and far regions."""
+"""Edge cases of deformable RoI pooling: NaN, infinite, empty, inverted and far regions."""
 
 from typing import Any
 
@@ -40,7 +40,7 @@ def box(axes: int, low: float, high: float, image: float = 0.0) -> list[float]:
 
 
 def test_one_bin_by_hand() -> None:
-    """A bin of 2 by 2 pixels, aligned: its four samples are the four pixels."""
+    """The four samples of an aligned bin of 2 by 2 pixels are the four pixels."""
     input = torch.arange(20.0).reshape(1, 1, 4, 5)
     rois = torch.tensor([[0.0, 1.0, 2.0, 3.0, 4.0]])  # x from 1 to 3, y from 2 to 4
     assert dk.deform_roi_pool(input, rois, output_size=1).item() == (11 + 12 + 16 + 17) / 4 == 14
@@ -54,7 +54,7 @@ def test_one_bin_by_hand() -> None:
 
 @pytest.mark.parametrize("place", [-1.0, 4.0])
 def test_a_sample_on_the_outer_edge_counts(axes: int, place: float, dtype: torch.dtype) -> None:
-    """At exactly -1, and at exactly the size, a sample is the edge's pixel; just beyond it is 0."""
+    """A sample at exactly -1, or at exactly the size, is the pixel at the edge; just beyond it is 0."""
     input = torch.full((1, 1, *[4] * axes), 3.0, dtype=dtype)
     kind = torch.float64 if dtype == torch.float64 else torch.float32
     at = torch.tensor([box(axes, place + 0.5, place + 0.5)], dtype=kind)
@@ -82,7 +82,7 @@ def test_an_image_without_a_roi_has_no_gradient(axes: int) -> None:
 
 
 def test_where_a_sample_is_clamped_the_derivative_is_zero(axes: int) -> None:
-    """Half a pixel outside: the edge's pixel, which the sample does not leave when it moves a little."""
+    """A sample half a pixel outside is the pixel at the edge, and stays so if it moves a little."""
     input = torch.randn(1, 3, *[4] * axes)
     for place in (-0.75, 3.5):
         rois = torch.tensor([box(axes, place - 0.5, place + 1.5)])
@@ -128,7 +128,7 @@ def test_an_empty_roi(axes: int) -> None:
 
 @pytest.mark.parametrize("axis", [0, -1])
 def test_an_inverted_roi_has_no_samples_of_its_own(axes: int, axis: int) -> None:
-    """Inverted on one axis alone; with a fixed ratio it is sampled backwards, which the laws test."""
+    """A RoI that is inverted along one axis. With a fixed ratio it is sampled backwards, which the laws test."""
     named = {**PLAIN[axes].arguments(), "sampling_ratio": 0}
     corners = named["rois"][0, 1:].view(2, axes)
     corners[:, axis] = corners[:, axis].flip(0).clone()
@@ -145,7 +145,7 @@ def test_all_rois_without_samples(axes: int, dtype: torch.dtype) -> None:
 
 
 def test_huge_rois_have_at_most_1024_samples() -> None:
-    """Every second pixel is 1, so that the mean tells which pixels were read."""
+    """Every second pixel is 1, so that the mean shows which pixels were read."""
     input = (torch.arange(5000) % 2 == 0).double().reshape(1, 1, -1)
     rois = torch.tensor([[0.0, 0.25, 1023.25], [0.0, 0.25, 1024.25], [0.0, 0.5, 4096.5]], dtype=torch.float64)
     found = dk.deform_roi_pool(input, rois, output_size=1).flatten()
@@ -156,7 +156,7 @@ def test_huge_rois_have_at_most_1024_samples() -> None:
 
 
 def test_a_huge_roi_is_mostly_outside() -> None:
-    """Far beyond the cap on one axis, of no length to speak of on the other."""
+    """A RoI far beyond the cap along one axis and nearly without length along the other."""
     input = torch.ones(1, 1, 6, 6)
     rois = torch.tensor([[0.0, -1e6, 2.0, 1e6, 3.0], [0.0, -1e30, 2.0, 1e30, 3.0], [0.0, -1530.0, 2.0, 1542.0, 3.0]])
     found = dk.deform_roi_pool(input, rois, output_size=1).flatten()
@@ -165,7 +165,7 @@ def test_a_huge_roi_is_mostly_outside() -> None:
     assert inside == 2 and found[2].item() == 2 / 1024
 
 
-# Undefined and infinite
+# NaN and infinity
 
 
 def test_nan_offset_is_visible_and_local(axes: int) -> None:
@@ -223,7 +223,7 @@ def test_nan_offset_shows_beside_a_far_axis(far: float) -> None:
 
 @ratios
 def test_infinite_corners_are_outside_or_undefined(axes: int, ratio: int) -> None:
-    """Never the value of a pixel."""
+    """The result is never the value of a pixel."""
     input = torch.ones(1, 2, *[5] * axes)
     inf = torch.inf
     rows = [box(axes, 1.0, inf), box(axes, -inf, 3.0), box(axes, -inf, inf), box(axes, inf, inf), box(axes, inf, -inf)]
@@ -251,7 +251,7 @@ def test_special_offsets_agree_with_the_reference(call: Call, specials: tuple[fl
 
 @pytest.mark.parametrize("poison", [torch.nan, torch.inf])
 def test_nothing_leaks_from_outside_a_cell(axes: int, poison: float) -> None:
-    """Poison on the edges, in the other images and beyond the cell of every sample is not seen."""
+    """Poison on the edges, in the other images and beyond the cell of every sample has no effect."""
     input = torch.full((3, 2, *[6] * axes), poison)
     inner = torch.randn(2, *[2] * axes)
     input[(1, slice(None), *[slice(2, 4)] * axes)] = inner

@@ -1,4 +1,4 @@
-"""Every wrong argument of multi-scale deformable attention, with what is said about it."""
+"""Every wrong argument of multi-scale deformable attention, and the message that it gets."""
 
 import re
 from typing import Any
@@ -32,7 +32,7 @@ def sound(**changes: Any) -> dict[str, Any]:
 
 FLAT = {"sampling_locations": no(2, 5, 3, 7, 2), "attention_weights": no(2, 5, 3, 7), "num_points": [4, 3]}
 
-# name of the test: what is changed in a sound call, the error, what its message says
+# the name of a test: the change of a valid call, the error, and its message
 WRONG: dict[str, tuple[dict[str, Any], type[Exception], str]] = {
     "no tensor": ({"value": [1.0]}, TypeError, "value is a list; it must be a torch.Tensor"),
     "no locations": ({"sampling_locations": None}, TypeError, "sampling_locations is a NoneType; it must be a torch"),
@@ -238,7 +238,7 @@ def test_the_unchanged_call_is_valid() -> None:
     assert dk.ms_deform_attn(**sound()).shape == dk.ms_deform_attn(**sound(**FLAT)).shape == (2, 5, 24)
 
 
-# The same for the operator: what is changed in a sound call of it.
+# The same for the operator: the change of a valid call.
 BARE: dict[str, dict[str, Any]] = {
     "integer value": {"value": no(2, 26, 3, 8, dtype=torch.int32)},
     "half locations": {"sampling_locations": no(2, 5, 3, 7, 2, dtype=torch.float16)},
@@ -280,7 +280,7 @@ def bare(**changes: Any) -> list[Any]:
 
 @pytest.mark.parametrize("name", [name for name in BARE if name != "mode by name"])
 def test_fake_tensors_are_checked(name: str) -> None:
-    """What would fail at run time fails while a graph is traced."""
+    """Arguments that would fail at run time fail while a graph is traced."""
     args = [v.to("meta") if isinstance(v, Tensor) else v for v in bare(**BARE[name])]
     with pytest.raises((ValueError, TypeError), match=r" (has|is|adds up) "):
         torch.ops.deformkit.ms_deform_attn(*args)
@@ -289,7 +289,7 @@ def test_fake_tensors_are_checked(name: str) -> None:
 @needs_kernel("ms_deform_attn")
 @pytest.mark.parametrize("name", BARE)
 def test_the_bare_operator_raises_an_error_too(name: str) -> None:
-    """torch.ops.deformkit called with what the public function would refuse: an error, never memory out of bounds."""
+    """Wrong arguments of torch.ops.deformkit raise an error and never lead to an access out of bounds."""
     args = bare(**BARE[name])
     with pytest.raises((RuntimeError, ValueError, TypeError, NotImplementedError)):
         torch.ops.deformkit.ms_deform_attn(*args)
@@ -331,4 +331,4 @@ def test_locations_in_other_units_warn_once(monkeypatch: pytest.MonkeyPatch, uni
     for _ in range(2):
         dk.ms_deform_attn(value, [(20, 30)], torch.rand_like(locations), weights)
     assert _suspect.looks_left["locations"] == 0
-    dk.ms_deform_attn(value, [(20, 30)], locations, weights)  # no more is looked at, and nothing said
+    dk.ms_deform_attn(value, [(20, 30)], locations, weights)  # no further values are read, and nothing is said

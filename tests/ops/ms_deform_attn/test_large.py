@@ -1,4 +1,4 @@
-"""Multi-scale deformable attention at sizes where a kernel cuts its work, and where an index needs 64 bits."""
+"""Multi-scale deformable attention at sizes where a kernel divides its work, and where an index needs 64 bits."""
 
 from math import prod
 
@@ -69,11 +69,11 @@ def test_same_bits_at_any_number_of_threads_and_in_any_batch(case: Case) -> None
     ids=["1d", "1d-channels", "2d", "3d", "2d-levels"],
 )
 def test_more_than_2_to_the_31_elements(heads: int, channels: int, sizes: list[tuple[int, ...]], mode: str) -> None:
-    """All positions and heads are one in memory: an index that overflows reads elsewhere, or is taken for outside."""
+    """All positions and heads share one place in memory: an overflowing index reads elsewhere or counts as outside."""
     axes, levels, value = len(sizes[0]), len(sizes), 1.5
     length = sum(map(prod, sizes))
     field = torch.full((1, 1, 1, channels), value, dtype=torch.float16).expand(1, length, heads, channels)
-    # Along the first axis from one end to the other, in the middle of the others. Exact in every step.
+    # From one end to the other along the first axis, in the middle of the others; every step is exact.
     along = torch.tensor([0.125, 0.25, 0.5, 0.75, 0.875])
     locations = torch.full((1, 5, heads, levels, 1, axes), 0.5)
     locations[..., -1] = along.reshape(1, 5, 1, 1, 1)
@@ -91,7 +91,7 @@ def test_more_than_2_to_the_31_elements(heads: int, channels: int, sizes: list[t
 @needs_kernel("ms_deform_attn")
 @pytest.mark.parametrize("edge", [-0.01, 1.01, -5.0, 7.0])
 def test_outside_of_a_level_behind_2_to_the_29_elements(edge: float) -> None:
-    """What is outside of the second level must not become a place in the first: pages of zeros that nobody touches."""
+    """A point outside the second level must not become a position in the first. The zeros are never touched."""
     first, heads, channels = 1449, 8, 32
     length = first * first + 400
     value = torch.from_numpy(np.zeros((1, length, heads, channels), np.float16))
@@ -111,7 +111,7 @@ def test_outside_of_a_level_behind_2_to_the_29_elements(edge: float) -> None:
 @needs_kernel("ms_deform_attn")
 @pytest.mark.parametrize("exponent", [30, 33, 40])
 def test_end_of_a_long_level_in_float32(exponent: int) -> None:
-    """A location of 1 is half a pixel beyond the last centre, of which a half counts."""
+    """A location of 1 is half a pixel beyond the last centre, so the last pixel counts half."""
     value = torch.full((1, 1, 1, 2), 1.5).expand(1, 2**exponent, 1, 2)
     locations = torch.tensor([1.0, 0.0, 0.5]).reshape(1, 3, 1, 1, 1, 1)
     output = dk.ms_deform_attn(value, [(2**exponent,)], locations, torch.ones(1, 3, 1, 1, 1))

@@ -1,4 +1,4 @@
-"""Laws of multi-scale deformable attention, on geometries that hypothesis draws."""
+"""Laws of multi-scale deformable attention, on random geometries from hypothesis."""
 
 from math import prod
 from typing import Any
@@ -40,7 +40,7 @@ def geometries(draw: st.DrawFn, axes: int | None = None, mode: str | None = None
 
 
 def run(case: Case, named: dict[str, Any]) -> dict[str, Tensor]:
-    """Output and every gradient, by name, for one random cotangent."""
+    """The output and every gradient, by name, for one random cotangent."""
 
     def function(value: Tensor, locations: Tensor, weights: Tensor) -> Tensor:
         return dk.ms_deform_attn(value, case.sizes, locations, weights, num_points=case.points, mode=case.mode)
@@ -61,7 +61,7 @@ def with_(case: Case, **changes: Any) -> Case:
 @laws
 @given(geometries(axes=1) | geometries(axes=2), seeds, st.data())
 def test_a_unit_axis_changes_nothing(case: Case, seed: int, data: st.DataObject) -> None:
-    """A k-D call is the (k+1)-D call with one more axis of size 1 and the location 1/2 on it, wherever that is put."""
+    """A k-D call equals the (k+1)-D call with an additional axis of size 1 at any place, and the location 1/2 on it."""
     named = case.arguments(torch.float64, seed=seed)
     place = data.draw(st.integers(0, case.axes))
     lifted = with_(case, sizes=tuple((*size[:place], 1, *size[place:]) for size in case.sizes))
@@ -97,7 +97,7 @@ def test_splitting_the_batch_keeps_the_bits(case: Case, seed: int, dtype: torch.
 @laws
 @given(geometries(), seeds)
 def test_adjoint_in_value_and_in_attention_weights(case: Case, seed: int) -> None:
-    """The operator is linear in value and in attention weights, each gradient is the adjoint: <A x, y> = <x, A' y>."""
+    """The operator is linear in value and attention weights, and each gradient is the adjoint: <A x, y> = <x, A' y>."""
     named = case.arguments(torch.float64, seed=seed)
     other = case.arguments(torch.float64, seed=seed + 1)
     cotangent = torch.randn(case.batch, case.queries, case.heads * case.channels, dtype=torch.float64)
@@ -110,7 +110,7 @@ def test_adjoint_in_value_and_in_attention_weights(case: Case, seed: int) -> Non
         forward = run(case, {**named, name: other[name]})["output"] * cotangent
         backward = other[name] * adjoints[TENSORS.index(name)]
         magnitude = forward.abs().sum() + backward.abs().sum()
-        # Beside the sum of the magnitudes, which is what rounding goes by: the two may cancel to nothing.
+        # Relative to the sum of the magnitudes, on which rounding depends: the terms may cancel.
         assert_close(forward.sum() - backward.sum() + magnitude, magnitude, name=name)
 
 
@@ -128,7 +128,7 @@ def test_linear_in_value_and_in_attention_weights(case: Case, seed: int) -> None
 @laws
 @given(geometries(), seeds, st.data())
 def test_points_add_up(case: Case, seed: int, data: st.DataObject) -> None:
-    """A call is the sum of two that share its points, level by level."""
+    """A call equals the sum of two calls that divide its points between them on each level."""
     case = with_(case, points=tuple(p + 1 for p in case.points))
     named = case.arguments(torch.float64, seed=seed)
     first = [data.draw(st.integers(0, p)) for p in case.points]
@@ -153,7 +153,7 @@ def test_points_add_up(case: Case, seed: int, data: st.DataObject) -> None:
 @laws
 @given(geometries(), seeds, st.data())
 def test_levels_permute(case: Case, seed: int, data: st.DataObject) -> None:
-    """The order of the levels is of no account, as long as their values and points go with them."""
+    """The order of the levels has no effect if their values and points are reordered with them."""
     order = data.draw(st.permutations(range(len(case.sizes))))
     lengths = [prod(size) for size in case.sizes]
 
@@ -173,7 +173,7 @@ def test_levels_permute(case: Case, seed: int, data: st.DataObject) -> None:
 @laws
 @given(geometries(), seeds, st.data())
 def test_heads_and_queries_are_separate(case: Case, seed: int, data: st.DataObject) -> None:
-    """The output of one head at one query is that of a call with nothing else."""
+    """The output of one head at one query equals that of a call with nothing else."""
     named = case.arguments(torch.float64, seed=seed)
     query, head = data.draw(st.integers(0, case.queries - 1)), data.draw(st.integers(0, case.heads - 1))
     alone = {name: named[name][:, query : query + 1, head : head + 1] for name in TENSORS[1:]}
@@ -185,7 +185,7 @@ def test_heads_and_queries_are_separate(case: Case, seed: int, data: st.DataObje
 @laws
 @given(geometries(), seeds)
 def test_one_point_on_a_pixel_reads_that_pixel(case: Case, seed: int) -> None:
-    """With weight one. The nearest mode reads half a pixel further on: for it the point is the pixel's lower edge."""
+    """The weight is one. In nearest mode the point is the lower edge of the pixel, half a pixel farther."""
     case = with_(case, sizes=case.sizes[:1], points=(1,), queries=prod(case.sizes[0]))
     named = case.arguments(torch.float64, seed=seed)
     pixels = torch.stack(torch.meshgrid(*map(torch.arange, case.sizes[0]), indexing="ij"), -1).flatten(0, -2)

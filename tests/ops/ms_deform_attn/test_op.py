@@ -1,4 +1,4 @@
-"""The public function of multi-scale deformable attention under what PyTorch does with functions."""
+"""The public function of multi-scale deformable attention under the transforms of PyTorch."""
 
 from collections.abc import Callable
 from typing import Any
@@ -122,7 +122,7 @@ def test_exports_with_levels_of_feature_maps(case: Case) -> None:
 
 @pytest.mark.parametrize("half", [torch.float16, torch.bfloat16], ids=["float16", "bfloat16"])
 def test_autocast_takes_values_and_weights_of_any_dtype(case: Case, half: torch.dtype) -> None:
-    """Under autocast a projection gives half values, a softmax single weights: neither is the caller's doing."""
+    """Under autocast a projection gives half-precision values, and a softmax gives float32 weights."""
     value, locations, weights = tensors(case, torch.float32)
     expected = call(case)(value.to(half), locations, weights.to(half))
     with torch.autocast("cpu", dtype=half):

@@ -1,4 +1,4 @@
-"""Multi-scale deformable attention against implementations by others: values and every gradient."""
+"""Multi-scale deformable attention is compared with other implementations: values and every gradient."""
 
 import random
 from typing import Any
@@ -33,7 +33,7 @@ def draw(seed: int, axes: int, **fixed: Any) -> Case:
 
 
 def uniform(seed: int) -> Case:
-    """One for images, with as many points on each level."""
+    """A configuration for images with the same number of points on each level."""
     case = draw(seed, 2)
     return draw(seed, 2, points=(seed % 4 + 1,) * len(case.sizes))
 
@@ -54,7 +54,7 @@ def flattened(case: Case) -> Any:
 
 
 def by_grid_sample(case: Case) -> Any:
-    """The sum over levels of F.grid_sample, which takes x first as well; a sequence is an image one row high."""
+    """The sum over levels of F.grid_sample, whose grid is x first, too; a sequence becomes an image of one row."""
 
     def function(value: Tensor, locations: Tensor, weights: Tensor) -> Tensor:
         result, start, first = torch.zeros(()), 0, 0
@@ -111,7 +111,7 @@ def test_rt_detr_v2(seed: int, mode: str, method: str) -> None:
         counts = list(case.points)
         return module.multi_scale_deformable_attention_v2(value, case.sizes, locations, weights, counts, method)
 
-    # Theirs knows no derivative of the nearest pixel by the location; ours is zero.
+    # The other implementation has no derivative of the nearest pixel by the location; that of deformkit is zero.
     compare(flattened(case), theirs, case, seed, (0, 1, 2) if mode == "linear" else (0, 2))
 
 

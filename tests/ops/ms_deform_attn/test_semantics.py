@@ -1,4 +1,4 @@
-"""What multi-scale deformable attention promises at the edges: grid lines, undefined and far points, empty calls."""
+"""Edge cases of multi-scale deformable attention: grid lines, NaN and far points, empty calls."""
 
 import math
 from typing import Any
@@ -42,7 +42,7 @@ def results(case: Case, named: dict[str, Any], cotangent_dtype: torch.dtype | No
 SIZE = 4  # a power of two, so that locations and their products are exact
 FIELD = torch.tensor([3.0, 5.0, 11.0, 2.0])
 
-# Point in pixels, value there, and the derivative by the point: to the right of a pixel, and that of a step outside.
+# A point in pixels, the value there, and the derivative, which is the one to the right on a pixel.
 LINEAR = [
     (-2.0, 0.0, 0.0),
     (-1.25, 0.0, 0.0),
@@ -62,7 +62,7 @@ LINEAR = [
 @pytest.mark.parametrize(("point", "value", "slope"), LINEAR)
 @pytest.mark.parametrize(("axes", "axis"), [(1, 0), (2, 0), (2, 1), (3, 0), (3, 1), (3, 2)])
 def test_value_and_derivative_along_one_axis(axes: int, axis: int, point: float, value: float, slope: float) -> None:
-    """A field that is the same along the other axes, read on a pixel of those."""
+    """A field that is constant along the other axes, sampled on a pixel along those."""
     shape = [SIZE if n == axis else 1 for n in range(axes)]
     field = FIELD.reshape(shape).expand([SIZE] * axes)
     location = torch.full((1, 1, 1, 1, axes), 1.5 / SIZE)
@@ -77,7 +77,7 @@ def test_value_and_derivative_along_one_axis(axes: int, axis: int, point: float,
 
 
 def test_location_0_and_1_are_the_outer_edges(axes: int) -> None:
-    """Half a pixel beyond the centre of the corner pixel along every axis."""
+    """A point half a pixel beyond the centre of the corner pixel along every axis."""
     value = torch.rand(1, SIZE**axes, 1, 1, dtype=torch.float64)
     locations = torch.tensor([0.0, 1.0], dtype=torch.float64).reshape(1, 2, 1, 1, 1).expand(-1, -1, -1, -1, axes)
     output = dk.ms_deform_attn(value, [[SIZE] * axes], locations, torch.ones_like(locations[..., 0]))
@@ -85,7 +85,7 @@ def test_location_0_and_1_are_the_outer_edges(axes: int) -> None:
 
 
 def test_exactly_one_pixel_outside_learns(axes: int) -> None:
-    """At -1 along every axis but one, which is on a pixel: the value is 0, the derivative inwards not."""
+    """A point at -1 along every axis but one, where it is on a pixel: the value is 0, the inward derivative is not."""
     value = torch.rand(1, SIZE**axes, 1, 1, dtype=torch.float64) + 1
     for axis in range(axes):
         location = torch.full((1, 1, 1, 1, axes), 1.5 / SIZE, dtype=torch.float64)
@@ -98,7 +98,7 @@ def test_exactly_one_pixel_outside_learns(axes: int) -> None:
         assert gradient.count_nonzero() == 1
 
 
-# Location times size, and the pixel that is read.
+# The location times the size, and the pixel that is read.
 NEAREST = [
     (-7.0, 0),
     (-0.5, 0),
@@ -126,7 +126,7 @@ def test_the_nearest_pixel(axes: int, scaled: float, pixel: int) -> None:
 
 @every_case
 def test_on_grid_lines_as_the_reference(call: Call) -> None:
-    """On every multiple of a quarter of a pixel, where sizes are powers of two."""
+    """Points at every multiple of a quarter of a pixel, for sizes that are powers of two."""
     sizes = tuple(tuple(2 ** (n % 3) for n in size) for size in call.case.sizes)
     case = Case(**{**call.case.__dict__, "sizes": sizes, "near": None})
     args = Call(call.operator, case).arguments()
@@ -134,7 +134,7 @@ def test_on_grid_lines_as_the_reference(call: Call) -> None:
     check(call, args)
 
 
-# Undefined and infinite
+# NaN and infinity
 
 
 @modes
@@ -153,7 +153,7 @@ def test_nan_location_is_visible_and_local(axes: int, mode: str) -> None:
         assert torch.equal(marked[name].isnan(), expected), name
         if name != "value":
             assert_equal(marked[name][~expected], clean[name][~expected], name)
-    # To the value the point gives nothing: as with a weight of zero.
+    # The point contributes nothing to the gradient of the value, as with a weight of zero.
     named["sampling_locations"][1, 2, 1, 3, -1] = 0.0
     named["attention_weights"][1, 2, 1, 3] = 0.0
     assert_close(marked["value"], results(case, {k: _double(v) for k, v in named.items()})["value"], clean["value"])
@@ -182,7 +182,7 @@ def test_special_locations_agree_with_the_reference(call: Call, specials: tuple[
 
 @pytest.mark.parametrize("far", FAR)
 def test_a_far_point_contributes_nothing(axes: int, far: float) -> None:
-    """One far coordinate is enough, whichever it is."""
+    """One far coordinate is enough, along any axis."""
     case = small(axes)
     for axis in range(axes):
         named = case.arguments()
@@ -205,7 +205,7 @@ def test_a_far_point_reads_the_end_in_nearest_mode(axes: int, far: float) -> Non
 
 @pytest.mark.parametrize("poison", [torch.nan, torch.inf])
 def test_a_corner_outside_does_not_leak(axes: int, poison: float) -> None:
-    """Points outside, or with a corner outside, see nothing of a poisoned border, nor of the next level."""
+    """Points outside, or with a corner outside, do not read a poisoned border or the next level."""
     for scaled in (-0.75, 0.5, 2.5, 3.5, 4.5, -50.0, 50.0):  # on pixels 0, 2, 3, 4, and beyond
         case = Case("poison", 1, ((4,) * axes, (3,) * axes), 1, 2, 5, (1, 0))
         named = case.arguments()
@@ -221,7 +221,7 @@ def test_a_corner_outside_does_not_leak(axes: int, poison: float) -> None:
 
 
 def test_poison_is_seen_where_it_is_read(axes: int) -> None:
-    """A corner in the level counts even with weight 0, as in grid_sample: only what is outside is skipped."""
+    """A corner in the level counts even with weight 0, as in grid_sample; only corners outside are skipped."""
     value = torch.ones(1, SIZE**axes, 1, 1)
     value[0, 1] = torch.inf
     location = torch.full((1, 1, 1, 1, axes), 0.5 / SIZE)
@@ -237,7 +237,7 @@ def _double(value: Any) -> Any:
 
 @modes
 def test_a_level_of_one_pixel(axes: int, mode: str) -> None:
-    """It fades out over one pixel on each side; the nearest pixel is always that one."""
+    """The value fades over one pixel on each side; the nearest pixel is always the only one."""
     value = torch.tensor([3.0]).reshape(1, 1, 1, 1)
     scaled = torch.tensor([-0.5, 0.0, 0.25, 0.5, 0.75, 1.0, 1.5])
     locations = torch.full((1, 7, 1, 1, axes), 0.5)
@@ -275,7 +275,7 @@ def test_a_level_without_points_changes_nothing(axes: int) -> None:
 
 @pytest.mark.parametrize("half", [torch.float16, torch.bfloat16], ids=["float16", "bfloat16"])
 def test_half_values_cost_their_own_rounding_alone(axes: int, half: torch.dtype) -> None:
-    """Locations and sums are not rounded to half: neither on a long axis nor over many points and queries."""
+    """Locations and sums are not rounded to half precision, on a long axis or over many points and queries."""
     for sizes in (((1000, 3, 2)[:axes],), ((2,) * axes,) * 4):
         case = Case("half", 1, sizes, 600, 2, 3, (16,) * len(sizes))
         named = case.arguments(half)
@@ -304,13 +304,13 @@ def test_wild_locations_do_not_crash() -> None:
     check_survives(CRASH)
 
 
-# Weights that are no numbers
+# NaN weights
 
 
 @modes
 @pytest.mark.parametrize("where", [0.3, 9.0, torch.inf], ids=["inside", "outside", "infinite"])
 def test_weight_that_is_no_number(mode: str, where: float) -> None:
-    """It is never silent, though its point is outside."""
+    """A NaN weight shows in the output even if its point is outside."""
     case = small(2, mode=mode)
     call = Call(OURS[0].operator, case)
     args = call.arguments()
@@ -323,7 +323,7 @@ def test_weight_that_is_no_number(mode: str, where: float) -> None:
 
 
 def test_the_last_half_pixel_of_a_very_long_level() -> None:
-    """At 2^40 pixels float32 knows no half one: location 1 is half a pixel behind the last one all the same."""
+    """At 2^40 pixels, float32 cannot represent half a pixel; location 1 is still half a pixel past the last centre."""
     value = torch.ones(1, 1, 1, 1).expand(1, 2**40, 1, 1)
     location, weight = torch.ones(1, 1, 1, 1, 1), torch.ones(1, 1, 1, 1)
     assert dk.reference.ms_deform_attn(value, [2**40], location, weight, [1], "linear").item() == 0.5

@@ -1,4 +1,4 @@
-"""The sampler's definition against torch.nn.functional.grid_sample and by hand."""
+"""The reference sampler is compared with torch.nn.functional.grid_sample and with values by hand."""
 
 import pytest
 import torch
@@ -13,13 +13,13 @@ boundaries = pytest.mark.parametrize("boundary", ["zeros", "border"])
 
 
 def random_points(size: tuple[int, ...], count: int = 200) -> Tensor:
-    """Points in and around a field, clear of grid lines: ``[2, count, N]``."""
+    """Points in and around a field, away from grid lines: ``[2, count, N]``."""
     points = torch.rand(2, count, len(size), dtype=torch.float64) * (torch.tensor(size) + 6) - 3
     return points.floor() + points.frac().abs().clamp(0.05, 0.95)
 
 
 def grid_sample(field: Tensor, points: Tensor, boundary: str) -> Tensor:
-    """torch's sampler at points in pixels, tensor-axis order; a sequence is an image one row high."""
+    """grid_sample at points in pixels in tensor-axis order; a sequence becomes an image of one row."""
     size = torch.tensor(field.shape[2:])
     grid = ((2 * points + 1) / size - 1).flip(-1)
     if len(size) == 1:
@@ -81,7 +81,7 @@ def test_border_holds_the_last_element() -> None:
 
 
 def slope(position: float, boundary: str) -> float:
-    """The derivative by the position, of the field 10, 20, 40."""
+    """The derivative by the position for the field 10, 20, 40."""
     point = torch.tensor([[[position]]], dtype=torch.float64, requires_grad=True)
     field = torch.tensor([[[10.0, 20.0, 40.0]]], dtype=torch.float64)
     (result,) = torch.autograd.grad(at(field, point, boundary).sum(), point)

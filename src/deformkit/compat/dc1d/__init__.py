@@ -10,5 +10,5 @@ from .ops import efficient_linterpolate as efficient_linterpolate
 from .ops import full_seq_linterpolate as full_seq_linterpolate
 from .ops import kernel_width_linterpolate as kernel_width_linterpolate
 
-# The release whose names these are.
+# The release of dc1d with these names.
 __version__ = "0.2.0"

@@ -23,12 +23,12 @@ from .ops import (
 
 __all__ = ["DeformConv1d", "PackedDeformConv1d", "cLN", "gLN"]
 
-# Least variance that a normalisation divides by.
+# The smallest variance by which a normalisation divides.
 _LEAST_VARIANCE = 1e-9
 
 
 class DeformConv1d(_DeformConv1d):
-    """Deformable convolution of a sequence as dc1d has it, on :func:`deformkit.deform_conv1d`.
+    """The deformable convolution of a sequence of dc1d, computed by :func:`deformkit.deform_conv1d`.
 
     ``output[b, f, o] = bias[f] + sum over c, k of weight[f, c, k] * mask[b, o, k] *
     sample(padded[b, c], stride*o + clamp(dilation*k + offsets[b, o, k], 0, dilation*(K-1)))``
@@ -46,17 +46,17 @@ class DeformConv1d(_DeformConv1d):
         groups: number of groups of channels that are convolved separately.
         bias: whether to add a learnable bias.
         padding_mode: ``"zeros"``, ``"reflect"``, ``"replicate"`` or ``"circular"``.
-        device: where the parameters are.
-        interpolation_function: :func:`~deformkit.compat.dc1d.ops.efficient_linterpolate`, or
-            ``kernel_width_linterpolate``, which is the same, or ``full_seq_linterpolate``, where taps may leave their
-            window and read 0 beyond the padded sequence.
+        device: the device of the parameters.
+        interpolation_function: :func:`~deformkit.compat.dc1d.ops.efficient_linterpolate`,
+            its equal ``kernel_width_linterpolate``, or ``full_seq_linterpolate``, where taps may leave their
+            window and are 0 outside the padded sequence.
         unconstrained: whether taps may leave their window.
 
     Shapes of ``forward(input, offsets, mask=None)``: ``input [B, C, L]``; ``offsets [B, G, Lout, K]`` in elements, for
-    any G that divides C: the channels of one such group share their offsets; ``mask`` as ``offsets``; output
+    any G that divides C, where the channels of a group share their offsets; ``mask`` like ``offsets``; output
     ``[B, out_channels, Lout]`` with Lout = ``expected_offset_positions(L)``.
 
-    The buffer ``dilated_positions [K]``, which no state-dict has, says where the taps of a window are without offsets.
+    The buffer ``dilated_positions [K]``, which is not in the state-dict, has the positions of the taps without offsets.
 
     Raises:
         TypeError: an argument has the wrong type or dtype.
@@ -102,7 +102,7 @@ class DeformConv1d(_DeformConv1d):
         free = interpolation_function is full_seq_linterpolate
         boundary: Boundary = "zeros" if free else "border"
         super().__init__(in_channels, out_channels, kernel_size, **window, **rest, boundary=boundary)
-        # One number each, as dc1d has them; torch keeps tuples.
+        # dc1d stores one number each; torch stores tuples.
         self.kernel_size, self.stride, self.dilation = self.kernel_size[0], self.stride[0], self.dilation[0]
         positions = torch.arange(self.kernel_size, dtype=torch.float32, device=device) * self.dilation
         self.register_buffer("dilated_positions", positions, persistent=False)
@@ -115,7 +115,7 @@ class DeformConv1d(_DeformConv1d):
         return output_length(padded, self.kernel_size, self.dilation, self.stride)
 
     def forward(self, input: Tensor, offsets: Tensor, mask: Tensor | None = None) -> Tensor:
-        """The convolution of ``input`` at points moved by ``offsets``, each tap multiplied by ``mask``."""
+        """Compute the convolution of ``input`` at points moved by ``offsets``, with taps multiplied by ``mask``."""
         self._check(input, offsets, mask)
         padded, _ = self._pad(input)
         shift = tap_shifts(coordinates(offsets, input), self.dilation, not self.unconstrained)
@@ -124,14 +124,14 @@ class DeformConv1d(_DeformConv1d):
         return deform_conv1d(padded, shift, self.weight, self.bias, *window, factors, boundary=self.boundary)
 
     def sampling_locations(self, offset: Tensor) -> Tensor:
-        """Where the layer reads its input, for offsets as :meth:`forward` takes them.
+        """The positions at which the layer samples its input, for the offsets of :meth:`forward`.
 
         Args:
             offset: ``[B, G, Lout, K]``, in elements.
 
         Returns:
-            ``[B, G, K, Lout, 1]`` in elements of the input before any padding: 0 is its first element. Taps are kept in
-            their windows as the layer keeps them; points may lie beyond the sequence.
+            ``[B, G, K, Lout, 1]`` in elements of the input before any padding: 0 is the first. Taps are clamped to
+            their windows as in the layer; points may lie outside the sequence.
 
         Raises:
             ValueError: the shape of ``offset`` does not fit the layer.
@@ -161,7 +161,7 @@ class DeformConv1d(_DeformConv1d):
         return text + "".join(f", {name}={value!r}" for (name, value), default in others if value != default)
 
     def _pad(self, input: Tensor) -> tuple[Tensor, list[int]]:
-        # All of it, zeros too: dc1d holds a point at the edge of the padded sequence, not of the input.
+        # Zeros are padded, too: dc1d clamps a point to the edge of the padded sequence, not of the input.
         widths = [*self._padding_before, *self._padding_after]
         mode = "constant" if self.padding_mode == "zeros" else self.padding_mode
         return (F.pad(input, widths, mode=mode) if any(widths) else input), [0]
@@ -188,7 +188,7 @@ class DeformConv1d(_DeformConv1d):
 
 
 class PackedDeformConv1d(DeformConv1d):
-    """:class:`DeformConv1d` that predicts its offsets, and with ``modulated`` a mask, by separable convolutions.
+    """A :class:`DeformConv1d` that predicts its offsets, and a mask if ``modulated``, by separable convolutions.
 
     ``features = odc_norm(odc_prelu(offset_dconv(input)))``, then
     ``offsets = odp_norm(odp_prelu(offset_pconv(features)))`` and
@@ -198,11 +198,11 @@ class PackedDeformConv1d(DeformConv1d):
 
     Args:
         in_channels: channels of the input. Parameters that are not described here are as in :class:`DeformConv1d`.
-        offset_groups: G; the channels of one such group share their offsets and masks.
-        modulated: whether to predict a mask too; it starts at 1/2.
+        offset_groups: G; the channels of an offset group share their offsets and masks.
+        modulated: whether to predict a mask, too; it starts at 1/2.
 
     Shapes of ``forward(input, with_offsets=False)``: ``input [B, C, L]``, output ``[B, out_channels, Lout]``. With
-    ``with_offsets`` a pair: the output, and the offsets ``[B, G, Lout, K]``, or, if modulated, offsets and mask.
+    ``with_offsets`` it is a pair: the output, and the offsets ``[B, G, Lout, K]`` or, if modulated, offsets and mask.
 
     Raises:
         TypeError: an argument has the wrong type or dtype.
@@ -258,7 +258,7 @@ class PackedDeformConv1d(DeformConv1d):
             nn.init.zeros_(self.mask_pconv.weight)
 
     def predict(self, input: Tensor) -> tuple[Tensor, Tensor | None]:
-        """The offsets ``[B, G, Lout, K]`` in elements, and the mask of that shape or None, for an input."""
+        """Predict the offsets ``[B, G, Lout, K]`` in elements, and the mask of that shape or None, for an input."""
         features = _normalised(self.offset_dconv(input), self.odc_prelu, self.odc_norm).transpose(1, 2)
         offsets = self._by_tap(_normalised(self.offset_pconv(features), self.odp_prelu, self.odp_norm))
         if not self.modulated:
@@ -276,7 +276,7 @@ class PackedDeformConv1d(DeformConv1d):
         return output, (offsets if mask is None else (offsets, mask))
 
     def extra_repr(self) -> str:
-        """As the base class, and whether there is a mask."""
+        """The arguments of the base class, and whether there is a mask."""
         return super().extra_repr() + (", modulated=True" if self.modulated else "")
 
     def _by_tap(self, channels_last: Tensor) -> Tensor:
@@ -287,11 +287,11 @@ class PackedDeformConv1d(DeformConv1d):
 class gLN(nn.Module):
     """Normalisation over all positions and channels of a sequence: ``gamma * (y - mean) / sqrt(variance) + beta``.
 
-    The variance counts at least 1e-9. Sums are kept in float32, or float64.
+    The variance is at least 1e-9. Sums are computed in float32, or float64.
 
     Args:
         channel_size: C, number of channels.
-        device: where the parameters are.
+        device: the device of the parameters.
 
     Shapes: ``[B, L, C]``, channels last; output the same.
 
@@ -314,7 +314,7 @@ class gLN(nn.Module):
         nn.init.zeros_(self.beta)
 
     def forward(self, y: Tensor) -> Tensor:
-        """The normalised ``y``."""
+        """Normalise ``y``."""
         wide = y.to(compute_dtype(y.dtype))
         centred = wide - wide.mean(self._axes, keepdim=True)
         variance = centred.square().mean(self._axes, keepdim=True)
@@ -322,7 +322,7 @@ class gLN(nn.Module):
 
 
 class cLN(gLN):
-    """As :class:`gLN`, over the channels of each position alone.
+    """Like :class:`gLN`, but over the channels of each position separately.
 
     Example:
         >>> cLN(3)(torch.randn(2, 50, 3)).shape
@@ -333,5 +333,5 @@ class cLN(gLN):
 
 
 def _normalised(channels_first: Tensor, activation: nn.Module, norm: nn.Module) -> Tensor:
-    """``[B, C, L]`` through both, with channels last as the norm wants them: ``[B, L, C]``."""
+    """Apply both to ``[B, C, L]``; the result has the channels last, as the norm needs them: ``[B, L, C]``."""
     return norm(activation(channels_first).transpose(1, 2))

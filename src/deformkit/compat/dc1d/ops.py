@@ -18,7 +18,7 @@ from ...ops.deform_conv.op import deform_conv1d
 __all__ = ["efficient_linterpolate", "full_seq_linterpolate", "kernel_width_linterpolate", "output_length"]
 
 
-# Of what a layer has for each axis dc1d keeps the one number; torch's layers keep a sequence of it.
+# dc1d stores one number where torch's layers have a sequence with one for each axis.
 Single = int | Sequence[int]
 
 _GATHER_LERPS = ("auto", "autograd", "recompute", "save-diff")
@@ -53,19 +53,19 @@ def efficient_linterpolate(
     ``output[b, c, o, k] = sample(x[b, c], stride*o + clamp(dilation*k + offsets[b, g, o, k], 0, dilation*(K-1)))``
 
     where g is the offset group of channel c. The clamp keeps a tap in its window; without it a point beyond the
-    sequence reads the nearest element.
+    sequence takes the value of the nearest element.
 
     Args:
         x: ``[B, C, L]``.
         offsets: ``[B, G, Lout, K]`` in elements; G divides C, and Lout is :func:`output_length` of L.
-        kernel_size: K, number of taps; this, the dilation and the stride may be a sequence of one number.
+        kernel_size: K, number of taps; like the dilation and the stride, it may be a sequence of one number.
         dilation: distance between two taps, in elements.
         stride: step of the windows, in elements.
-        dilated_positions: not read; ``dilation`` says the same.
-        device: not read; everything is where ``x`` is.
-        _test: not read.
-        unconstrained: leave out the clamp.
-        gather_lerp: checked, and otherwise not read: dc1d's ways to compute one and the same gradient.
+        dilated_positions: ignored; ``dilation`` has the same information.
+        device: ignored; everything is on the device of ``x``.
+        _test: ignored.
+        unconstrained: whether to omit the clamp.
+        gather_lerp: checked, and otherwise ignored: dc1d's ways to compute the same gradient.
 
     Returns:
         ``[B, C, Lout, K]`` in the dtype of ``x``.
@@ -103,7 +103,7 @@ def full_seq_linterpolate(
     device: torch.device | str | None = None,
     _test: bool = False,
 ) -> Tensor:
-    """As :func:`efficient_linterpolate` with taps that may leave their window; beyond the sequence they read 0.
+    """Like :func:`efficient_linterpolate`, but taps may leave their window and are 0 outside the sequence.
 
     Example:
         >>> x = torch.tensor([[[10.0, 20.0, 30.0, 40.0]]])
@@ -126,7 +126,7 @@ def kernel_width_linterpolate(
     _test: bool = False,
     _max_memory: bool = True,
 ) -> Tensor:
-    """As :func:`efficient_linterpolate` with taps kept in their window.
+    """Like :func:`efficient_linterpolate` with taps that stay in their window.
 
     Example:
         >>> kernel_width_linterpolate(torch.rand(2, 8, 50), torch.rand(2, 4, 46, 3), 3, dilation=2, stride=1).shape
@@ -136,9 +136,9 @@ def kernel_width_linterpolate(
 
 
 def tap_shifts(offsets: Tensor, dilation: int, constrained: bool) -> Tensor:
-    """Offsets ``[B, G, Lout, K]`` as ``[B, G*K, Lout]``, the operator's layout; if constrained, in their window."""
+    """Offsets ``[B, G, Lout, K]`` in the operator's layout ``[B, G*K, Lout]``; clamped to the window if constrained."""
     if constrained:
-        # In half precision the bounds would be rounded, and with them the place that a tap is clamped to.
+        # Half precision would round the bounds, and so the positions of clamped taps.
         offsets = offsets.to(compute_dtype(offsets.dtype))
         taps = torch.arange(offsets.shape[-1], device=offsets.device) * dilation
         last = dilation * (offsets.shape[-1] - 1)
@@ -147,7 +147,7 @@ def tap_shifts(offsets: Tensor, dilation: int, constrained: bool) -> Tensor:
 
 
 def coordinates(offsets: Tensor, beside: Tensor) -> Tensor:
-    """``offsets`` in a dtype that goes with the values ``beside`` them: float64 with float64, and only then."""
+    """``offsets`` in a dtype that fits ``beside``: float64 if and only if the values are float64."""
     if offsets.is_floating_point() and (offsets.dtype == torch.float64) != (beside.dtype == torch.float64):
         return offsets.to(compute_dtype(beside.dtype))
     return offsets
@@ -177,7 +177,7 @@ def _taps(
     constrained: bool,
     boundary: Boundary,
 ) -> Tensor:
-    """``[B, C, Lout, K]``: a convolution of each channel with K kernels, of which the k-th is 1 at tap k alone."""
+    """``[B, C, Lout, K]``: a convolution of each channel with K kernels; the k-th is 1 at tap k and 0 elsewhere."""
     numbers = {"kernel_size": kernel_size, "dilation": dilation, "stride": stride}
     kernel_size, dilation, stride = (ntuple(value, 1, name, 1)[0] for name, value in numbers.items())
     check_offsets(offsets, "x", x, kernel_size)

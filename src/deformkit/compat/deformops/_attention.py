@@ -13,7 +13,7 @@ from .._attention import attend
 
 
 class MultiScale(nn.Module):
-    """The parameters, the locations and the call of the operator; a subclass says how points are weighed."""
+    """The parameters, the locations and the call of the operator; a subclass defines the weights of the points."""
 
     def __init__(
         self, dim: int, dim_value: int | None, dim_output: int | None, num_heads: int, num_levels: int, num_points: int
@@ -33,7 +33,7 @@ class MultiScale(nn.Module):
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
-        """Initialise the projections at random and the points around the reference point, with equal weights."""
+        """Initialise the projections at random, and the points around the reference point with equal weights."""
         steps = torch.arange(1.0, self.num_points + 1).repeat(self.num_levels)
         with torch.no_grad():
             self.proj_offset.bias.copy_((_directions(self.num_heads, 2)[:, None] * steps[:, None]).flatten())

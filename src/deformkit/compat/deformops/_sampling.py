@@ -14,11 +14,11 @@ Project = type[nn.Module]
 
 
 class ScaleLinear(nn.Module):
-    """One share, between 0 and 1, for each group: ``sigmoid(linear(query))``.
+    """Computes a factor between 0 and 1 for each group: ``sigmoid(linear(query))``.
 
     Args:
         dim: C, channels of the query.
-        groups: number of shares.
+        groups: number of factors.
 
     Shapes: ``[..., C]``, output ``[..., groups]``.
 
@@ -34,7 +34,7 @@ class ScaleLinear(nn.Module):
         self.scale_bias = nn.Parameter(torch.zeros(groups))
 
     def forward(self, query: Tensor) -> Tensor:
-        """The shares."""
+        """Compute the factors."""
         return nn.functional.linear(query, self.scale_weight, self.scale_bias).sigmoid()
 
 
@@ -43,7 +43,7 @@ class Sampling(_DCN):
 
     A subclass makes ``proj_output``, ``center_scale``, ``norm`` and ``activation``, in the order of its release.
 
-    The heads of deformops count their taps column after column, and their offsets as (x, y). Here they are turned into
+    The heads of deformops have taps in column-major order and offsets as (x, y). Here they are converted to
     the order of :func:`deformkit.deform_aggregate`.
     """
 
@@ -79,11 +79,11 @@ class Sampling(_DCN):
         self.softmax = softmax
 
     def _head_size(self) -> int:
-        """Rows of the head: three for each tap of each group, and unused ones that make a multiple of 8."""
+        """The number of rows of the head: three for each tap of each group, and unused ones up to a multiple of 8."""
         return -(-self.group * self._taps * 3 // 8) * 8
 
     def _split(self, head: Tensor) -> tuple[Tensor, Tensor]:
-        """Offsets (x, y) ``[..., G, K, 2]`` and masks ``[..., G, K]`` as the head has them, ``[..., G, 3*K]``."""
+        """Join offsets (x, y) ``[..., G, K, 2]`` and masks ``[..., G, K]`` as a head has them, ``[..., G, 3*K]``."""
         raise NotImplementedError
 
     def _points(self, head: Tensor) -> tuple[Tensor, Tensor]:
@@ -94,10 +94,10 @@ class Sampling(_DCN):
         return offset, mask.softmax(-1) if self.softmax else mask
 
     def _row_after_row(self, taps: Tensor, dim: int) -> Tensor:
-        """Taps that are counted column after column along ``dim``, counted row after row."""
+        """Convert taps along ``dim`` from column-major to row-major order."""
         half = self._taps // 2
         if self.remove_center:
-            # Any tap holds the place of the middle one meanwhile.
+            # Any tap can stand for the middle one in the meantime.
             taps = torch.cat([taps.narrow(dim, 0, half + 1), taps.narrow(dim, half, half)], dim)
         taps = taps.unflatten(dim, self.kernel_size[::-1]).transpose(dim - 1, dim).flatten(dim - 1, dim)
         if self.remove_center:
@@ -117,7 +117,7 @@ class Sampling(_DCN):
         return output
 
     def _channels_last(self, name: str, value: Tensor, shape: Sequence[int] | None, where: str) -> Tensor:
-        """``[N, H, W, C]`` of a tensor ``[N, C, H, W]``, or of tokens ``[N, L, C]`` with their ``shape``."""
+        """A tensor ``[N, C, H, W]``, or tokens ``[N, L, C]`` with their ``shape``, as ``[N, H, W, C]``."""
         check_tensor(name, value)
         size = None if shape is None else ntuple(shape, 2, "shape", 1)
         if value.dim() not in (3, 4):
@@ -137,12 +137,12 @@ class Sampling(_DCN):
 
 
 def project(module: nn.Module | None, value: Tensor) -> Tensor:
-    """``value [N, H, W, C]`` through ``module``, which is given tokens ``[N, H*W, C]``."""
+    """Apply ``module``, which takes tokens ``[N, H*W, C]``, to ``value [N, H, W, C]``."""
     return value if module is None else linear(module, value.flatten(1, 2)).unflatten(1, value.shape[1:3])
 
 
 def reset_projections(*modules: nn.Module | None) -> None:
-    """Draw the parameters anew where a module knows how to, or else as a layer of attention: Xavier, and no bias."""
+    """Reset the parameters with the method of the module, or else like a layer of attention: Xavier, and zero bias."""
     for module in modules:
         reset = getattr(module, "reset_parameters", None)
         if module is None:

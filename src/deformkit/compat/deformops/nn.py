@@ -17,9 +17,9 @@ _METHODS = ("linear", "softmax", "rectified")
 
 
 class DeformConv2d(Sampling):
-    """Deformable aggregation of an image that predicts its offsets and masks: between DCNv3 and DCNv4.
+    """Deformable aggregation of an image with predicted offsets and masks; a mixture of DCNv3 and DCNv4.
 
-    ``offset, mask = offset_pointwise(offset_depthwise(input))``, read at the centre of each window; then
+    ``offset, mask = offset_pointwise(offset_depthwise(input))`` at the centre of each window; then
 
     ``output = activation(norm(proj_output(deform_aggregate(proj_input(input), offset, mask))))``
 
@@ -34,9 +34,9 @@ class DeformConv2d(Sampling):
         padding: distance of the first tap from the edge of the input, in pixels; ``"same"`` keeps the size at stride 1.
         dilation: distance between two taps, in pixels.
         groups: number of groups of channels; each has its own offsets and masks.
-        offset_scale: factor of everything that separates a tap from the centre of its window.
-        center_feature_scale: whether to mix in the centre, see above.
-        remove_center: leave out the middle tap.
+        offset_scale: factor of the distance of each tap from the centre of its window.
+        center_feature_scale: whether to blend in the centre; see above.
+        remove_center: whether to leave out the middle tap.
         project: makes ``proj_input`` and ``proj_output`` as ``project(dims, dims)``; None: there are none.
         softmax: whether the masks of a group are a softmax over its taps.
         norm: applied to the output in its own layout, or None.
@@ -92,7 +92,7 @@ class DeformConv2d(Sampling):
     def reset_parameters(self) -> None:
         """Initialise the head to zero, so that offsets and masks are 0, and the other layers at random.
 
-        The depthwise convolution is drawn too. deformops sets it to zero as well; then neither of the two ever learns,
+        The depthwise convolution is random, too. deformops also sets it to zero; then neither of the two ever learns,
         as each has the other as a factor of its gradient.
         """
         for parameter in (*self.offset_depthwise.parameters(), *self.offset_pointwise.parameters()):
@@ -101,14 +101,14 @@ class DeformConv2d(Sampling):
         reset_projections(self.proj_input, self.proj_output)
 
     def predict(self, input: Tensor) -> tuple[Tensor, Tensor]:
-        """The offsets ``[N, *out, groups, K, 2]`` and the masks ``[N, *out, groups, K]`` for an input ``[N, C, H, W]``.
+        """Predict offsets ``[N, *out, groups, K, 2]`` and masks ``[N, *out, groups, K]`` for an input ``[N, C, H, W]``.
 
-        Both in the order of :func:`deformkit.deform_aggregate`: taps row after row, coordinates (h, w).
+        Both are in the order of :func:`deformkit.deform_aggregate`: taps in row-major order, coordinates (h, w).
         """
         return self._points(self._head(self._channels_last("input", input, None, "")))
 
     def forward(self, input: Tensor, shape: Sequence[int] | None = None) -> Tensor:
-        """The output for an input, in its layout."""
+        """Compute the output for an input, in its layout."""
         field = self._channels_last("input", input, shape, "shape is")
         self._out_size(field)
         return self._sample(project(self.proj_input, field), self._head(field), input.dim() == 3)
@@ -125,8 +125,8 @@ class DeformConv2d(Sampling):
 class DeformAttn2d(MultiScale):
     """Multi-scale deformable attention: every query predicts and samples a few points on every level of a pyramid.
 
-    :class:`deformkit.nn.MSDeformAttn` with the parameter names of deformops, widths of its own for value and output,
-    and a choice of how points are weighed.
+    This is :class:`deformkit.nn.MSDeformAttn` with the parameter names of deformops, other widths of value and output,
+    and a choice of the normalisation of the weights.
 
     Args:
         dim: width of queries, divisible by ``num_heads``.
@@ -197,6 +197,6 @@ class DeformAttn2d(MultiScale):
         return logits.softmax(-1) if self.method == "softmax" else logits
 
 
-# The README says DeformAttn2d; the code of those releases has these two, the second with softmax alone.
+# The README names DeformAttn2d; the code of those releases has these two, the second only with softmax.
 MSDeformAttn2d = DeformAttn2d
 FusedMSDeformAttn2d = DeformAttn2d

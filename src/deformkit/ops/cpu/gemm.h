@@ -41,7 +41,7 @@ constexpr int64_t whole_vectors(int64_t count) {
   return (count + Tile<A>::lanes - 1) / Tile<A>::lanes * Tile<A>::lanes;
 }
 
-// The left operand of a product: element (i, k) is data[i * row + k * column].
+// The left operand of a product. Element (i, k) is data[i * row + k * column].
 template <typename A>
 struct Left {
   const A* data;
@@ -54,12 +54,12 @@ struct Pair {
   BFloat16 first, second;
 };
 
-// What operands of a product add up in.
+// The type in which the products of operands are added up.
 template <typename O>
 using Result = std::conditional_t<std::is_same_v<O, Pair>, float, O>;
 
 // The right operand in panels, each of one tile's columns: element (k, j) of panel p is data[p * panel + k * row + j].
-// Packed panels follow each other; columns of a row-major matrix are panels too.
+// Packed panels follow each other; columns of a row-major matrix are panels, too.
 template <typename A>
 struct Panels {
   const A* data;
@@ -102,7 +102,7 @@ void multiply_tile(int64_t depth, const Left<A>& left, const A* right, int64_t r
 #if defined(__AVX512F__)
 #define DEFORMKIT_PAIRS
 
-// Whether the processor multiplies pairs. The library for AVX-512 asks when it runs; no other has these kernels.
+// Whether the processor multiplies pairs. Only the library for AVX-512 has these kernels; it asks at run time.
 inline bool multiplies_pairs() {
   static const bool answer = __builtin_cpu_supports("avx512bf16");
   return answer;
@@ -203,7 +203,7 @@ void multiply(int64_t rows, int64_t columns, int64_t depth, const Left<O>& left,
   const int64_t tiles = (rows + T::rows - 1) / T::rows;
   for (int64_t j = 0; j < columns; j += T::columns) {
     const O* const panel = right.data + j / T::columns * right.panel;
-    // Rows in equal tiles: a last one of few rows would wait for its additions.
+    // The tiles have equal numbers of rows: a last tile with few rows would wait for its additions.
     for (int64_t t = 0; t < tiles; ++t) {
       const int64_t first = rows * t / tiles, some = rows * (t + 1) / tiles - first;
       const Left<O> part{left.data + first * left.row, left.row, left.column};

@@ -1,4 +1,4 @@
-// A few numbers at a time, in the vector registers that the compiler has.
+// Small vectors of numbers, in the registers that the compiler has.
 #pragma once
 
 #if defined(__F16C__)
@@ -20,7 +20,7 @@ constexpr int register_bytes = 64;
 constexpr int register_bytes = 32;
 #endif
 
-// How many lanes suit rows of `channels` elements, or of any number if 0.
+// The number of lanes that suits rows of `channels` elements, or of any number if 0.
 template <typename A>
 constexpr int lanes_for(int channels) {
   constexpr int full = register_bytes / static_cast<int>(sizeof(A));
@@ -39,7 +39,7 @@ inline void write_lanes(A* to, const V& value) {
   std::memcpy(to, &value, sizeof value);
 }
 
-// As read_lanes(), from elements of any type.
+// Like read_lanes(), from elements of any type.
 template <typename V, typename T>
 inline V load_lanes(const T* from) {
   using A = std::remove_cvref_t<decltype(V{}[0])>;
@@ -92,7 +92,7 @@ inline void store_lanes(T* to, const V& value) {
   }
 }
 
-// out[i] += the sum of v[i]'s lanes, for four vectors at once.
+// out[i] += the sum of the lanes of v[i], for four vectors at once.
 template <typename A, int count, typename V>
 inline void add_sums(const V (&v)[4], A* out) {
   if constexpr (std::is_same_v<A, float> && count == 16) {
@@ -102,7 +102,7 @@ inline void add_sums(const V (&v)[4], A* out) {
                 __builtin_shufflevector(v[i], v[i], 8, 9, 10, 11, 12, 13, 14, 15);
     add_sums<float, 8>(half, out);
   } else if constexpr (std::is_same_v<A, float> && count == 8) {
-    // Interleave and add, twice: every lane then holds a part of the sum that its place stands for.
+    // Vectors are interleaved and added twice. Every lane then holds a part of the sum of its place.
     const V a = __builtin_shufflevector(v[0], v[1], 0, 8, 1, 9, 4, 12, 5, 13) +
                 __builtin_shufflevector(v[0], v[1], 2, 10, 3, 11, 6, 14, 7, 15);
     const V b = __builtin_shufflevector(v[2], v[3], 0, 8, 1, 9, 4, 12, 5, 13) +
@@ -128,7 +128,7 @@ inline void transpose_8x8(const float* from, int64_t from_pitch, float* to, int6
   typedef Lanes<float, 8>::type V;
   V row[8], next[8];
   for (int i = 0; i < 8; ++i) row[i] = read_lanes<V>(from + i * from_pitch);
-  // Neighbours interleaved: single elements, then pairs, then halves.
+  // Neighbours are interleaved: single elements, then pairs, then halves.
   for (int i = 0; i < 8; i += 2) {
     next[i] = __builtin_shufflevector(row[i], row[i + 1], 0, 8, 2, 10, 4, 12, 6, 14);
     next[i + 1] = __builtin_shufflevector(row[i], row[i + 1], 1, 9, 3, 11, 5, 13, 7, 15);

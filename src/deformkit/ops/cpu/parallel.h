@@ -20,13 +20,13 @@ inline int64_t ceil_div(int64_t a, int64_t b) {
   return (a + b - 1) / b;
 }
 
-// How far each item of work is, for those that must follow another: an item adds to what the one before it has stored.
+// The progress of each item of work, for items that add to the results of the item before.
 class Turns {
  public:
   explicit Turns(int64_t items) : done_(items) {}
 
   // Returns when item - 1 has finished this step, or when the work has failed. Items are handed out in order, and only
-  // to threads that have their scratch, so that whoever is waited for has begun.
+  // to threads that have their scratch, so that the item before has begun.
   void wait(int64_t item, int64_t step) const {
     while (done_[item - 1].load(std::memory_order_acquire) <= step && !failed_.load(std::memory_order_relaxed))
       std::this_thread::yield();
@@ -40,8 +40,8 @@ class Turns {
 };
 
 // Runs f(scratch, 0) ... f(scratch, items - 1) on torch's threads, with one scratch = make() for each thread. What an
-// item computes must not depend on who computes it: work is cut by shape, and so results have the same bits on any
-// number of threads. The first exception ends the work, releases those who wait for their turn, and is thrown again.
+// item computes must not depend on the thread: work is divided by shape, so that results are bit-identical for any
+// number of threads. The first exception ends the work, releases waiting threads, and is thrown again.
 template <typename M, typename F>
 void each(int64_t items, const M& make, const F& f, Turns* turns = nullptr) {
   std::atomic<int64_t> next{0};
@@ -69,7 +69,7 @@ void each(int64_t items, const F& f) {
   each(items, [] { return 0; }, [&](int, int64_t item) { f(item); });
 }
 
-// Memory that could not be had; Python raises it as a MemoryError.
+// A failed allocation; Python raises it as a MemoryError.
 class OutOfMemory : public std::bad_alloc {
  public:
   explicit OutOfMemory(size_t bytes) {

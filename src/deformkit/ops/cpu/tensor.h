@@ -1,4 +1,4 @@
-// Tensors as the kernels see them: element types, strides, and the dispatch over dtype and number of spatial axes.
+// Views of tensors for the kernels: element types, strides, and the dispatch over dtype and number of spatial axes.
 #pragma once
 
 #include <torch/csrc/stable/library.h>
@@ -81,7 +81,7 @@ void dispatch_axes(int64_t axes, F&& f) {
   }
 }
 
-// The dtype that sums are kept in beside values of `dtype`.
+// The dtype of sums of values of `dtype`.
 inline ScalarType sum_dtype(ScalarType dtype) {
   return dtype == ScalarType::Double ? ScalarType::Double : ScalarType::Float;
 }
@@ -89,7 +89,7 @@ inline ScalarType sum_dtype(ScalarType dtype) {
 template <typename A>
 constexpr ScalarType sum_dtype_of = std::is_same_v<A, double> ? ScalarType::Double : ScalarType::Float;
 
-// Calls f<A, N>() with the type of sums beside values of `dtype`, and the number of spatial axes.
+// Calls f<A, N>() with the type of sums of values of `dtype`, and the number of spatial axes.
 template <typename F>
 void dispatch_sums(ScalarType dtype, int64_t axes, F&& f) {
   dispatch_axes(axes, [&]<int N>() {
@@ -101,8 +101,8 @@ inline std::vector<int64_t> sizes_of(const Tensor& tensor) {
   return {tensor.sizes().begin(), tensor.sizes().end()};
 }
 
-// Raises unless a tensor is of real numbers, on the CPU, and its memory is there: sharding and offloading free that of
-// tensors that stay.
+// Raises unless a tensor has real numbers, is on the CPU, and has its memory: sharding and offloading free memory of
+// tensors that still exist.
 inline void check_tensor(const char* name, const Tensor& tensor) {
   STD_TORCH_CHECK(tensor.is_cpu(), name, " is not on the CPU; it must be, as the other tensors are");
   const ScalarType dtype = tensor.scalar_type();
@@ -125,7 +125,7 @@ inline void check_tensor(const char* name, const std::optional<Tensor>& tensor) 
 // Checks that a kernel of `kernel` taps, moved by `stride`, has `outputs` positions along an axis of `size`.
 inline void check_window(int64_t size, int64_t kernel, int64_t stride, int64_t padding, int64_t dilation,
                          int64_t outputs) {
-  // Sums of these stay far below what an int64 holds.
+  // Sums of these stay far below the range of int64.
   constexpr int64_t most = int64_t(1) << 40;
   STD_TORCH_CHECK(size > 0 && kernel > 0 && stride > 0 && padding >= 0 && dilation > 0,
                   "sizes, kernel_size, stride and dilation must be positive, padding not negative");
@@ -137,12 +137,12 @@ inline void check_window(int64_t size, int64_t kernel, int64_t stride, int64_t p
                   "offset's spatial size does not fit the input, kernel_size, stride, padding and dilation");
 }
 
-// An empty tensor like another, or one without elements where it is not asked for.
+// An uninitialised tensor like another, or one without elements if it is not requested.
 inline Tensor empty_like(const Tensor& like, bool asked) {
   return torch::stable::new_empty(like, asked ? sizes_of(like) : std::vector<int64_t>{0});
 }
 
-// `sums` in another dtype; the same tensor if that is theirs.
+// `sums` in another dtype; the same tensor if it has that dtype.
 inline Tensor rounded(const Tensor& sums, ScalarType dtype) {
   if (sums.scalar_type() == dtype) return sums;
   Tensor result = torch::stable::new_empty(sums, sizes_of(sums), dtype);
@@ -150,13 +150,13 @@ inline Tensor rounded(const Tensor& sums, ScalarType dtype) {
   return result;
 }
 
-// A tensor whose spatial axes are one run of positions with a fixed stride; made so by a copy if need be.
+// A tensor whose spatial axes form one run of positions with a fixed stride, copied if necessary.
 class Map {
  public:
   // [B, C, *size]
   explicit Map(Tensor tensor) : Map(tensor, 1, 2, static_cast<size_t>(tensor.dim())) {}
 
-  // [B, *size, H, C], the channels side by side.
+  // [B, *size, H, C], with contiguous channels.
   static Map with_heads(const Tensor& tensor) {
     const auto axes = static_cast<size_t>(tensor.dim());
     const bool dense = tensor.sizes()[axes - 1] < 2 || tensor.strides()[axes - 1] == 1;
@@ -166,7 +166,7 @@ class Map {
     return map;
   }
 
-  // The field of one head, from a position on.
+  // The field of one head, starting at a position.
   Map of_head(int64_t head, int64_t position) const {
     Map result = *this;
     result.data_ =
@@ -229,7 +229,7 @@ void read_run(const Map& map, int64_t batch, int64_t channel, int64_t position, 
   });
 }
 
-// Has the cache fetch a run that is read later.
+// Prefetches a run that is read later.
 inline void ask_for_run(const Map& map, int64_t batch, int64_t channel, int64_t position, int64_t count) {
   if (map.position_stride != 1) return;
   dispatch_dtype(map.dtype(), [&]<typename T>() {
@@ -238,7 +238,7 @@ inline void ask_for_run(const Map& map, int64_t batch, int64_t channel, int64_t 
   });
 }
 
-// As read_run(), into `buffer` only where the elements are not already there as they should be.
+// Like read_run(), but uses `buffer` only if the elements need a conversion or a copy.
 template <typename A>
 const A* view_run(const Map& map, int64_t batch, int64_t channel, int64_t position, int64_t count, A* buffer) {
   if (map.dtype() == sum_dtype_of<A> && (map.position_stride == 1 || count == 1))
@@ -247,12 +247,12 @@ const A* view_run(const Map& map, int64_t batch, int64_t channel, int64_t positi
   return buffer;
 }
 
-// A contiguous tensor of any dtype that runs of A are written to.
+// A contiguous tensor of any dtype to which runs of A are written.
 class Sink {
  public:
   explicit Sink(const Tensor& tensor) : data_(tensor.mutable_data_ptr()), dtype_(tensor.scalar_type()) {}
 
-  // Stores `count` values from element `at` on; with `add`, adds them to what is there.
+  // Stores `count` values from element `at` on, or adds them if `add`.
   template <typename A>
   void write(int64_t at, const A* values, int64_t count, bool add = false) const {
     dispatch_dtype(dtype_, [&]<typename T>() {

@@ -1,4 +1,4 @@
-"""Named inputs of deformable aggregation, for tests, benchmarks and documents."""
+"""Named inputs of deformable aggregation for tests, benchmarks and documentation."""
 
 from dataclasses import dataclass
 from math import prod
@@ -13,7 +13,7 @@ OPERATOR = "deform_aggregate"
 
 @dataclass(frozen=True)
 class Case:
-    """The sizes of one call; :meth:`arguments` makes its tensors."""
+    """The sizes of one call; :meth:`arguments` creates its tensors."""
 
     name: str
     batch: int
@@ -37,7 +37,7 @@ class Case:
     def arguments(
         self, dtype: torch.dtype = torch.float32, device: str | torch.device = "cpu", seed: int = 0
     ) -> dict[str, Any]:
-        """Random arguments by name, in the order of the operator's schema. Points keep clear of grid lines."""
+        """Random arguments by name, in the order of the schema. No point is near a grid line."""
         generator = torch.Generator().manual_seed(seed)
 
         def normal(*shape: int) -> torch.Tensor:
@@ -68,7 +68,7 @@ class Case:
         }
 
     def _from_centre(self, dilation: list[int]) -> torch.Tensor:
-        """The taps at zero offset, as ``[K, N]`` distances from the centre of the window."""
+        """The taps without offsets, as ``[K, N]`` distances from the centre of the window."""
         steps = [torch.arange(k) * d - d * (k - 1) // 2 for k, d in zip(self.kernel_size, dilation, strict=True)]
         taps = torch.stack(torch.meshgrid(*steps, indexing="ij"), -1).reshape(-1, self.axes).double()
         kept = torch.arange(len(taps)) != len(taps) // 2
@@ -83,7 +83,7 @@ FROM_SHAPE = ("name", "batch", "size", "heads", "channels")
 
 
 def of_shape(shape: list[int], **settings: Any) -> Case:
-    """The case of a value ``[B, *S, H, D]``: a kernel of three taps along each axis, the size kept, unless set."""
+    """A case with the value ``[B, *S, H, D]``; by default the kernel has 3 taps along each axis and keeps the size."""
     if not 4 <= len(shape) <= 6:
         raise ValueError(f"shape is {shape}; it must be [B, *S, H, D] with 1, 2 or 3 spatial axes S")
     batch, *size, heads, channels = shape

@@ -1,4 +1,4 @@
-"""Deformable aggregation in Triton: where its points lie; see ``sample/gpu_heads.py``."""
+"""The points of deformable aggregation in Triton; see ``sample/gpu_heads.py`` for the kernels."""
 
 from collections.abc import Sequence
 from typing import Any, NamedTuple
@@ -13,7 +13,7 @@ from ..sample.gpu_heads import Heads
 
 
 class Settings(NamedTuple):
-    """What the compiler knows of the taps."""
+    """The compile-time constants of the taps."""
 
     steps: Steps
     remove_center: bool
@@ -21,7 +21,7 @@ class Settings(NamedTuple):
 
 @triton.jit
 def tap_point(offset, tap, position, size, out_size, scale, RULE: tl.constexpr, SETTINGS: tl.constexpr):
-    """The point that a tap reads for an output position."""
+    """The point that a tap samples for an output position."""
     KERNEL: tl.constexpr = SETTINGS.steps.kernel
     if SETTINGS.remove_center:
         tap += tl.where(tap < product(KERNEL) // 2, 0, 1)
@@ -50,7 +50,7 @@ def extent(
     padding: Sequence[int],
     *_: object,
 ) -> int:
-    """The largest number that kernels have to keep in 32 bits."""
+    """The largest number that kernels have to store in 32 bits."""
     return largest_index(value.shape[1:-2], offset.shape[1:-3], padding)
 
 

@@ -1,4 +1,4 @@
-"""Named inputs of deformable convolution, for tests, benchmarks and documents."""
+"""Named inputs of deformable convolution for tests, benchmarks and documentation."""
 
 from dataclasses import dataclass
 from math import prod
@@ -13,7 +13,7 @@ OPERATOR = "deform_conv"
 
 @dataclass(frozen=True)
 class Case:
-    """The sizes of one call; :meth:`arguments` makes its tensors."""
+    """The sizes of one call; :meth:`arguments` creates its tensors."""
 
     name: str
     batch: int
@@ -39,7 +39,7 @@ class Case:
     def arguments(
         self, dtype: torch.dtype = torch.float32, device: str | torch.device = "cpu", seed: int = 0
     ) -> dict[str, Any]:
-        """Random arguments by name, in the order of the operator's schema. Offsets keep clear of grid lines."""
+        """Random arguments by name, in the order of the schema. No point is near a grid line."""
         generator = torch.Generator().manual_seed(seed)
 
         def normal(*shape: int) -> torch.Tensor:
@@ -75,7 +75,7 @@ FROM_SHAPE = ("name", "batch", "channels", "size")
 
 
 def of_shape(shape: list[int], **settings: Any) -> Case:
-    """The case of an input ``[B, C, *S]``: a 3x3 kernel, as many output channels, the size kept, unless set."""
+    """A case with the input ``[B, C, *S]``; by default the kernel is 3x3 and keeps size and number of channels."""
     if not 3 <= len(shape) <= 5:
         raise ValueError(f"shape is {shape}; it must be [B, C, *S] with 1, 2 or 3 spatial axes S")
     batch, channels, *size = shape

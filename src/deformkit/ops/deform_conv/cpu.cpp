@@ -1,4 +1,4 @@
-// The CPU kernels of deformable convolution: which way a call goes, and their registration. The formula is in op.py,
+// The CPU kernels of deformable convolution: the choice of the kernel and the registration. The formula is in op.py,
 // the sampler in sample/.
 #include <tuple>
 
@@ -51,7 +51,7 @@ Tensor deform_conv(const Tensor& input, const Tensor& offset, const Tensor& weig
     if (problem.is_planar() && problem.field() * bytes <= field_bytes)
       return forward_planar(call, values, Sink(output));
     const Cut cut = cut_field<A>(problem, problem.channels, field_bytes);
-    // Sums over slices of the channels do not pass through a half output.
+    // Sums over slices of the channels are not rounded to a half-precision output in between.
     const auto dtype = sum_dtype(input.scalar_type());
     if (cut.channels < problem.channels && dtype != input.scalar_type())
       output = torch::stable::new_empty(input, size, dtype);
@@ -107,7 +107,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> deform_conv_backward(
     }
 
     const Cut cut = cut_field<A>(problem, backward_width(problem), grad_field_bytes);
-    // What comes from several windows or slices, and from strays, adds up in A, not in a half gradient.
+    // Contributions of several windows or slices, and of strays, are added up in A, not in a half-precision gradient.
     const bool whole = cut.lays_out() && cut.margin == problem.size[0];
     const auto slices = slices_of(problem, cut.channels);
     const bool split = std::any_of(slices.begin(), slices.end(), [&](const auto& slice) {

@@ -1,5 +1,5 @@
 // The gradients of deformable convolution. An item of work owns a slice of the channels for a share of the batch, and
-// with it their part of the field's gradient, so that nothing is added by two threads.
+// with it their part of the gradient of the field, so that no element is written by two threads.
 #pragma once
 
 #include "deform_conv/cpu_samples.h"
@@ -12,11 +12,11 @@ constexpr int64_t slice_channels = 32;          // that an item owns
 constexpr int64_t weight_shares = 8;            // into which the sum for the weight's gradient is cut, at most
 constexpr int64_t weight_sum_bytes = 16 * mib;  // of all these sums
 
-// Positions of a block and columns of a chunk: samples, their gradients, and the output's gradient of a block stay in
+// Positions of a block and columns of a chunk. Samples, their gradients, and the output's gradient of a block stay in
 // a core's second-level cache. `benchmarks/run.py conv --rivals plain` measures them again.
 constexpr int64_t backward_block = 144, backward_depth = 64;
 
-// The width of a slice, by shape alone; few channels still make work for two threads.
+// The width of a slice, which depends on the shape only; few channels still give work to two threads.
 template <int N>
 int64_t backward_width(const Problem<N>& problem) {
   int64_t width = std::min(slice_channels, problem.channels);
@@ -177,7 +177,7 @@ class Backward {
       }
   }
 
-  // The gradient by the columns of a chunk: the output's times the weight.
+  // Computes the gradient by the columns of a chunk: the gradient of the output times the weight.
   void find_grad_columns(Scratch& scratch, const Chunk& chunk, int64_t points) const {
     const Plan<N>& plan = plans_[scratch.slice];
     const Weights<A, N>& weights = weights_[scratch.slice];
@@ -215,7 +215,7 @@ class Backward {
     }
   }
 
-  // Samples a segment again, and takes its gradients by field, offset and mask.
+  // Samples a segment again, and computes its gradients by field, offset and mask.
   void walk(Scratch& scratch, const Segment& segment, int64_t batch, int64_t begin, int64_t points) const {
     const Plan<N>& plan = plans_[scratch.slice];
     A* const by_point = (segment.first ? scratch.by_point : scratch.more_by_point).get();
@@ -268,7 +268,7 @@ class Backward {
   void add_narrow(Scratch& scratch, const Segment& segment, int64_t points) const {
     const Plan<N>& plan = plans_[scratch.slice];
     for (int64_t r = 0; r < rows_; ++r) {
-      // A block's sum by itself: one sum over all positions would lose their digits.
+      // Each block has its own sum, because one sum over all positions would lose digits.
       A* const sum = scratch.narrow_sum.get();
       std::fill_n(sum, segment.channels, A(0));
       for (int64_t i = 0; i < points; ++i) {

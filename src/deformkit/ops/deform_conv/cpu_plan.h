@@ -1,4 +1,4 @@
-// The order in which the channels and taps of a slice are sampled and multiplied, worked out once for a call.
+// The order in which the channels and taps of a slice are sampled and multiplied, computed once for a call.
 #pragma once
 
 #include "cpu/gemm.h"
@@ -14,12 +14,12 @@ struct Segment {
   bool first, last;
 };
 
-// Columns of one group, multiplied at once.
+// Columns of one group that are multiplied at once.
 struct Product {
   int64_t group, column, depth;
 };
 
-// What is sampled before it is multiplied: segments [first, last), then products.
+// A unit of work: the segments [first, last) are sampled, and then its products are computed.
 struct Chunk {
   size_t first_segment, last_segment, first_product, last_product;
   int64_t width;
@@ -69,7 +69,7 @@ struct Plan {
       next = std::min(end, (c / per_group + 1) * per_group);
       const int64_t depth = taps * (next - c);
       if (c == begin && product > first_product_ && products.back().group == c / per_group) {
-        // What the group has already in this chunk ends where this begins.
+        // The columns that the group already has in this chunk end where this one begins.
         products.back().depth += depth, --product;
       } else {
         products.push_back({c / per_group, start + taps * (c - begin), depth});

@@ -1,4 +1,4 @@
-// Deformable convolution channel by channel, for a depthwise one whose channels have offsets of their own.
+// Depthwise deformable convolution whose channels have their own offsets, computed channel by channel.
 #pragma once
 
 #include "deform_conv/cpu_weights.h"
@@ -6,7 +6,7 @@
 
 namespace deformkit::conv {
 
-// What one thread needs for the channels of a planar item.
+// The memory of one thread for the channels of a planar item.
 template <typename A, int N>
 struct PlanarScratch {
   Points<A, N, int32_t> points;

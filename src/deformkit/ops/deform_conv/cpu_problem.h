@@ -1,5 +1,5 @@
-// What a call of deformable convolution is made of, as the CPU kernels see it: sizes, tensors, and the windows of the
-// field that its work is cut into.
+// The parts of a call of deformable convolution for the CPU kernels: sizes, tensors, and the windows of the
+// field into which its work is divided.
 #pragma once
 
 #include "sample/field.h"
@@ -9,12 +9,12 @@ namespace deformkit::conv {
 // Groups of fewer channels than this are summed up channel by channel: a product would mostly multiply padding.
 constexpr int64_t narrow_channels = 8;
 
-// Channels side by side that have the same offsets.
+// Consecutive channels with the same offsets.
 struct Piece {
   int64_t begin, channels;
 };
 
-// Everything that the shapes say.
+// Everything that follows from the shapes.
 template <int N>
 struct Problem {
   int64_t batch, channels, out_channels, group_channels, groups, offset_groups, taps, positions;
@@ -81,7 +81,7 @@ struct Problem {
   int64_t field() const { return count<N>(size); }
   int64_t channels_per_offset_group() const { return channels / offset_groups; }
   int64_t group_rows() const { return out_channels / groups; }
-  // The channels [begin, end), cut where their offsets change.
+  // The channels [begin, end), divided where their offsets change.
   std::vector<Piece> pieces(int64_t begin, int64_t end) const {
     std::vector<Piece> result;
     for (int64_t c = begin, next; c < end; c = next) {
@@ -90,9 +90,9 @@ struct Problem {
     }
     return result;
   }
-  // Groups of few channels, without the columns of a product.
+  // Whether groups have few channels, and no products.
   bool is_narrow() const { return groups > 1 && group_channels < narrow_channels; }
-  // One channel a group, each with offsets of its own or nearly so: then positions, not channels, fill the registers.
+  // Whether each group has one channel with (nearly) its own offsets. Then positions, not channels, fill the registers.
   bool is_planar() const { return group_channels == 1 && channels_per_offset_group() < 4 && !wide; }
 };
 
@@ -113,13 +113,13 @@ struct Cut {
   bool lays_out() const { return lines > 0; }
 };
 
-// The largest window of at most `width` channels that takes `bytes`.
+// The largest window of at most `width` channels in `bytes`.
 template <typename A, int N>
 Cut cut_field(const Problem<N>& problem, int64_t width, int64_t bytes) {
   // Offsets of a few rows stay inside; along the only axis a row is one position, and as many cost little.
   constexpr int64_t least_margin = N == 1 ? 256 : 8;
   const int64_t all = problem.size[0], inner = problem.field() / all, reach = problem.tap.back()[0] + 2;
-  // Where few of a field's elements are read, it is not laid out.
+  // A field of which few elements are read is not laid out.
   const bool sparse = (problem.positions * problem.taps << N) < problem.field();
   if (problem.wide || sparse) return {width, 0, 0};
   for (;; width = (width + 1) / 2) {
@@ -224,7 +224,7 @@ std::vector<A> values_of(const Tensor& tensor) {
   return values;
 }
 
-// What the backward is asked for and where it goes; an absent one is not asked for.
+// The requested gradients and their destinations; absent ones are not requested.
 struct Gradients {
   std::optional<Sink> input, offset, weight, mask;
 

@@ -150,7 +150,7 @@ class Strays {
   int64_t channels_, count_ = 0;
 };
 
-// What a thread needs to sample blocks of at most `block` positions and `channels` channels at a time.
+// The memory of a thread that samples blocks of at most `block` positions and `channels` channels at a time.
 template <typename A, int N>
 class Samples {
  public:

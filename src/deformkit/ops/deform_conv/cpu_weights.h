@@ -1,4 +1,4 @@
-// The weight of a slice as the products want it, and the way back for its gradient.
+// Packs the weight of a slice for the products, and unpacks its gradient.
 #pragma once
 
 #include "deform_conv/cpu_plan.h"
@@ -12,7 +12,7 @@ int64_t column_pitch(int64_t width) {
   return whole_tiles<A>(width) + 64 / static_cast<int64_t>(sizeof(A));
 }
 
-// The channels of a call in slices of at most about `width`: some groups, or a part of one.
+// The channels of a call in slices of at most about `width` channels: some groups, or a part of one.
 template <int N>
 std::vector<std::pair<int64_t, int64_t>> slices_of(const Problem<N>& problem, int64_t width) {
   const int64_t per_group = problem.group_channels, cuts = ceil_div(per_group, width);
@@ -74,7 +74,7 @@ class Weights {
 #endif
   }
 
-  // The panels of a product, in pairs or not.
+  // The panels of a product, with or without pairs.
   template <typename O>
   Panels<O> of(size_t product) const {
     if constexpr (std::is_same_v<O, Pair>)
@@ -111,7 +111,7 @@ class Weights {
 
   template <typename T>
   void pack_rows(const T* source) {
-    // Columns of a last panel that the product does not have.
+    // The last panel has columns that the product does not have.
     if (!problem_.is_narrow()) std::fill_n(data_.get(), size_, A(0));
     each(rows_, [&](int64_t r) {
       for (const Segment& segment : plan_.segments) {

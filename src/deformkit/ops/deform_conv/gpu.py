@@ -1,4 +1,4 @@
-"""Deformable convolution on a GPU: what its Triton kernels are given, and with which tiles they start."""
+"""Deformable convolution on a GPU: the arguments of its Triton kernels, and the choice of their tiles."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -21,10 +21,10 @@ from .gpu_kernels import (
     deform_conv_forward_depthwise,
 )
 
-# A program for each processor of a large GPU.
+# One program for each multiprocessor of a large GPU.
 _PROCESSORS = 132
-# Tiles of the kernels with products: rows, filters, columns, parts, warps, stages. By architecture, kernel and whether
-# the operands are half. Of those tried, the ones that spill nothing, best first by the instructions they take.
+# Tiles of the kernels with products (rows, filters, columns, parts, warps, stages), by architecture, kernel and whether
+# the operands are half precision. These spill no registers; the ones with fewest instructions come first.
 _TILES = {
     ("sm_80", "forward", True): [(128, 128, 16, 4, 8, 1), (64, 128, 16, 4, 4, 1), (64, 64, 16, 4, 4, 1)],
     ("sm_80", "forward", False): [(128, 64, 16, 4, 8, 1), (64, 64, 16, 4, 4, 1)],
@@ -51,9 +51,9 @@ _TILES = {
     ("hip", "weight", True): [(64, 128, 16, 4, 4, 1), (64, 64, 16, 4, 4, 1)],
     ("hip", "weight", False): [(64, 64, 16, 4, 4, 1), (64, 64, 32, 1, 4, 1)],
 }
-# The tile of the data kernel where it adds whole units, which are 64 bits wide.
+# The tile of the data kernel if it adds integer units, which have 64 bits.
 _EXACT_TILES = {"sm_80": (32, 32, 16, 1, 8, 1)} | dict.fromkeys(("sm_90", "sm_100", "hip"), (64, 32, 16, 1, 8, 1))
-# How much memory the parts of a weight gradient may take before they are added up, in bytes.
+# The memory that the parts of a weight gradient may take before they are added up, in bytes.
 _WORKSPACE = 2**25
 
 
@@ -66,7 +66,7 @@ def extent(
     padding: Sequence[int],
     *_: object,
 ) -> int:
-    """The largest number that kernels have to keep in 32 bits."""
+    """The largest number that kernels have to store in 32 bits."""
     return largest_index(input.shape[2:], offset.shape[2:], padding)
 
 
@@ -116,11 +116,11 @@ def backward(
 def _backward_data(
     problem: "_Problem", grad_output: Tensor, weight: Tensor, by_input: bool, by_points: bool
 ) -> tuple[Tensor | None, ...]:
-    """The gradients by input, offset and mask."""
+    """Compute the gradients by input, offset and mask."""
     input, offset, mask = problem.tensors
 
     def most() -> Tensor:
-        # Of what the output's gradient gives to one column, times the columns that may read one position.
+        # The bound for one column, times the number of columns that may sample one position.
         column = largest(grad_output) * largest(weight) * weight.shape[0]
         return column * (1 if mask is None else largest(mask)) * max(problem.positions * problem.taps, 1)
 
@@ -155,7 +155,7 @@ def _backward_data(
 
 
 def _backward_weight(problem: "_Problem", grad_output: Tensor, weight: Tensor) -> Tensor:
-    """The gradient by the weight: parts of it, each from some of the positions, added up in order."""
+    """Compute the gradient by the weight in parts, each from some of the positions, which are added up in order."""
     arguments = problem.arguments(by_points=False)
     vector = 16 // weight.itemsize
     configs = problem.depthwise_configs(vector) if problem.depthwise else problem.product_configs("weight")
@@ -183,7 +183,7 @@ def _backward_weight(problem: "_Problem", grad_output: Tensor, weight: Tensor) -
 
 
 class _Problem:
-    """What all kernels of a call have in common."""
+    """The common arguments of all kernels of a call."""
 
     def __init__(
         self,
@@ -206,7 +206,7 @@ class _Problem:
         self.offset_groups = offset.shape[1] // (self.taps * axes)
         self.offset_channels = self.channels // self.offset_groups
         self.depthwise = self.group_channels == 1
-        # Too few channels share their points to be read side by side.
+        # Too few channels share their points to be loaded side by side.
         self.planar = self.depthwise and self.offset_channels < 8
         self.batch, self.positions = len(input), prod(out_size)
 
@@ -222,7 +222,7 @@ class _Problem:
         self.operands = {"PRECISION": _precision(), "OPERAND": _operand(input.dtype)}
 
     def arguments(self, by_points: bool) -> dict[str, Any]:
-        """What all kernels are given, whose programs take an offset group each, or else a group of the weight."""
+        """The arguments of all kernels; each program computes an offset group, or else a group of the weight."""
         channels, others = self.group_channels, self.offset_channels
         if self.depthwise:
             channels = others
@@ -238,18 +238,18 @@ class _Problem:
         return self._shared | {"GROUPS": groups}
 
     def tiles(self, blocks: Blocks) -> int:
-        """How many tiles of positions there are."""
+        """The number of tiles of positions."""
         return self.batch * triton.cdiv(self.positions, blocks["ROWS"])
 
     def forward_programs(self, blocks: Blocks) -> int:
-        """How many programs a forward kernel has."""
+        """The number of programs of a forward kernel."""
         if self.depthwise:
             chunks = triton.cdiv(self.offset_channels, blocks["COLUMNS"] * blocks["PARTS"])
             return self.tiles(blocks) * self.offset_groups * chunks * (self.filters // self.groups)
         return self.tiles(blocks) * self.groups * triton.cdiv(self.filters // self.groups, blocks["OUTPUTS"])
 
     def weight_programs(self, blocks: Blocks, groups: Groups) -> int:
-        """How many programs each part of the gradient by the weight has."""
+        """The number of programs for each part of the gradient by the weight."""
         chunks = triton.cdiv(groups.piece, blocks["COLUMNS"] * blocks["PARTS"]) * self.taps
         filters = self.filters // self.groups
         if self.depthwise:
@@ -264,7 +264,7 @@ class _Problem:
         return [Config({"ROWS": rows, "COLUMNS": 1, "PARTS": 1, "UNROLL": 1}, 4, 1)]
 
     def product_configs(self, kernel: str) -> list[Config]:
-        """Candidates for a kernel with products, those first that give every processor a program."""
+        """Candidates for a kernel with products; those that give every multiprocessor a program come first."""
         filters, piece = self.filters // self.groups, min(self.group_channels, self.offset_channels)
         configs = []
         for rows, outputs, columns, parts, warps, stages in _tiles(kernel, self.tensors[0].dtype != torch.float32):
@@ -279,7 +279,7 @@ class _Problem:
         return sorted(configs, key=lambda config: self.forward_programs(config.kwargs) < _PROCESSORS)
 
     def depthwise_configs(self, vector: int) -> list[Config]:
-        """Candidates for the backward kernels where there are no products."""
+        """Candidates for the backward kernels without products."""
         keys = ("ROWS", "COLUMNS", "PARTS")
         return [
             Config({"OUTPUTS": 16} | {key: config.kwargs[key] for key in keys}, config.num_warps, 1)
@@ -299,7 +299,7 @@ def _tiles(kernel: str, half: bool) -> list[tuple[int, ...]]:
 
 
 def _precision() -> str:
-    """How float32 operands are multiplied: as torch's matrix products are, but never less exactly than asked."""
+    """The precision of products of float32 operands: as in torch's matrix products, and never lower than requested."""
     if target().backend != "cuda":
         return "ieee"
     return "tf32" if torch.backends.cuda.matmul.fp32_precision == "tf32" else "tf32x3"

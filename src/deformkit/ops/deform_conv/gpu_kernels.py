@@ -1,8 +1,8 @@
 """The Triton kernels of deformable convolution; see ``sample/gpu.py`` for the notation.
 
-The channels that share both a weight group and an offset group are a piece; a program goes over the pieces of its
-group, over the taps and over chunks of channels. Samples are gathered into registers and go into matrix products from
-there; no columns are ever stored. Where every channel is a group of its own, there is no product to speak of: the same
+The channels that share both a weight group and an offset group form a piece. A program loops over the pieces of its
+group, the taps and chunks of channels. Samples are gathered into registers and used in matrix products from
+there; no columns are ever stored. If every channel is a group, there is no matrix product: the same
 kernels then multiply each channel by its own weight.
 """
 
@@ -31,10 +31,10 @@ from ..sample.gpu import (
 
 
 class Inputs(NamedTuple):
-    """What samples are read from: tensors whose spatial axes are one, and the output's size.
+    """The sources of samples: tensors with one flattened spatial axis, and the size of the output.
 
-    The input's size, and how many positions the output has, come apart: as they are they take no registers, unlike
-    what has to be worked out from a packed size, and the kernels with products have none to spare.
+    The size of the input and the number of output positions are separate arguments, which take no registers, unlike
+    numbers computed from a packed size; the kernels with products have none to spare.
     """
 
     input: Any
@@ -44,7 +44,7 @@ class Inputs(NamedTuple):
 
 
 class Groups(NamedTuple):
-    """How channels and filters fall into groups."""
+    """The division of channels and filters into groups."""
 
     filters: int
     """In all groups."""
@@ -64,13 +64,13 @@ class Groups(NamedTuple):
 
 @triton.jit
 def rows_of(tensor, image, place):
-    """Pointers to where each position begins in a tensor."""
+    """Pointers to the first element of each position in a tensor."""
     return tensor.data + image * tensor.strides[0] + place.to(tl.int64) * tensor.strides[2]
 
 
 @triton.jit
 def tap_point(inputs, image, place, tap, offset_group, exists, STEPS: tl.constexpr, RULE: tl.constexpr):
-    """Base and shift of the point that a tap reads for the output positions ``place``."""
+    """Base and shift of the point that a tap samples for the output positions ``place``."""
     KERNEL: tl.constexpr = STEPS.kernel
     z, y, x = unravel(place, read_size(inputs.out_size, RULE), RULE)
     base = (
@@ -99,7 +99,7 @@ def gather(
     inputs, size, columns, image, place, tap, offset_group, exists,
     STEPS: tl.constexpr, RULE: tl.constexpr, PARTS: tl.constexpr,
 ):  # fmt: skip
-    """The parts of a tile of samples, times their factors."""
+    """The parts of a tile of samples, multiplied by their factors."""
     base, shift = tap_point(inputs, image, place, tap, offset_group, exists, STEPS, RULE)
     known = defined(shift)
     factor = tap_factor(inputs, image, place, offset_group * product(STEPS.kernel) + tap, exists)
@@ -112,7 +112,7 @@ def gather(
 
 @triton.jit
 def overlap(group, piece, CHANNELS: tl.constexpr, OTHERS_CHANNELS: tl.constexpr):
-    """The piece of a group of CHANNELS channels: which of the other groups it shares, its first channel and its end."""
+    """A piece of a group of CHANNELS channels: the other group that it belongs to, its first channel and its end."""
     other = group * CHANNELS // OTHERS_CHANNELS + piece
     first = tl.maximum(group * CHANNELS, other * OTHERS_CHANNELS)
     return other, first, tl.minimum((group + 1) * CHANNELS, (other + 1) * OTHERS_CHANNELS)
@@ -126,7 +126,7 @@ def chunk_of(start, stride, end, WHOLE: tl.constexpr, COLUMNS: tl.constexpr):
 
 @triton.jit
 def load_filters(pointers, rows, columns, row_count, column_count, stride, OPERAND: tl.constexpr):
-    """A tile of the weight, 0 where there is none, as an operand of a product."""
+    """A tile of the weight as an operand of a product, 0 where there is none."""
     mask = (rows < row_count)[:, None] & (columns < column_count)[None, :]
     where = rows.to(tl.int64)[:, None] * stride + columns[None, :]
     return tl.load(pointers + where, mask=mask, other=0.0).to(OPERAND)
@@ -134,14 +134,14 @@ def load_filters(pointers, rows, columns, row_count, column_count, stride, OPERA
 
 @triton.jit
 def load_taps(weight, channels, copy, tap, end, GROUPS: tl.constexpr, STEPS: tl.constexpr):
-    """The weight of one tap for each of some channels that are convolved by themselves."""
+    """The weight of one tap for some channels that are convolved separately."""
     pointers = weight + (channels * (GROUPS.filters // GROUPS.count) + copy) * product(STEPS.kernel) + tap
     return tl.load(pointers, mask=channels < end, other=0.0).to(tl.float32)
 
 
 @triton.jit
 def load_cotangent(rows, stride, channels, row_mask, channel_mask, OPERAND: tl.constexpr):
-    """A tile of the output's gradient, from pointers to its rows, which are positions; its columns are channels."""
+    """A tile of the gradient of the output, from pointers to its rows. Rows are positions, columns are channels."""
     pointers = rows[:, None] + (channels.to(tl.int64) * stride)[None, :]
     return tl.load(pointers, mask=row_mask[:, None] & channel_mask[None, :], other=0.0).to(OPERAND)
 
@@ -168,7 +168,7 @@ def deform_conv_forward(
         tap = step // CHUNKS % TAPS
         offset_group, first, end = overlap(group, step // (CHUNKS * TAPS), GROUPS.channels, GROUPS.offset_channels)
         columns = chunk_of(first + step % CHUNKS * (COLUMNS * PARTS), inputs.input.strides[1], end, WHOLE, COLUMNS)
-        # A group may have fewer pieces than another.
+        # Groups may have different numbers of pieces.
         there = exists & (first < end)
         samples = gather(
             inputs, (depth, height, width), columns, image, place, tap, offset_group, there, STEPS, RULE, PARTS

@@ -1,4 +1,4 @@
-"""Named inputs of deformable RoI pooling, for tests, benchmarks and documents."""
+"""Named inputs of deformable RoI pooling for tests, benchmarks and documentation."""
 
 from dataclasses import dataclass
 from typing import Any
@@ -12,10 +12,10 @@ OPERATOR = "deform_roi_pool"
 
 @dataclass(frozen=True)
 class Case:
-    """The sizes of one call; :meth:`arguments` makes its tensors.
+    """The sizes of one call; :meth:`arguments` creates its tensors.
 
-    ``bin_size`` is the longest bin, in pixels of the input. ``spread`` says how far RoIs may stick out of the input, in
-    lengths of their own: 0 not at all, 0.5 by half, above 1 they may lie wholly outside.
+    ``bin_size`` is the length of the longest bin, in pixels of the input. ``spread`` limits how far RoIs stick out, in
+    multiples of their length: 0 not at all, 0.5 by half; above 1 they may lie completely outside.
     """
 
     name: str
@@ -39,10 +39,10 @@ class Case:
     def arguments(
         self, dtype: torch.dtype = torch.float32, device: str | torch.device = "cpu", seed: int = 0
     ) -> dict[str, Any]:
-        """Random arguments by name, in the order of the operator's schema. Samples keep clear of grid lines.
+        """Random arguments by name, in the order of the schema. No sample is near a grid line.
 
-        Each lies at a multiple of 1/16 of a pixel plus 1/32, as the sizes of bins, starts of RoIs and shifts by offsets
-        are chosen.
+        Each is at a multiple of 1/16 of a pixel plus 1/32, because sizes of bins, starts of RoIs and shifts by offsets
+        are chosen so.
         """
         generator = torch.Generator().manual_seed(seed)
 
@@ -53,7 +53,7 @@ class Case:
         if self.sampling_ratio:
             samples = torch.full((self.rois, self.axes), float(self.sampling_ratio), dtype=torch.float64)
             least, most = torch.ones_like(samples), (8 * self.bin_size / samples).floor().clamp(1)
-        else:  # bins longer than n - 1 and shorter than n pixels, of which there is one such for n up to 7
+        else:  # bins longer than n - 1 and shorter than n pixels, which exist for n up to 7
             samples = 1 + (uniform(self.rois, self.axes) * min(self.bin_size, 7)).floor()
             least, most = (8 * (samples - 1) / samples).floor() + 1, torch.full_like(samples, 7.0)
         step = least + (uniform(self.rois, self.axes) * (most - least + 1)).floor()
@@ -92,7 +92,7 @@ FROM_SHAPE = ("name", "batch", "channels", "size")
 
 
 def of_shape(shape: list[int], **settings: Any) -> Case:
-    """The case of an input ``[B, C, *S]``: 100 RoIs of 7 bins along each axis, unless set."""
+    """A case with the input ``[B, C, *S]``. By default there are 100 RoIs with 7 bins along each axis."""
     if not 3 <= len(shape) <= 5:
         raise ValueError(f"shape is {shape}; it must be [B, C, *S] with 1, 2 or 3 spatial axes S")
     batch, channels, *size = shape

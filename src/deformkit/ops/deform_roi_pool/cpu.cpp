@@ -12,7 +12,7 @@ constexpr int64_t field_bytes = 32 * mib;  // of the images that are laid out at
 constexpr int64_t plane_bytes = 8 * mib;   // of the channels of an image that a thread holds, and of their gradient
 constexpr int64_t slice_channels = 32;     // that one item of the backward owns
 
-// Where the channels [channel, channel + width) of an image are read: laid out, or at the corners of the samples alone.
+// The source of the channels [channel, channel + width) of an image: laid out, or only the corners of the samples.
 template <typename A>
 struct Held {
   const Map& input;
@@ -20,7 +20,7 @@ struct Held {
   A* rows;
   Touched<A>* corners = nullptr;
 
-  // What cells are located with: the elements of a position, and what lies outside.
+  // The arguments for locating cells: the elements of a position, and the index of points outside.
   int64_t pitch() const { return corners ? 1 : width; }
   int64_t outside(int64_t positions) const { return corners ? -1 : positions * width; }
 
@@ -40,14 +40,14 @@ struct Held {
   }
 };
 
-// sum[c] += the parts of it, of which what rounding loses is kept in `lost`.
+// sum[c] += its parts; the rounding errors are collected in `lost`.
 template <typename A>
 void add_parts(const A* parts, int64_t count, int64_t channels, A* sum, A* lost) {
   for (int64_t part = 0; part < count; ++part, parts += channels)
 #pragma omp simd
     for (int64_t c = 0; c < channels; ++c) {
       const A more = parts[c] - lost[c], next = sum[c] + more;
-      // Infinity loses nothing.
+      // Infinity has no rounding error.
       lost[c] = next - next == 0 ? (next - sum[c]) - more : 0;
       sum[c] = next;
     }
@@ -67,7 +67,7 @@ struct PoolScratch {
     points.start(problem, roi);
     const auto outside = static_cast<Index>(held.outside(problem.positions()));
     points.for_runs(problem, roi, held.pitch(), outside, [&](int64_t bin, int64_t some, int64_t each, bool first) {
-      // The corners of a run need those of others no more.
+      // A run does not need the corners of other runs.
       if (corners) corners->forget();
       held.find(points.cells, some * each);
       A* const to = sums.get() + bin * channels;
@@ -121,12 +121,12 @@ void forward(const Pooling<A, N>& problem, const Map& input, int64_t first_image
   });
 }
 
-// What is asked for; an absent one is not.
+// The requested gradients; absent ones are not requested.
 struct RoiGradients {
   std::optional<Sink> input, offset;
 };
 
-// Some channels of an image, which an item of work owns.
+// Some channels of an image that an item of work owns.
 struct Slice {
   int64_t image, channel, width;
   bool sparse;
@@ -148,7 +148,7 @@ std::vector<Slice> slices_of(const Pooling<A, N>& problem) {
   return slices;
 }
 
-// Backward: an item is a slice.
+// The backward pass. An item is a slice.
 template <typename A, int N, typename Index>
 class Backward {
  public:
@@ -205,7 +205,7 @@ class Backward {
 
   Window<N> window() const { return {problem_.size, 0, problem_.size[0]}; }
 
-  // The channels of a slice and their gradient, as they are held.
+  // The storage of the channels of a slice and of their gradient.
   Walk<A, N, LaidOut> open(Scratch& scratch, const Held<A>& held) const {
     const int64_t elements = (problem_.positions() + 1) * held.width;
     Walk<A, N, LaidOut> walk{};
@@ -249,7 +249,7 @@ class Backward {
       for (int64_t bin = 0; bin < bins; ++bin) by_bin[axis * bins + bin] *= problem_.gamma * roi.length[axis];
   }
 
-  // The slices of an image add up, one after the other.
+  // The slices of an image are added up one after the other.
   void add_by_offset(Scratch& scratch, int64_t item, int64_t r) {
     const Slice& slice = slices_[item];
     const int64_t step = r - problem_.first_of[slice.image], index = problem_.rois[r].index;
@@ -342,7 +342,7 @@ std::tuple<Tensor, Tensor> deform_roi_pool_backward(const Tensor& grad_output, c
     grad_input = empty_like(input, by_input);
     grad_offset = empty_like(offset ? *offset : input, by_offset);
     const ScalarType sums = sum_dtype(input.scalar_type()), offset_dtype = grad_offset.scalar_type();
-    // What several slices add to does not pass through a half dtype.
+    // A sum of several slices is not rounded to half precision in between.
     if (by_offset && offset_dtype != sums) grad_offset = torch::stable::new_empty(grad_offset, sizes_of(*offset), sums);
     if (by_offset && problem.channels == 0) torch::stable::zero_(grad_offset);
     RoiGradients gradients;

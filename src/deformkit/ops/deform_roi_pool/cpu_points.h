@@ -73,7 +73,7 @@ struct Pooling {
     return static_cast<int64_t>(std::min(corners, static_cast<double>(positions())));
   }
 
-  // Whether an image is not laid out, but the corners of its samples alone. The other images have no say.
+  // Whether only the corners of the samples of an image are laid out. This does not depend on the other images.
   bool is_sparse(int64_t image) const {
     const int64_t corners = corners_of(image);
     return positions() > many_positions || (corners <= few_corners && 2 * corners <= positions());
@@ -104,7 +104,7 @@ struct Pooling {
       }
       for (int axis = 0; axis < N; ++axis) {
         const A cells = std::ceil(roi.length[axis] / static_cast<A>(output_size[axis]));
-        // One sample shows what a corner that is no number does; none would hide it.
+        // One sample propagates a NaN corner; no sample would hide it.
         roi.samples[axis] = sampling_ratio > 0 ? sampling_ratio
                             : !known           ? 1
                                                : static_cast<int64_t>(std::clamp(cells, A(0), A(most_samples)));
@@ -124,7 +124,7 @@ struct RoiPoints {
 
   explicit RoiPoints(int64_t bins) : origins(N * bins) {}
 
-  // Where the bins of a RoI start.
+  // The start of the bins of a RoI.
   void start(const Pooling<A, N>& problem, const Roi<A, N>& roi) {
     std::fill_n(factors.get(), run_points, 1 / static_cast<A>(std::max<int64_t>(roi.total, 1)));
     for (int axis = 0; axis < N; ++axis) {

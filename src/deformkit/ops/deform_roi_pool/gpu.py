@@ -1,11 +1,11 @@
-"""Deformable RoI pooling in Triton. A program takes some bins of one RoI; see ``sample/gpu.py``.
+"""Deformable RoI pooling in Triton. A program computes some bins of one RoI; see ``sample/gpu.py``.
 
-In the kernels the rows of a tile are bins of one RoI and its columns are channels.
+In the kernels, the rows of a tile are bins of one RoI and its columns are channels.
 
     roi       (image, origin, length, samples)
-    origin    where each bin would start if it were the first of its RoI, as (z, y, x)
+    origin    start of each bin if it were the first of its RoI, as (z, y, x)
     length    of the RoI, in pixels, as (z, y, x)
-    samples   in a bin: how many, as (z, y, x)
+    samples   number of samples in a bin, as (z, y, x)
 """
 
 from collections.abc import Sequence
@@ -50,7 +50,7 @@ _MOST_SAMPLES = tl.constexpr(MOST_SAMPLES)
 
 @triton.jit
 def tile_bins(program, bins, ROWS: tl.constexpr):
-    """The RoI (int64) of a tile, its bins, and whether there is one, for each row."""
+    """The RoI (int64) of a tile, and for each row its bin and whether it exists."""
     tiles = tl.cdiv(bins, ROWS)
     place = program % tiles * ROWS + tl.arange(0, ROWS)
     return (program // tiles).to(tl.int64), place, place < bins
@@ -58,9 +58,9 @@ def tile_bins(program, bins, ROWS: tl.constexpr):
 
 @triton.jit
 def read_roi(rois, offset, roi, place, exists, images, out_size, scale, sampling_ratio, gamma, RULE: tl.constexpr):
-    """A RoI, whose bins are ``place``.
+    """A RoI, with the bins ``place``.
 
-    One of an image that there is not counts as one whose corners are NaN: it reads nothing, and that shows.
+    A RoI of an image that does not exist is treated as if its corners were NaN: it reads nothing and gives NaN.
     """
     pointer, stride = rois.data + roi * rois.strides[0], rois.strides[1]
     index = tl.load(pointer)
@@ -80,7 +80,7 @@ def read_roi(rois, offset, roi, place, exists, images, out_size, scale, sampling
 
 @triton.jit
 def samples_in_bin(length, out_size, sampling_ratio, RULE: tl.constexpr):
-    """How many samples a bin has, as (z, y, x)."""
+    """The number of samples of a bin, as (z, y, x)."""
     infinite = float("inf")
     finite = (tl.abs(length[0]) < infinite) & (tl.abs(length[1]) < infinite) & (tl.abs(length[2]) < infinite)
     x = samples_along(length[2], out_size[2], finite, sampling_ratio)
@@ -94,18 +94,18 @@ def samples_in_bin(length, out_size, sampling_ratio, RULE: tl.constexpr):
 
 @triton.jit
 def samples_along(length, bins, finite, sampling_ratio):
-    """How many samples a bin has along one axis."""
-    # Divided exactly: a whole quotient that came out a little larger would be one sample more.
+    """The number of samples of a bin along one axis."""
+    # The division is exact, because an integer quotient that is a little too large would add a sample.
     cells = tl.ceil(tl.div_rn(length, bins.to(tl.float32)))
     cells = tl.where(cells > 0, cells, 0.0)
     cells = tl.where(cells < _MOST_SAMPLES, cells, 1.0 * _MOST_SAMPLES)
-    # One sample shows what a corner that is no number does; none would hide it.
+    # One sample propagates a NaN corner; no sample would hide it.
     return tl.where(sampling_ratio > 0, sampling_ratio, tl.where(finite, cells, 1.0).to(tl.int32))
 
 
 @triton.jit
 def sample_shift(sample, place, out_size, origin, length, samples, RULE: tl.constexpr):
-    """Where a sample of each bin lies, as (z, y, x)."""
+    """The position of a sample of each bin, as (z, y, x)."""
     bz, by, bx = unravel(place, out_size, RULE)
     x = shift_along(origin[2], bx, sample % samples[2], samples[2], length[2], out_size[2])
     z, y = tl.zeros_like(x), tl.zeros_like(x)
@@ -118,13 +118,13 @@ def sample_shift(sample, place, out_size, origin, length, samples, RULE: tl.cons
 
 @triton.jit
 def shift_along(origin, place, sample, samples, length, bins):
-    """Where a sample of each bin lies along one axis."""
+    """The position of a sample of each bin along one axis."""
     return origin + (place + (sample + 0.5) / samples) * (length / bins)
 
 
 @triton.jit
 def near(shift, size, RULE: tl.constexpr):
-    """Rows at most one pixel outside of the field."""
+    """The rows at most one pixel outside the field."""
     z, y, x = shift
     result = (x >= -1) & (x <= size[2])
     if RULE.axes > 1:
@@ -160,7 +160,7 @@ def deform_roi_pool_forward(
             result, field, Columns(columns, input.strides[2], END), locate((0, 0, 0), shift, size, RULE),
             tl.where(defined(shift), 1.0 / count, float("nan")), near(shift, size, RULE) & exists, RULE,
         )  # fmt: skip
-    # Neighbours in the output are bins: the parts of a tile are written channel by channel.
+    # Bins are adjacent in the output, so the parts of a tile are written channel by channel.
     store_parts(output + (roi * CHANNELS * bins + place), Columns(columns, bins.to(tl.int64), END), result, exists)
 
 
@@ -182,7 +182,7 @@ def deform_roi_pool_backward(
 
     field = Field(input.data + image * input.strides[0], input.strides[1], size)
     first = image * (size[0].to(tl.int64) * size[1] * size[2]) * CHANNELS
-    # Where the compiler knows that bins are neighbours, it reads them in that order, and turns every corner's amounts.
+    # If the compiler knew that bins are adjacent, it would load them so and transpose the amounts of every corner.
     rows = grad_output.data + (roi * grad_output.strides[0] + place.to(tl.int64) * bin_stride)
     count = positions_of(samples)
     z = tl.zeros((ROWS,), tl.float32)
@@ -207,7 +207,7 @@ def deform_roi_pool_backward(
 
 
 def extent(input: Tensor, rois: Tensor, offset: Tensor | None, output_size: Sequence[int], *_: object) -> int:
-    """The largest number that kernels have to keep in 32 bits."""
+    """The largest number that kernels have to store in 32 bits."""
     return largest_index(input.shape[2:], output_size)
 
 
@@ -268,7 +268,7 @@ def _arguments(
     sampling_ratio: int,
     gamma: float,
 ) -> dict[str, Any]:
-    """What both kernels are given."""
+    """The arguments of both kernels."""
     field = input.movedim(1, -1)
     if field.stride(-1) != 1:
         field = field.contiguous()
@@ -276,7 +276,7 @@ def _arguments(
         "input": strided(field.flatten(1, -2)),
         "rois": strided(rois),
         "offset": None if offset is None else strided(offset.flatten(2)),
-        # Apart: as they are these take no registers, unlike a packed size, and the loop over samples has none to spare.
+        # Separate arguments take no registers, unlike a packed size, and the loop over samples has none to spare.
         **dict(zip(("depth", "height", "width"), lifted(input.shape[2:], 1), strict=True)),
         "out_size": packed(output_size),
         "images": len(input),

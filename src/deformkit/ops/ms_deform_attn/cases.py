@@ -1,4 +1,4 @@
-"""Named inputs of multi-scale deformable attention, for tests, benchmarks and documents."""
+"""Named inputs of multi-scale deformable attention for tests, benchmarks and documentation."""
 
 from dataclasses import dataclass
 from math import prod
@@ -13,10 +13,10 @@ OPERATOR = "ms_deform_attn"
 
 @dataclass(frozen=True)
 class Case:
-    """The sizes of one call; :meth:`arguments` makes its tensors.
+    """The sizes of one call; :meth:`arguments` creates its tensors.
 
-    ``reach``: how far beyond the edge of a level points are drawn, in pixels, if they are drawn over all of it.
-    ``near``: instead, the standard deviation around the query's own pixel, in pixels of the level that is read; query
+    ``reach`` is the distance in pixels up to which points lie outside a level if they are spread over all of it.
+    With ``near`` they have this standard deviation around the query's pixel, in pixels of the sampled level; query
     q has position q of ``value``.
     """
 
@@ -39,7 +39,7 @@ class Case:
     def arguments(
         self, dtype: torch.dtype = torch.float32, device: str | torch.device = "cpu", seed: int = 0
     ) -> dict[str, Any]:
-        """Random arguments by name, in the order of the operator's schema. Locations keep clear of grid lines."""
+        """Random arguments by name, in the order of the schema. No location is near a grid line."""
         generator = torch.Generator().manual_seed(seed)
 
         def normal(*shape: int) -> torch.Tensor:
@@ -85,7 +85,7 @@ FROM_SHAPE = ("name", "batch", "heads", "channels")
 
 
 def of_shape(shape: list[int], **settings: Any) -> Case:
-    """The case of a value ``[B, S, H, D]``, with ``sizes`` of the levels: 300 queries, 4 points a level, unless set."""
+    """A case with the value ``[B, S, H, D]`` of levels ``sizes``; by default 300 queries have 4 points a level."""
     if len(shape) != 4:
         raise ValueError(f"shape is {shape}; it must be [B, S, H, D]")
     batch, length, heads, channels = shape

@@ -1,4 +1,4 @@
-"""Multi-scale deformable attention in Triton: where its points lie; see ``sample/gpu_heads.py``."""
+"""The points of multi-scale deformable attention in Triton; see ``sample/gpu_heads.py`` for the kernels."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -14,14 +14,14 @@ from ..sample.gpu_heads import Heads
 
 @triton.jit
 def level_point(location, point, query, size, out_size, scale, RULE: tl.constexpr, SETTINGS: tl.constexpr):
-    """A location in its level; half a position on, where its lower corner is the nearest."""
+    """A location in pixels, half a pixel farther in nearest mode, in which the lower corner is the nearest pixel."""
     half: tl.constexpr = 0.5 if RULE.nearest else -0.5
     z, y, x = location
     return (0, 0, 0), (z * size[0] + half, y * size[1] + half, x * size[2] + half), size
 
 
 def extent(value: Tensor, spatial_shapes: Sequence[int], sampling_locations: Tensor, *_: object) -> int:
-    """The largest number that kernels have to keep in 32 bits."""
+    """The largest number that kernels have to store in 32 bits."""
     axes, queries = sampling_locations.shape[-1], sampling_locations.shape[1:2]
     levels = (spatial_shapes[i : i + axes] for i in range(0, len(spatial_shapes), axes))
     return max(value.shape[1], *(largest_index(level, queries) for level in levels))

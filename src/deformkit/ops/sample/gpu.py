@@ -1,15 +1,15 @@
-"""The sampler in Triton, and what the launchers of all rooms share; ``reference.py`` says what it computes.
+"""The sampler in Triton, and helpers of the launchers of all rooms; ``reference.py`` defines what it computes.
 
-In the kernels the rows of a tile are points and its columns are channels.
+In the kernels, the rows of a tile are points and its columns are channels.
 
-    base, shift    of a point, as (z, y, x): integers, and what is to be added to them
+    base, shift    of a point, as (z, y, x): integers, and the number to be added to each
     size           of a field, as (D, H, W)
     known          rows that exist and have no NaN among their coordinates
-    parts          of a tile: PARTS tensors [rows, columns], each with the next columns; every thread has one vector of
-                   a row in each part, so that the more parts, the fewer threads work out what is known of that row
+    parts          of a tile: PARTS tensors [rows, columns], each with the next columns. Every thread has one vector of
+                   a row in each part: with more parts, fewer threads compute the quantities of that row
 
-Two axes are three with D = 1 and z = 0, one axis has H = 1 too: RULE tells the compiler to leave the rest out.
-A corner is a number from 0 to 2^axes - 1, whose bits say on which axes it is the upper one: x has the lowest bit.
+Two axes are three with D = 1 and z = 0; one axis has H = 1, too. RULE tells the compiler to omit the others.
+A corner is a number from 0 to 2^axes - 1. Its bits are set for the axes on which it is the upper one; x is bit 0.
 """
 
 from collections.abc import Callable, Sequence
@@ -24,14 +24,14 @@ from .._shape import prod
 
 
 class Strided(NamedTuple):
-    """A tensor as kernels get it: where it begins, and its strides."""
+    """A tensor as an argument of kernels: its first element and its strides."""
 
     data: Any
     strides: tuple[int, ...]
 
 
 class Rule(NamedTuple):
-    """How points are read."""
+    """The rule by which points are sampled."""
 
     axes: int
     border: bool
@@ -39,7 +39,7 @@ class Rule(NamedTuple):
 
 
 class Steps(NamedTuple):
-    """Where the taps of a kernel lie, each number for three axes."""
+    """The window of a kernel, with three numbers for each property."""
 
     kernel: tuple[int, int, int]
     stride: tuple[int, int, int]
@@ -48,21 +48,21 @@ class Steps(NamedTuple):
 
 
 class Sums(NamedTuple):
-    """What kernels add the gradient of a field to; see :class:`FieldGradient`."""
+    """The sums to which kernels add the gradient of a field; see :class:`FieldGradient`."""
 
     floats: Tensor
     units: Tensor | None
     per_one: Any
 
     def zero_(self) -> None:
-        """Forget what was added."""
+        """Reset the sums to zero."""
         self.floats.zero_()
         if self.units is not None:
             self.units.zero_()
 
 
 class Field(NamedTuple):
-    """In a kernel, for each row: its field's first position, and how far two positions lie apart in memory."""
+    """In a kernel, for each row: the first position of its field, and the distance of two positions in memory."""
 
     first: Any
     stride: Any
@@ -70,7 +70,7 @@ class Field(NamedTuple):
 
 
 class Gradient(NamedTuple):
-    """In a kernel: the gradient of a :class:`Field`, whose first position is an index into the sums."""
+    """In a kernel: the gradient of a :class:`Field`; its first position is an index into the sums."""
 
     sums: Any
     first: Any
@@ -78,16 +78,16 @@ class Gradient(NamedTuple):
 
 
 class Cell(NamedTuple):
-    """In a kernel: the lower corner of each point's cell (int32), and how far the point lies beyond it (0 to 1)."""
+    """In a kernel: the lower corner of each point's cell (int32), and the distance of the point from it (0 to 1)."""
 
     corner: Any
     fraction: Any
 
 
 class Columns(NamedTuple):
-    """In a kernel: the columns of a tile, how far two lie apart in memory, and the end of them.
+    """In a kernel: the columns of a tile, their distance in memory, and their end.
 
-    The end is None where all of them exist.
+    The end is None if all of them exist.
     """
 
     index: Any
@@ -97,13 +97,13 @@ class Columns(NamedTuple):
 
 @triton.constexpr_function
 def total(counts):
-    """The sum of numbers that the compiler knows."""
+    """The sum of compile-time constants."""
     return sum(counts)
 
 
 @triton.constexpr_function
 def product(counts):
-    """The product of numbers that the compiler knows."""
+    """The product of compile-time constants."""
     result = 1
     for count in counts:
         result *= count
@@ -112,25 +112,25 @@ def product(counts):
 
 @triton.jit
 def read_size(size, RULE: tl.constexpr):
-    """The (D, H, W) that :func:`packed` made ``size`` from."""
+    """The (D, H, W) from which :func:`packed` made ``size``."""
     one = tl.full((), 1, tl.int32)
     return size[0] >> 1 if RULE.axes > 2 else one, size[1] >> 1 if RULE.axes > 1 else one, size[2] >> 1
 
 
 @triton.jit
 def positions_of(size):
-    """How many positions a size has."""
+    """The number of positions of a size."""
     return size[0] * size[1] * size[2]
 
 
 @triton.jit
 def tile_rows(tile, positions, ROWS: tl.constexpr):
-    """The rows of a tile: ROWS positions that follow one another in one image.
+    """The rows of a tile: ROWS consecutive positions of one image.
 
-    Returns the image (int64), and for each row its position and whether there is one.
+    Returns the image (int64), and for each row its position and whether it exists.
     """
     tiles = tl.cdiv(positions, ROWS)
-    # A number that a loop counts is no tensor yet where the kernel is interpreted.
+    # In the interpreter, the counter of a loop is not a tensor yet.
     image = (tl.zeros((), tl.int64) + tile) // tiles
     place = (tile % tiles) * ROWS + tl.arange(0, ROWS)
     return image, place, place < positions
@@ -149,7 +149,7 @@ def unravel(place, size, RULE: tl.constexpr):
 
 @triton.jit
 def coordinates(pointers, stride, mask, RULE: tl.constexpr, X_FIRST: tl.constexpr):
-    """The (z, y, x) of each row, in float32, from a number for each axis; two of them lie ``stride`` apart."""
+    """The (z, y, x) of each row in float32, from one number for each axis, which are ``stride`` apart."""
     first = tl.load(pointers, mask=mask, other=0.0).to(tl.float32)
     z, y, x = tl.zeros_like(first), tl.zeros_like(first), first
     if RULE.axes > 1:
@@ -163,7 +163,7 @@ def coordinates(pointers, stride, mask, RULE: tl.constexpr, X_FIRST: tl.constexp
 
 @triton.jit
 def store_coordinates(pointers, stride, values, mask, RULE: tl.constexpr, X_FIRST: tl.constexpr):
-    """Write (z, y, x) of each row, as :func:`coordinates` reads them."""
+    """Write (z, y, x) of each row in the layout of :func:`coordinates`."""
     z, y, x = values
     tl.store(pointers + (0 if X_FIRST else RULE.axes - 1) * stride, x, mask=mask)
     if RULE.axes > 1:
@@ -181,8 +181,8 @@ def defined(shift):
 
 @triton.jit
 def locate_along(base, shift, size, RULE: tl.constexpr):
-    """The cell of the point ``base + shift`` along one axis: its lower corner, and the fraction beyond it."""
-    # Two cells beyond the field nothing changes any more; the clamp keeps infinity and NaN out of the arithmetic.
+    """The cell of the point ``base + shift`` along one axis: its lower corner, and the point's distance from it."""
+    # Farther than two cells outside, nothing changes; the clamp keeps infinity and NaN out of the arithmetic.
     low = tl.zeros_like(shift) + ((0 if RULE.border else -2) - base)
     high = tl.zeros_like(shift) + ((size - 1 if RULE.border else size) - base)
     shift = tl.where(shift > low, shift, low)
@@ -205,7 +205,7 @@ def locate(base, shift, size, RULE: tl.constexpr):
 
 @triton.jit
 def follows(base, shift, size, RULE: tl.constexpr):
-    """1 where the point moves with its coordinate along one axis, 0 where it is clamped."""
+    """1 if the point moves with its coordinate along one axis, 0 if it is clamped."""
     moved = tl.full(shift.shape, 1.0, tl.float32)
     if RULE.border:
         low = tl.zeros_like(shift) - base
@@ -216,7 +216,7 @@ def follows(base, shift, size, RULE: tl.constexpr):
 
 @triton.jit
 def slopes_of(derivatives, factor, base, shift, size, RULE: tl.constexpr):
-    """The derivatives by the coordinates of a point, from those by the point at a factor of 1."""
+    """The derivatives by the coordinates of a point, from those by the point with a factor of 1."""
     z, y, x = derivatives
     return (
         z * factor[0] * follows(base[0], shift[0], size[0], RULE),
@@ -256,7 +256,7 @@ def lower_corner(cell, size, RULE: tl.constexpr):
 
 @triton.jit
 def step_along(place, length, stride, UPPER: tl.constexpr, RULE: tl.constexpr):
-    """How far the upper corner lies from the lower one along one axis, in elements of memory; 0 for the lower one."""
+    """The distance of a corner from the lower one along one axis, in elements of memory; 0 for the lower one."""
     step = stride * UPPER
     if RULE.border and UPPER:
         step = tl.where(place < length - 1, step, 0)
@@ -265,7 +265,7 @@ def step_along(place, length, stride, UPPER: tl.constexpr, RULE: tl.constexpr):
 
 @triton.jit
 def step(cell, size, stride, CORNER: tl.constexpr, RULE: tl.constexpr):
-    """How far a corner lies from the lower one, in elements of memory, where two positions lie ``stride`` apart."""
+    """The distance of a corner from the lower one, in elements of memory, with positions that are ``stride`` apart."""
     far = step_along(cell.corner[2], size[2], stride, CORNER & 1, RULE)
     if RULE.axes > 1:
         line = size[2].to(tl.int64) * stride
@@ -278,7 +278,7 @@ def step(cell, size, stride, CORNER: tl.constexpr, RULE: tl.constexpr):
 @triton.jit
 def inside_along(place, length, UPPER: tl.constexpr):
     """Whether a corner lies in the field along one axis."""
-    # As unsigned numbers, those below 0 are above any length.
+    # As unsigned numbers, negative ones exceed any length.
     return (place + UPPER).to(tl.uint32) < length.to(tl.uint32)
 
 
@@ -317,7 +317,7 @@ def zeros(ROWS: tl.constexpr, COLUMNS: tl.constexpr, PARTS: tl.constexpr):
 
 @triton.jit
 def of_part(columns, mask, PART: tl.constexpr):
-    """The columns of one part of a tile, and which elements of it exist where ``mask`` says which rows do."""
+    """The columns of one part of a tile, and the mask of its elements for the mask of its rows."""
     index = columns.index + PART * columns.index.shape[0]
     exists = mask[:, None]
     if columns.end is not None:
@@ -327,7 +327,7 @@ def of_part(columns, mask, PART: tl.constexpr):
 
 @triton.jit
 def load_parts(rows, columns, mask, PARTS: tl.constexpr):
-    """The parts of a tile whose rows begin at the pointers ``rows``; 0 where ``mask`` says so."""
+    """Load the parts of a tile whose rows begin at the pointers ``rows``; 0 where ``mask`` is False."""
     parts = ()
     for PART in tl.static_range(PARTS):
         index, exists = of_part(columns, mask, PART)
@@ -348,7 +348,7 @@ def store_parts(rows, columns, parts, mask):
 def interpolate(result, field, columns, cell, factor, known, RULE: tl.constexpr):
     """The parts of ``result + factor * sample``.
 
-    A row that is not known reads nothing and counts as 0: NaN for its factor makes it NaN.
+    A row that is not known reads nothing and counts as 0; with a NaN factor it is NaN.
     """
     lower = field.first + lower_corner(cell, field.size, RULE) * field.stride
     for CORNER in tl.static_range(1 if RULE.nearest else 2**RULE.axes):
@@ -407,12 +407,12 @@ def interpolated(corners, cell, RULE: tl.constexpr):
 
 @triton.jit
 def differentiate(cotangent, field, gradient, columns, cell, factor, known, RULE: tl.constexpr, BY_POINT: tl.constexpr):
-    """The derivatives of ``sum(cotangent * factor * sample)``; those by the field are added to ``gradient``.
+    """Compute the derivatives of ``sum(cotangent * factor * sample)``; those by the field are added to ``gradient``.
 
-    ``cotangent`` is the parts of a tile, 0 where a row or a column does not exist. Nothing is added where there are no
+    ``cotangent`` is the parts of a tile, 0 where a row or a column does not exist. Nothing is added if there are no
     sums to add to.
 
-    Returns, for each row, the derivative by ``factor``, and those by z, y and x at a factor of 1.
+    Returns, for each row, the derivative by ``factor``, and those by z, y and x with a factor of 1.
     """
     index = lower_corner(cell, field.size, RULE)
     lower, first = field.first + index * field.stride, gradient.first + index * gradient.stride
@@ -430,7 +430,7 @@ def differentiate(cotangent, field, gradient, columns, cell, factor, known, RULE
             where = first + step(cell, field.size, gradient.stride, CORNER, RULE)
             weight = weighted(factor, cell, CORNER, RULE)[:, None]
             for PART in tl.static_range(len(cotangent)):
-                # The sums are channels last: two columns are neighbours there.
+                # The sums are channels last, so that columns are adjacent.
                 index_of_part, exists = of_part(columns, mask, PART)
                 scatter(gradient.sums, where[:, None] + index_of_part[None, :], cotangent[PART] * weight, exists)
     if BY_POINT:
@@ -441,20 +441,20 @@ def differentiate(cotangent, field, gradient, columns, cell, factor, known, RULE
 
 
 class FieldGradient:
-    """Where kernels add up the gradient of a field: in float32.
+    """Accumulates the gradient of a field in float32.
 
-    Under deterministic algorithms finite amounts are added up as whole numbers of a small unit instead, in int64, where
-    the order does not matter; what is not finite goes to the float32 sums, and stays what it is in any order.
+    With deterministic algorithms, finite amounts are accumulated as integer multiples of a small unit in int64, where
+    the order has no effect; non-finite amounts are still accumulated in float32, where order does not affect them.
     """
 
     def __init__(self, like: Tensor, shape: Sequence[int], wanted: bool, most: Callable[[], Tensor]) -> None:
-        """Zeros for a gradient of ``shape``, where it is wanted.
+        """Allocate zeros for a gradient of ``shape`` if it is wanted.
 
         Args:
-            like: gives device and dtype.
-            shape: of the gradient, channels last.
+            like: a tensor with the device and dtype.
+            shape: the shape of the gradient, channels last.
             wanted: whether anything will be added.
-            most: a bound of what the magnitudes added to one element can add up to: one number in float64.
+            most: an upper bound of the sum of the magnitudes that are added to one element: one number in float64.
         """
         self._dtype = like.dtype
         self.exact = wanted and torch.are_deterministic_algorithms_enabled()
@@ -462,17 +462,17 @@ class FieldGradient:
         """What kernels add to, or None where the gradient is not wanted."""
         if wanted:
             units = like.new_zeros(shape, dtype=torch.int64) if self.exact else None
-            # A power of two, so that the scaling itself is exact; one that float32 has.
+            # A power of two that float32 represents, so that the scaling itself is exact.
             per_one = (62 - most().log2().ceil()).clamp(-100, 120).exp2().float() if self.exact else None
             self.sums = Sums(like.new_zeros(shape, dtype=torch.float32), units, per_one)
 
     @property
     def vector(self) -> int:
-        """How many columns a thread best adds at once: 128 bits of them."""
+        """The number of columns that a thread should add at once: 128 bits."""
         return 2 if self.exact else 4
 
     def result(self) -> Tensor | None:
-        """The gradient, in the dtype of the field; None where it is not wanted."""
+        """The gradient in the dtype of the field; None if it is not wanted."""
         if self.sums is None:
             return None
         floats, units, per_one = self.sums
@@ -489,38 +489,38 @@ def largest(value: Tensor) -> Tensor:
 
 
 def asked_for(grads: Sequence[Tensor | None], output_mask: Sequence[bool], like: Tensor) -> tuple[Tensor, ...]:
-    """Gradients as a backward operator returns them: an empty tensor for each that there is not, or nobody asks for."""
+    """Gradients as a backward operator returns them: an empty tensor for each that is missing or not requested."""
     pairs = zip(grads, output_mask, strict=True)
     return tuple(grad if asked and grad is not None else like.new_empty(0) for grad, asked in pairs)
 
 
 def strided(value: Tensor) -> Strided:
-    """A tensor as kernels get it."""
+    """A tensor as an argument of kernels."""
     return Strided(value, value.stride())
 
 
 def lifted(values: Sequence[int], missing: int) -> tuple[int, int, int]:
-    """One to three values along the last axes as three: ``missing`` along those that there are not."""
+    """Extend one to three values along the last axes to three, with ``missing`` along the first ones."""
     z, y, x = (*[missing] * (3 - len(values)), *values)
     return z, y, x
 
 
 def packed(size: Sequence[int]) -> tuple[int, int, int]:
-    """A size as kernels get it, for :func:`read_size`.
+    """A size as an argument of kernels, for :func:`read_size`.
 
-    Triton compiles anew for each set of numbers in a tuple that are 1, and that are multiples of 16: odd ones above 1
-    are neither, so that a new image size is no new kernel.
+    Triton specialises a kernel on the numbers of a tuple that are 1 or multiples of 16. Odd numbers above 1
+    are neither, so that a new image size needs no new kernel.
     """
     z, y, x = (2 * length + 1 for length in lifted(size, 1))
     return z, y, x
 
 
 def steps(kernel_size: Sequence[int], stride: Sequence[int], padding: Sequence[int], dilation: Sequence[int]) -> Steps:
-    """The steps of a convolution as kernels get them."""
+    """The window of a convolution as an argument of kernels."""
     return Steps(lifted(kernel_size, 1), lifted(stride, 1), lifted(padding, 0), lifted(dilation, 1))
 
 
 def largest_index(size: Sequence[int], out_size: Sequence[int], padding: Sequence[int] = ()) -> int:
-    """The largest number that kernels keep in 32 bits for fields and outputs of these sizes."""
+    """The largest number that kernels store in 32 bits for fields and outputs of these sizes."""
     padded = [length + 2 * p for length, p in zip(size, padding or [0] * len(size), strict=True)]
     return max(prod(size), prod(out_size), *padded, *packed(size), *packed(out_size))

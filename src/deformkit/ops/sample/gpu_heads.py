@@ -1,13 +1,13 @@
-"""Attention and aggregation in Triton: in every head a query adds up samples of the points that it takes, weighted.
+"""Attention and aggregation in Triton: in every head, a query is a weighted sum of samples at its points.
 
-The value is ``[B, S, H, D]``, its S positions those of some levels one after the other; coordinates are
-``[B, Q, H, P, N]``, weights ``[B, Q, H, P]``, the output ``[B, Q, H, D]``. A room gives PLACED, a function that says
-where the points of a call lie::
+The value is ``[B, S, H, D]``, where the S positions are those of all levels one after the other; coordinates are
+``[B, Q, H, P, N]``, weights ``[B, Q, H, P]``, the output ``[B, Q, H, D]``. A room supplies PLACED, a function that
+computes the points of a call::
 
     base, shift, slope = PLACED(stored, point, query, size, out_size, scale, RULE, SETTINGS)
 
-``stored`` is the coordinates as (z, y, x); ``slope`` says by how much the shift moves with each of them.
-A program takes some queries of one head; see ``gpu.py`` for the notation.
+``stored`` are the coordinates as (z, y, x); ``slope`` is the derivative of the shift by each of them.
+A program computes some queries of one head; see ``gpu.py`` for the notation.
 """
 
 from collections.abc import Sequence
@@ -47,7 +47,7 @@ from .gpu import (
 
 @triton.jit
 def level_of(point, sizes, NUM_POINTS: tl.constexpr, RULE: tl.constexpr):
-    """The size of the level that a point belongs to, and the first of its positions."""
+    """The size of the level of a point, and the first position of that level."""
     D, H, W = read_size(sizes[0], RULE)
     start = tl.zeros_like(W)
     first, end = 0, D * H * W
@@ -63,7 +63,7 @@ def level_of(point, sizes, NUM_POINTS: tl.constexpr, RULE: tl.constexpr):
 
 @triton.jit
 def at(tensor, image, row, head):
-    """Pointers to where an image, each row and a head begin in a tensor."""
+    """Pointers to the first elements of an image, a row and a head in a tensor."""
     return tensor.data + image * tensor.strides[0] + row * tensor.strides[1] + head * tensor.strides[2]
 
 
@@ -157,7 +157,7 @@ def heads_backward(
 
 
 class Heads:
-    """A call of an operator that reads heads: its tensors as kernels get them, and what else both kernels are given."""
+    """A call of an operator with heads: its tensors and the other arguments, as both kernels take them."""
 
     def __init__(
         self,
@@ -176,15 +176,15 @@ class Heads:
         """Describe a call.
 
         Args:
-            value: of shape ``[B, S, H, D]``.
-            points: coordinates of shape ``[B, *out, H, P, N]``.
-            weights: of shape ``[B, *out, H, P]``.
-            sizes: of each level.
-            num_points: how many points a query takes on each level.
-            placed: the room's function in Triton.
-            settings: what the compiler knows of the call besides, for ``placed``.
+            value: the tensor ``[B, S, H, D]``.
+            points: the coordinates ``[B, *out, H, P, N]``.
+            weights: the weights ``[B, *out, H, P]``.
+            sizes: the size of each level.
+            num_points: the number of points of a query on each level.
+            placed: the Triton function of the room.
+            settings: further compile-time constants, for ``placed``.
             scale: a number for ``placed``, if it needs one.
-            rule: how points are read.
+            rule: the rule by which points are sampled.
             x_first: whether the coordinates of a point are (x, y, z).
         """
         self.value, self.points, self.weights = value, points, weights
@@ -208,7 +208,7 @@ class Heads:
         }
 
     def tiles(self, blocks: Blocks) -> int:
-        """How many tiles of queries all heads have."""
+        """The number of tiles of queries of all heads."""
         return self.batch * triton.cdiv(self.queries, blocks["ROWS"]) * self.heads
 
     def forward(self) -> Tensor:
@@ -225,7 +225,7 @@ class Heads:
         return output
 
     def backward(self, grad_output: Tensor, output_mask: Sequence[bool]) -> tuple[Tensor, ...]:
-        """The gradients by value, points and weights, those that are asked for; ``grad_output`` is ``[B, Q, H, D]``."""
+        """The requested gradients by value, points and weights; ``grad_output`` is ``[B, Q, H, D]``."""
         points, weights = self.points, self.weights
 
         def most() -> Tensor:

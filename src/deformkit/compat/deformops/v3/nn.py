@@ -128,7 +128,7 @@ class DeformAttn2d(Sampling):
     def predict(self, q: Tensor) -> tuple[Tensor, Tensor]:
         """The offsets ``[N, *out, groups, K, 2]`` and the masks ``[N, *out, groups, K]`` for a query ``[N, C, *out]``.
 
-        Both in the order of :func:`deformkit.deform_aggregate`: taps row after row, coordinates (h, w).
+        Both are in the order of :func:`deformkit.deform_aggregate`: taps in row-major order, coordinates (h, w).
         """
         return self._points(linear(self.proj_offset_mask, self._channels_last("q", q, None, "")))
 
@@ -207,7 +207,7 @@ class DeformSample2d(nn.Module):
         nn.init.kaiming_normal_(self.offset.weight, a=1)
 
     def forward(self, input: Tensor, shape: Sequence[int] | None = None) -> Tensor:
-        """The output for an input, in its layout."""
+        """Compute the output for an input, in its layout."""
         field = self.sample._channels_last("input", input, shape, "shape is")
         query = self.offset(field.movedim(-1, 1))
         if input.dim() == 3:
