@@ -26,6 +26,7 @@ else:
     from .ops import deform_conv2d as deform_conv2d
     from .ops import deform_conv3d as deform_conv3d
     from .ops import deform_roi_pool as deform_roi_pool
+    from .ops import deform_sample as deform_sample
     from .ops import ms_deform_attn as ms_deform_attn
 
 

@@ -1,7 +1,7 @@
 """Multi-scale deformable attention: the public function, its checks, and the registration."""
 
 from collections.abc import Sequence
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -9,11 +9,20 @@ from torch import Tensor
 from .. import _script
 from .._library import define
 from .._script import scripts_as
-from .._shape import check_alike, check_floating, check_tensor, code_of, name_of, prod, times
+from .._shape import (
+    Mode,
+    check_alike,
+    check_floating,
+    check_location_dtype,
+    check_tensor,
+    code_of,
+    name_of,
+    prod,
+    times,
+)
 from .._suspect import warn_of_location_units
 from . import reference
 
-Mode = Literal["linear", "nearest"]
 SpatialShapes = Tensor | Sequence[Sequence[int]] | Sequence[int]
 
 _INTEGERS = (torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64)
@@ -183,7 +192,7 @@ def _check(
         check_alike(name, tensor, "value", value, dtype=name == "attention_weights")
         if tensor.dim() != dim:
             raise ValueError(f"{name} has shape {list(tensor.shape)}; it must have {dim} axes")
-    _check_location_dtype(sampling_locations, value)
+    check_location_dtype("sampling_locations", sampling_locations, "a value", value.dtype)
     name_of("mode", mode)
 
     batch, length, heads, channels = value.shape
@@ -222,20 +231,6 @@ def _check(
             f"sampling_locations has {sampling_locations.shape[3]} points"
         )
     return [batch, sampling_locations.shape[1], heads * channels]
-
-
-def _check_location_dtype(sampling_locations: Tensor, value: Tensor) -> None:
-    expected = torch.float64 if value.dtype == torch.float64 else torch.float32
-    if sampling_locations.dtype in (torch.float16, torch.bfloat16):
-        raise TypeError(
-            f"sampling_locations has dtype {sampling_locations.dtype}; it must be {expected}: in half precision a "
-            "location may be off by more than a pixel; compute it in float32, or give sampling_locations.float()"
-        )
-    if sampling_locations.dtype != expected:
-        raise TypeError(
-            f"sampling_locations has dtype {sampling_locations.dtype}; with a value of {value.dtype} "
-            f"it must be {expected}"
-        )
 
 
 _operator = define(
