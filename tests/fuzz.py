@@ -274,6 +274,41 @@ def deform_correlate(draw: random.Random) -> Call:
     return Call("deform_correlate", ordered("deform_correlate", named), bool(locations.isnan().any()))
 
 
+def deform_sample(draw: random.Random) -> Call:
+    """A call of deformable sampling."""
+    from deformkit.ops.deform_sample.cases import Case
+
+    axes = draw.choice((1, 2, 2, 3))
+
+    def each(most: int) -> tuple[int, ...]:
+        return tuple(draw.randint(1, most) for _ in range(axes))
+
+    groups = draw.choice((1, 1, 2, 3))
+    batch, channels = draw.choice((0, 1, 1, 2, 3, 9)), groups * draw.choice((1, 2, 3, 5, 8, 16, 17, 40))
+    size, out_size = each({1: 60, 2: 12, 3: 6}[axes]), each({1: 300, 2: 25, 3: 9}[axes])
+    if draw.random() < 0.1:
+        out_size = (0,) * axes
+    if draw.random() < 0.02:  # a field that is cut into windows, or that a kernel does not hold whole
+        positions, groups, channels = draw.choice(((80_000, 1, 9), (300_000, 2, 4), (600_000, 1, 8), (2_200_000, 1, 2)))
+        batch, size = 1, tuple(round(positions ** (1 / axes)) + draw.randint(0, 9) for _ in range(axes))
+        out_size = tuple(max(1, s // draw.randint(1, {1: 300, 2: 20, 3: 6}[axes])) for s in size)
+    case = Case(
+        "fuzz",
+        batch,
+        channels,
+        size,
+        out_size,
+        groups,
+        draw.choice(("zeros", "border", "reflect")),
+        draw.choice(("linear", "linear", "nearest")),
+        draw.choice((None, 0.0, 0.5, 20.0, 1000.0)),
+    )
+    named = case.arguments(draw.choice(DTYPES), seed=draw.getrandbits(30))
+    undefined = draw.random() < 0.2
+    named["points"] = sprinkle(draw, named["points"], (*WILD, torch.nan) if undefined else WILD)
+    return Call("deform_sample", ordered("deform_sample", named), bool(named["points"].isnan().any()))
+
+
 # One generator for each operator.
 GENERATORS: dict[str, Callable[[random.Random], Call]] = {
     "deform_aggregate": deform_aggregate,
@@ -281,6 +316,7 @@ GENERATORS: dict[str, Callable[[random.Random], Call]] = {
     "deform_conv_transpose": deform_conv_transpose,
     "deform_correlate": deform_correlate,
     "deform_roi_pool": deform_roi_pool,
+    "deform_sample": deform_sample,
     "ms_deform_attn": ms_deform_attn,
 }
 

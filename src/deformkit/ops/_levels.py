@@ -1,14 +1,13 @@
 """Feature pyramids whose levels are flattened side by side, and the points that queries read on them: their checks."""
 
 from collections.abc import Sequence
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from ._shape import check_alike, name_of, prod, times
+from ._shape import check_alike, check_location_dtype, name_of, prod, times
 
-Mode = Literal["linear", "nearest"]
 SpatialShapes = Tensor | Sequence[Sequence[int]] | Sequence[int]
 
 _INTEGERS = (torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64)
@@ -109,7 +108,7 @@ def check_levels(
         check_alike(argument, tensor, name, field, dtype=False)
         if tensor.dim() != dim:
             raise ValueError(f"{argument} has shape {list(tensor.shape)}; it must have {dim} axes")
-    _check_location_dtype(sampling_locations, name, field)
+    check_location_dtype("sampling_locations", sampling_locations, f"a {name}", field.dtype)
     name_of("mode", mode)
 
     batch, length, heads, channels = field.shape
@@ -147,17 +146,3 @@ def check_counts(name: str, tensor: Tensor, leader_name: str, expected: Sequence
         if count is not None and found != count:
             text = f"batch size {found}" if axis == 0 else f"{found} {what}"
             raise ValueError(f"{name} has {text}; {leader_name} has {count}")
-
-
-def _check_location_dtype(sampling_locations: Tensor, name: str, field: Tensor) -> None:
-    expected = torch.float64 if field.dtype == torch.float64 else torch.float32
-    if sampling_locations.dtype in (torch.float16, torch.bfloat16):
-        raise TypeError(
-            f"sampling_locations has dtype {sampling_locations.dtype}; it must be {expected}: in half precision a "
-            "location may be off by more than a pixel; compute it in float32, or give sampling_locations.float()"
-        )
-    if sampling_locations.dtype != expected:
-        raise TypeError(
-            f"sampling_locations has dtype {sampling_locations.dtype}; with a {name} of {field.dtype} "
-            f"it must be {expected}"
-        )

@@ -275,3 +275,13 @@ def deform_roi_pool(
 ) -> Tensor:
     """See :func:`deformkit.deform_roi_pool`; ``output_size`` has as many numbers as there are spatial axes."""
     return torch.ops.deformkit.deform_roi_pool(input, rois, offset, output_size, spatial_scale, sampling_ratio, gamma)
+
+
+def deform_sample(input: Tensor, points: Tensor, boundary: str = "zeros", mode: str = "linear") -> Tensor:
+    """See :func:`deformkit.deform_sample`."""
+    out_size = points.shape[2:-1]
+    lists = points.reshape(points.shape[0], points.shape[1], -1, points.shape[-1])
+    boundary_code = torch.ops.deformkit.code_of("boundary", boundary)
+    mode_code = torch.ops.deformkit.code_of("mode", mode)
+    samples = torch.ops.deformkit.deform_sample(input, lists, boundary_code, mode_code)
+    return samples.reshape(samples.shape[:2] + out_size)

@@ -9,11 +9,12 @@ from torch import Tensor
 
 from ._torch import has_storage
 
-Boundary = Literal["zeros", "border"]
+Boundary = Literal["zeros", "border", "reflect"]
+Mode = Literal["linear", "nearest"]
 
 # The operators take the index of a name, because a string that passes torch's stable ABI allocates memory that is never
 # freed.
-CHOICES = {"boundary": ("zeros", "border"), "mode": ("linear", "nearest")}
+CHOICES = {"boundary": ("zeros", "border", "reflect"), "mode": ("linear", "nearest")}
 
 FLOATING = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
@@ -201,6 +202,18 @@ def check_offset_channels(
         )
 
 
+def check_location_dtype(name: str, locations: Tensor, beside: str, dtype: torch.dtype) -> None:
+    """Raise unless absolute locations of this dtype are supported with ``beside`` (such as ``"a value"``) of ``dtype``."""
+    expected = compute_dtype(dtype)
+    if locations.dtype in (torch.float16, torch.bfloat16):
+        raise TypeError(
+            f"{name} has dtype {locations.dtype}; it must be {expected}: in half precision a location may be off by "
+            f"more than a pixel; compute it in float32, or give {name}.float()"
+        )
+    if locations.dtype != expected:
+        raise TypeError(f"{name} has dtype {locations.dtype}; with {beside} of {dtype} it must be {expected}")
+
+
 def code_of(argument: str, name: Any) -> int:
     """The index of ``name`` among the :data:`CHOICES` of ``argument``; a ValueError if it is none of them."""
     if name not in CHOICES[argument]:
@@ -256,10 +269,12 @@ __all__ = [
     "CHOICES",
     "FLOATING",
     "Boundary",
+    "Mode",
     "check_alike",
     "check_choice",
     "check_count",
     "check_floating",
+    "check_location_dtype",
     "check_offset_channels",
     "check_offset_dtype",
     "check_output_size",

@@ -25,12 +25,15 @@ def sample(field: Tensor, base: Tensor, shift: Tensor, boundary: str, mode: str 
         base: integers, broadcastable to ``shift``; in tensor-axis order, in units of grid cells.
         shift: ``[G, *points, N]``, float32 or float64.
         boundary: ``"zeros"``: a corner outside the field counts 0. ``"border"``: the point is clamped into the field.
+            ``"reflect"``: a corner outside is the one that it is mirrored to at the outer edges of the end cells, which
+            has the value of the point mirrored there.
         mode: ``"linear"``; or ``"nearest"``: the value at ``floor(p + 1/2)``, with no derivative by the point.
 
     Returns:
         ``[G, C, *points]`` in the dtype of ``shift``. A NaN coordinate gives NaN, and NaN as the gradient of all the
         point's coordinates; it reads nothing of the field. Plus or minus infinity is outside. On a grid line the
-        derivative is the one to the right.
+        derivative is the one to the right. ``"reflect"`` clamps a shift to plus or minus 2^30, or twice the length of
+        the axis if that is more.
     """
     groups, channels, *size = field.shape
     points = shift.shape[1:-1]
@@ -86,12 +89,21 @@ def _corners(
     """For each corner of the cells: its index in the flattened field, whether it is there, and its weight."""
     undefined = shift.isnan().any(-1)
     lower, fraction = [], []
+    step: list[Any] = []
     for axis, length in enumerate(size):
-        # Points farther than two cells outside are equivalent; the clamp keeps infinity out of the arithmetic.
-        least, most = (0, length - 1) if boundary == "border" else (-2, length)
         first = base[..., axis]
         distance = shift[..., axis].masked_fill(undefined, 0.0)
-        low, high = (least - first).to(distance.dtype), (most - first).to(distance.dtype)
+        low: Any
+        high: Any
+        if boundary == "reflect":
+            low, high = -float(max(2**30, 2 * length)), float(max(2**30, 2 * length))
+        else:
+            # Points farther than two cells outside are equivalent; the clamp keeps infinity out of the arithmetic.
+            least, most = (0, length - 1) if boundary == "border" else (-2, length)
+            low, high = (least - first).to(distance.dtype), (most - first).to(distance.dtype)
+        # Where a reflected shift is clamped, both corners are the same.
+        follows = (distance >= low) & (distance <= high)
+        step.append(follows.to(torch.int64) if boundary == "reflect" else 1)
         distance = torch.where(distance < low, low, torch.where(distance > high, high, distance))
         if mode == "nearest":
             distance = (distance.detach() + 0.5).floor()
@@ -104,9 +116,12 @@ def _corners(
         index: Any = 0
         inside = ~undefined
         for axis, (upper, length) in enumerate(zip(corner, size, strict=True)):
-            coordinate = lower[axis] + upper
+            coordinate = lower[axis] + upper * step[axis]
             if boundary == "border":
                 coordinate = coordinate.clamp(0, length - 1)
+            if boundary == "reflect":
+                coordinate = coordinate.remainder(2 * length)
+                coordinate = torch.minimum(coordinate, 2 * length - 1 - coordinate)
             weight = weight * (fraction[axis] if upper else 1 - fraction[axis])
             inside = inside & (coordinate >= 0) & (coordinate < length)
             index = index * length + coordinate.clamp(0, length - 1)
