@@ -12,8 +12,8 @@ from torch import Tensor
 
 from ..nn._linear import linear
 from ..nn.ms_deform_attn import point_locations, value_and_weights
-from ..ops._levels import Mode, SpatialShapes
-from ..ops._shape import compute_dtype
+from ..ops._levels import SpatialShapes
+from ..ops._shape import Mode, compute_dtype
 from ..ops.deform_roi_pool.op import deform_roi_pool
 from ..ops.ms_deform_attn.op import ms_deform_attn
 

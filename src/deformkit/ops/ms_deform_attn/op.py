@@ -5,10 +5,10 @@ from collections.abc import Sequence
 from torch import Tensor
 
 from .. import _script
-from .._levels import Mode, SpatialShapes, check_counts, check_levels, check_location_axes, located_levels
+from .._levels import SpatialShapes, check_counts, check_levels, check_location_axes, located_levels
 from .._library import define
 from .._script import scripts_as
-from .._shape import check_alike, check_floating, check_tensor, code_of
+from .._shape import Mode, check_alike, check_floating, check_tensor, code_of
 from .._suspect import warn_of_location_units
 from . import reference
 
