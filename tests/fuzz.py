@@ -211,11 +211,112 @@ def deform_roi_pool(draw: random.Random) -> Call:
     return Call("deform_roi_pool", ordered("deform_roi_pool", named), undefined)
 
 
+def deform_conv_transpose(draw: random.Random) -> Call:
+    """A call of the transposed deformable convolution that has an output."""
+    from deformkit.ops.deform_conv_transpose.cases import Case
+
+    axes = draw.choice((1, 2, 2, 3))
+
+    def each(least: int, most: int) -> tuple[int, ...]:
+        return tuple(draw.randint(least, most) for _ in range(axes))
+
+    kernel, stride, dilation, size = each(1, 3), each(1, 3), each(1, 3), each(1, {1: 30, 2: 8, 3: 4}[axes])
+    extra = tuple(draw.randint(0, s - 1) for s in stride)
+    whole = [(n - 1) * s + d * (k - 1) + e for n, s, d, k, e in zip(size, stride, dilation, kernel, extra, strict=True)]
+    groups, offset_groups = draw.choice(((1, 1), (1, 3), (2, 1), (2, 4), (3, 2), (8, 8), (5, 1)))
+    case = Case(
+        "fuzz",
+        draw.choice((0, 1, 1, 2, 3, 9)),
+        groups * draw.choice((1, 2, 7)),
+        size,
+        lcm(groups, offset_groups) * draw.choice((1, 2, 5)),
+        kernel,
+        stride,
+        tuple(draw.randint(0, n // 2) for n in whole),
+        extra,
+        groups,
+        dilation,
+        offset_groups,
+        modulated=draw.random() < 0.5,
+        boundary=draw.choice(("zeros", "border")),
+        offset_std=draw.choice((0.0, 0.5, 2.0, 20.0, 1000.0)),
+    )
+    named = case.arguments(draw.choice(DTYPES), seed=draw.getrandbits(30))
+    named["offset"] = wild_offset(draw, named["offset"])
+    undefined = bool(named["offset"].isnan().any())
+    return Call("deform_conv_transpose", ordered("deform_conv_transpose", named), undefined)
+
+
+def deform_correlate(draw: random.Random) -> Call:
+    """A call of the deformable correlation."""
+    from deformkit.ops.deform_correlate.cases import Case
+
+    axes = draw.choice((1, 2, 2, 3))
+    most = {1: 60, 2: 12, 3: 6}[axes]
+    sizes = tuple(tuple(draw.randint(1, most) for _ in range(axes)) for _ in range(draw.randint(1, 4)))
+    points = [draw.choice((0, 1, 2, 4, 5)) for _ in sizes]
+    points[draw.randrange(len(sizes))] += 1
+    case = Case(
+        "fuzz",
+        draw.choice((0, 1, 1, 2, 3, 9)),
+        sizes,
+        draw.choice((0, 1, 2, 7, 33, 150)),
+        draw.choice((1, 2, 3, 8)),
+        draw.choice((1, 2, 3, 5, 8, 16, 17, 32, 40)),
+        tuple(points),
+        mode=draw.choice(("linear", "linear", "nearest")),
+        reach=draw.choice((0.0, 1.5, 100.0)),
+    )
+    named = case.arguments(draw.choice(DTYPES), seed=draw.getrandbits(30))
+    undefined = draw.random() < 0.2
+    locations = sprinkle(draw, named["sampling_locations"], (*WILD, torch.nan) if undefined else WILD)
+    named["sampling_locations"] = locations
+    return Call("deform_correlate", ordered("deform_correlate", named), bool(locations.isnan().any()))
+
+
+def deform_sample(draw: random.Random) -> Call:
+    """A call of deformable sampling."""
+    from deformkit.ops.deform_sample.cases import Case
+
+    axes = draw.choice((1, 2, 2, 3))
+
+    def each(most: int) -> tuple[int, ...]:
+        return tuple(draw.randint(1, most) for _ in range(axes))
+
+    groups = draw.choice((1, 1, 2, 3))
+    batch, channels = draw.choice((0, 1, 1, 2, 3, 9)), groups * draw.choice((1, 2, 3, 5, 8, 16, 17, 40))
+    size, out_size = each({1: 60, 2: 12, 3: 6}[axes]), each({1: 300, 2: 25, 3: 9}[axes])
+    if draw.random() < 0.1:
+        out_size = (0,) * axes
+    if draw.random() < 0.02:  # a field that is cut into windows, or that a kernel does not hold whole
+        positions, groups, channels = draw.choice(((80_000, 1, 9), (300_000, 2, 4), (600_000, 1, 8), (2_200_000, 1, 2)))
+        batch, size = 1, tuple(round(positions ** (1 / axes)) + draw.randint(0, 9) for _ in range(axes))
+        out_size = tuple(max(1, s // draw.randint(1, {1: 300, 2: 20, 3: 6}[axes])) for s in size)
+    case = Case(
+        "fuzz",
+        batch,
+        channels,
+        size,
+        out_size,
+        groups,
+        draw.choice(("zeros", "border", "reflect")),
+        draw.choice(("linear", "linear", "nearest")),
+        draw.choice((None, 0.0, 0.5, 20.0, 1000.0)),
+    )
+    named = case.arguments(draw.choice(DTYPES), seed=draw.getrandbits(30))
+    undefined = draw.random() < 0.2
+    named["points"] = sprinkle(draw, named["points"], (*WILD, torch.nan) if undefined else WILD)
+    return Call("deform_sample", ordered("deform_sample", named), bool(named["points"].isnan().any()))
+
+
 # One generator for each operator.
 GENERATORS: dict[str, Callable[[random.Random], Call]] = {
     "deform_aggregate": deform_aggregate,
     "deform_conv": deform_conv,
+    "deform_conv_transpose": deform_conv_transpose,
+    "deform_correlate": deform_correlate,
     "deform_roi_pool": deform_roi_pool,
+    "deform_sample": deform_sample,
     "ms_deform_attn": ms_deform_attn,
 }
 
@@ -344,8 +445,9 @@ def main() -> None:
     from deformkit import _kernels
     from deformkit.ops._library import operators
 
-    for name in operators:
-        if not torch._C._dispatch_has_kernel_for_dispatch_key(f"deformkit::{name}", "CPU"):
+    for name, operator in operators.items():
+        kernel = operator.partner or name
+        if not torch._C._dispatch_has_kernel_for_dispatch_key(f"deformkit::{kernel}", "CPU"):
             sys.exit(f"{name} has no CPU kernel: {_kernels.selection}")
     print("on", options.library or _kernels.selection.path)
     print(run(options.calls, options.seed, options.compare_every, progress=True))

@@ -16,6 +16,7 @@ import deformkit
 import deformkit.ops
 from deformkit._testing import assert_close, assert_equal, evaluate
 from deformkit.ops._library import Operator, operators
+from deformkit.ops._shape import CHOICES, name_of
 
 WILD = ["nan", "inf", "-inf", 1e38, -1e38, 2.0**31, -(2.0**31), 2.0**63, -(2.0**63), -1.0, 1e5, -1e5]
 
@@ -106,13 +107,18 @@ def representatives(each_axes: bool = True) -> list[Call]:
     return list(first.values())
 
 
-def public(call: Call) -> tuple[Any, dict[str, Any]]:
-    """The public function of a case and its arguments, in the types that TorchScript takes."""
-    name, axes, named = call.operator.name, call.case.axes, call.case.arguments()
+def public(call: Call, args: Sequence[Any] | None = None) -> tuple[Any, dict[str, Any]]:
+    """The public function of a case, and the arguments ``args`` or its own, in the types that TorchScript takes."""
+    name, axes, case = call.operator.name, call.case.axes, call.case
+    named = dict(zip(call.operator.arguments, call.arguments() if args is None else args, strict=True))
+    for choice in CHOICES.keys() & named.keys():
+        named[choice] = name_of(choice, named[choice])
     if "spatial_shapes" in named:
         flat = named["spatial_shapes"]
         named["spatial_shapes"] = [flat[i : i + axes] for i in range(0, len(flat), axes)]
-    return getattr(deformkit, f"{name}{axes}d" if name == "deform_conv" else name), named
+    if "query" in named:
+        named["query"] = named["query"].unflatten(2, (case.heads, -1))
+    return getattr(deformkit, f"{name}{axes}d" if "conv" in name else name), named
 
 
 def _transposed(t: Tensor) -> Tensor:
@@ -142,7 +148,12 @@ def _expanded(t: Tensor) -> Tensor:
 LAYOUTS = [_transposed, _channels_last, _strided, _reversed_order, _offset_storage, _expanded]
 
 
+def has_kernel(name: str) -> bool:
+    """Whether there is a CPU kernel of an operator, or of the partner of an adjoint."""
+    name = operators[name].partner or name
+    return torch._C._dispatch_has_kernel_for_dispatch_key(f"deformkit::{name}", "CPU")
+
+
 def needs_kernel(name: str) -> pytest.MarkDecorator:
     """For properties of CPU kernels that the reference lacks. The contract tests verify that there is a kernel."""
-    loaded = torch._C._dispatch_has_kernel_for_dispatch_key(f"deformkit::{name}", "CPU")
-    return pytest.mark.skipif(not loaded, reason=f"{name} has no CPU kernel")
+    return pytest.mark.skipif(not has_kernel(name), reason=f"{name} has no CPU kernel")

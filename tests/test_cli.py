@@ -39,6 +39,8 @@ def test_doctor_prints_its_report_and_fails_with_the_self_test(monkeypatch: pyte
 OWN_SHAPES = {
     "deform_conv": ["2x4x9x8", "kernel_size=3x1", "groups=2"],
     "deform_conv1d": ["1x4x30"],
+    "deform_conv_transpose": ["2x4x5x3", "groups=2"],
+    "deform_correlate": ["2x7x2x4", "sizes=4x5,3x1", "points=2"],
     "deform_aggregate": ["1x5x6x2x4", "remove_center=true"],
     "ms_deform_attn": ["2x23x2x4", "sizes=4x5,3x1", "queries=7", "points=2"],
     "deform_roi_pool": ["1x3x9x8", "output_size=2", "rois=4"],
@@ -53,7 +55,7 @@ def test_bench_of_a_shape_of_ones_own(op: str) -> None:
     assert result.exit_code == 0, result.output
     rows = json.loads(result.stdout)["rows"]
     assert [row["pass"] for row in rows] == ["forward", "forward + backward"]
-    beside = {"deform_conv": "plain", "deform_conv1d": "plain", "deform_aggregate": "grid_sample"}.get(op)
+    beside = "plain" if "conv" in op else {"deform_aggregate": "grid_sample", "deform_correlate": "grid_sample"}.get(op)
     for row in rows:
         assert row["operator"] == op.rstrip("1d") and row["case"] == shape
         for name in ("deformkit", *([beside] if beside else [])):

@@ -29,7 +29,7 @@ def test_kernels_are_as_they_should_be_and_no_worse_than_saved() -> None:
 
 
 def test_every_operator_is_saved_for_every_target_and_dtype() -> None:
-    forward = [name for name in operators if not name.endswith("_backward")]
+    forward = [name for name, operator in operators.items() if operator.gpu and not name.endswith("_backward")]
     saved = {(row["operator"], row["target"], row["dtype"]) for row in ROWS}
     assert saved == {
         (name, target, dtype)

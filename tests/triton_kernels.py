@@ -17,7 +17,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_map_only
 
 from deformkit.ops._library import NAMESPACE, Operator, operators
-from deformkit.ops.gpu import launcher
+from deformkit.ops.gpu import has_kernels, launcher
 
 _UNINITIALISED = (
     torch.empty,
@@ -41,7 +41,7 @@ def instead_of_cpp() -> Iterator[None]:
     try:
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", ".*overrid", UserWarning)
-            for operator in operators.values():
+            for operator in filter(has_kernels, operators.values()):
                 library.impl(operator.name, answer(operator), "CPU", allow_override=True)
         yield
     finally:

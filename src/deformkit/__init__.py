@@ -25,7 +25,12 @@ else:
     from .ops import deform_conv1d as deform_conv1d
     from .ops import deform_conv2d as deform_conv2d
     from .ops import deform_conv3d as deform_conv3d
+    from .ops import deform_conv_transpose1d as deform_conv_transpose1d
+    from .ops import deform_conv_transpose2d as deform_conv_transpose2d
+    from .ops import deform_conv_transpose3d as deform_conv_transpose3d
+    from .ops import deform_correlate as deform_correlate
     from .ops import deform_roi_pool as deform_roi_pool
+    from .ops import deform_sample as deform_sample
     from .ops import ms_deform_attn as ms_deform_attn
 
 

@@ -103,7 +103,8 @@ def devices() -> list[str]:
 
 
 def kernel(operator: str, device: str) -> str:
-    """The implementation of ``operator`` that is used for tensors on ``device``."""
+    """The implementation of ``operator`` that is used for tensors on ``device``; of an adjoint, its partner's."""
+    operator = operators[operator].partner or operator
     key = {"cpu": "CPU", "cuda": "CUDA"}.get(device)
     if key is None or not has_kernel(f"{NAMESPACE}::{operator}", key):
         return "reference"

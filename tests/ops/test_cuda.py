@@ -4,12 +4,10 @@ from typing import Any
 
 import pytest
 import torch
-from rooms import CALLS, Call, double, representatives
+from rooms import CALLS, Call, double, public, representatives
 from torch import Tensor
 
-import deformkit
 from deformkit._testing import assert_close, assert_equal, evaluate
-from deformkit.ops._shape import name_of
 
 one_call_each = pytest.mark.parametrize("call", representatives(), ids=str)
 flat_call_each = pytest.mark.parametrize("call", [c for c in representatives() if c.case.axes == 2], ids=str)
@@ -160,18 +158,9 @@ ELSEWHERE = ["meta", pytest.param("cuda", marks=gpu)]
 
 def refusal(call: Call, args: list[Any]) -> tuple[type[Exception], str]:
     """The error of the public function for a call."""
-    named = dict(zip(call.operator.arguments, args, strict=True))
-    name, axes = call.operator.name, call.case.axes
-    if name == "deform_conv":
-        name += f"{axes}d"
-    if name == "ms_deform_attn":
-        flat = named["spatial_shapes"]
-        named["spatial_shapes"] = [flat[i : i + axes] for i in range(0, len(flat), axes)]
-    for choice in ("boundary", "mode"):
-        if choice in named:
-            named[choice] = name_of(choice, named[choice])
+    function, named = public(call, args)
     with pytest.raises((TypeError, ValueError)) as caught:
-        getattr(deformkit, name)(**named)
+        function(**named)
     return caught.type, str(caught.value)
 
 

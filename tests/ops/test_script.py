@@ -60,8 +60,8 @@ def test_defaults_and_numbers_for_lists() -> None:
 
 
 def test_an_unknown_name_raises_in_a_script() -> None:
-    named = {**CASE.arguments(), "boundary": "reflect"}
-    with pytest.raises((RuntimeError, ValueError), match="boundary is 'reflect'"):
+    named = {**CASE.arguments(), "boundary": "wrap"}
+    with pytest.raises((RuntimeError, ValueError), match="boundary is 'wrap'"):
         torch.jit.script(dk.deform_conv2d)(**named)
 
 

@@ -55,7 +55,7 @@ def deterministic(request: pytest.FixtureRequest) -> bool:
 
 @pytest.mark.parametrize("name", [name for name in operators if not name.endswith("_backward")])
 def test_every_operator_has_kernels(name: str) -> None:
-    assert find_spec(f"deformkit.ops.{name}.gpu")
+    assert find_spec(f"deformkit.ops.{operators[name].partner or name}.gpu")
 
 
 @every_call

@@ -53,14 +53,14 @@ class Call:
 
 def ours(case: Any, arguments: dict[str, Any]) -> Call:
     """The public function."""
-    name = operator(case)
+    name, axes = operator(case), case.axes
     arguments, leaves = differentiable(case, arguments)
-    if name == "deform_conv":
-        name += f"{case.axes}d"
-    if name == "ms_deform_attn":
-        flat, axes = arguments["spatial_shapes"], case.axes
+    if "spatial_shapes" in arguments:
+        flat = arguments["spatial_shapes"]
         arguments["spatial_shapes"] = [flat[i : i + axes] for i in range(0, len(flat), axes)]
-    function = getattr(deformkit, name)
+    if "query" in arguments:
+        arguments["query"] = arguments["query"].unflatten(2, (case.heads, case.channels))
+    function = getattr(deformkit, f"{name}{axes}d" if "conv" in name else name)
     return Call(lambda: function(**arguments), leaves)
 
 
@@ -89,6 +89,18 @@ def plain(case: Any, arguments: dict[str, Any]) -> Call:
     return Call(
         lambda: function(input, weight, bias, *steps, case.groups),
         {name: leaf for name, leaf in leaves.items() if name in ("input", "weight", "bias")},
+    )
+
+
+def plain_transpose(case: Any, arguments: dict[str, Any]) -> Call:
+    """The transposed convolution of the same shape without deformation, as :func:`plain`."""
+    arguments, leaves = differentiable(case, arguments)
+    input, weight = arguments["input"], arguments["weight"]
+    steps = [arguments[name] for name in ("stride", "padding", "output_padding", "groups", "dilation")]
+    function: Callable[..., Tensor] = (F.conv_transpose1d, F.conv_transpose2d, F.conv_transpose3d)[case.axes - 1]
+    return Call(
+        lambda: function(input, weight, None, *steps),
+        {name: leaf for name, leaf in leaves.items() if name in ("input", "weight")},
     )
 
 
@@ -228,6 +240,28 @@ def grid_sample(case: Any, arguments: dict[str, Any]) -> Call:
     return Call(run, leaves)
 
 
+def sampled_then_multiplied(case: Any, arguments: dict[str, Any]) -> Call:
+    """A call of ``grid_sample`` for each level, whose samples are multiplied by the query and added up."""
+    if case.axes != 2 or case.mode != "linear":
+        raise Unfit("2-D, linear only")
+    arguments, leaves = differentiable(case, arguments)
+    query, key, locations = leaves.values()
+
+    def run() -> Tensor:
+        batch, _queries, heads = locations.shape[:3]
+        levels = key.split([height * width for height, width in case.sizes], 1)
+        products = []
+        for size, level, part in zip(case.sizes, levels, locations.split(list(case.points), 3), strict=True):
+            images = level.permute(0, 2, 3, 1).flatten(0, 1).unflatten(2, size)
+            grid = 2 * part.transpose(1, 2).flatten(0, 1) - 1
+            samples = F.grid_sample(images, grid, align_corners=False)
+            vectors = query.unflatten(2, (heads, -1)).permute(0, 2, 3, 1).flatten(0, 1)
+            products.append((samples * vectors.unsqueeze(-1)).sum(1).unflatten(0, (batch, heads)).transpose(1, 2))
+        return torch.cat(products, -1)
+
+    return Call(run, leaves)
+
+
 def differentiable(case: Any, arguments: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Tensor]]:
     """The arguments with copies of those that have a gradient, and these copies."""
     described = operators[operator(case)]
@@ -245,6 +279,8 @@ OURS, PLAIN = "deformkit", "plain"
 DEFINITION: dict[str, Adapter] = {"reference": reference, "compiled": compiled_reference}
 LIBRARIES: dict[str, dict[str, Adapter]] = {
     "deform_conv": {PLAIN: plain, "torchvision": torchvision, "mmcv": mmcv_conv, "dc1d": dc1d},
+    "deform_conv_transpose": {PLAIN: plain_transpose},
+    "deform_correlate": {"grid_sample": sampled_then_multiplied},
     "ms_deform_attn": {"transformers": transformers, "mmcv": mmcv_attention},
     "deform_aggregate": {"grid_sample": grid_sample},
     "deform_roi_pool": {},

@@ -8,9 +8,9 @@ import torch
 from torch import Tensor
 
 from ..ops import ms_deform_attn
+from ..ops._levels import SpatialShapes, level_sizes
 from ..ops._shape import check_floating, check_tensor, code_of, compute_dtype, prod
 from ..ops._suspect import readable
-from ..ops.ms_deform_attn.op import SpatialShapes, level_sizes
 from ._autocast import without_autocast
 from ._gradient import checked_gradient
 

@@ -5,7 +5,7 @@ from typing import Any
 from torch import Tensor
 
 from .. import nn
-from ..ops.ms_deform_attn.op import SpatialShapes
+from ..ops._levels import SpatialShapes
 from ._attention import attend, check_level_start_index
 
 __all__ = ["MSDeformAttn", "MSDeformAttnFunction", "ms_deform_attn_core_pytorch"]

@@ -10,6 +10,12 @@ from .deform_conv import DeformConv3d as DeformConv3d
 from .deform_conv import PackedDeformConv1d as PackedDeformConv1d
 from .deform_conv import PackedDeformConv2d as PackedDeformConv2d
 from .deform_conv import PackedDeformConv3d as PackedDeformConv3d
+from .deform_conv_transpose import DeformConvTranspose1d as DeformConvTranspose1d
+from .deform_conv_transpose import DeformConvTranspose2d as DeformConvTranspose2d
+from .deform_conv_transpose import DeformConvTranspose3d as DeformConvTranspose3d
+from .deform_conv_transpose import PackedDeformConvTranspose1d as PackedDeformConvTranspose1d
+from .deform_conv_transpose import PackedDeformConvTranspose2d as PackedDeformConvTranspose2d
+from .deform_conv_transpose import PackedDeformConvTranspose3d as PackedDeformConvTranspose3d
 from .deform_roi_pool import DeformRoIPool as DeformRoIPool
 from .deform_roi_pool import PackedDeformRoIPool as PackedDeformRoIPool
 from .ms_deform_attn import MSDeformAttn as MSDeformAttn

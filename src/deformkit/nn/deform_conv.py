@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 from math import prod
-from typing import Any, ClassVar, Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -13,18 +13,14 @@ from ..ops._shape import (
     Boundary,
     check_alike,
     check_choice,
-    check_count,
     check_floating,
     check_tensor,
     compute_dtype,
-    counted,
     ntuple,
-    times,
-    unsplit_hint,
 )
 from ..ops.deform_conv.op import deform_conv1d, deform_conv2d, deform_conv3d
 from ..ops.sample.reference import tap_grid
-from ._public import named_elsewhere, of_class
+from ._deformable import Deformable, check_channels
 
 PaddingMode = Literal["zeros", "reflect", "replicate", "circular"]
 
@@ -33,19 +29,8 @@ _with_hints = named_elsewhere(deform_groups="offset_groups", deformable_groups="
 _PLAIN: dict[int, type[nn.Module]] = {1: nn.Conv1d, 2: nn.Conv2d, 3: nn.Conv3d}
 
 
-class _DeformConv(_ConvNd):
+class _DeformConv(Deformable, _ConvNd):
     """The base of all layers: the parameters of :class:`torch.nn.ConvNd`, the padding and the call of the operator."""
-
-    spatial_dims: ClassVar[int]
-    offset_groups: int
-    boundary: Boundary
-
-    def __init_subclass__(cls, **kwargs: Any) -> None:
-        super().__init_subclass__(**kwargs)
-        # When arguments are wrong, Python's message has the name under which the function was defined.
-        if cls.__module__ == __name__ and not cls.__name__.startswith("_"):
-            cls.__init__ = _with_hints(of_class(cls, "__init__"))  # type: ignore[method-assign]
-            cls.forward = of_class(cls, "forward")  # type: ignore[method-assign]
 
     def __init__(
         self,
@@ -79,7 +64,7 @@ class _DeformConv(_ConvNd):
             before = after = list(padding)
         check_choice("padding_mode", padding_mode, ("zeros", "reflect", "replicate", "circular"))
         check_choice("boundary", boundary, ("zeros", "border"))
-        _check_counts(in_channels, out_channels, groups, offset_groups)
+        check_channels(in_channels, out_channels, groups, offset_groups, of="in_channels")
 
         rest: dict[str, Any] = {"bias": bias, "padding_mode": padding_mode, "device": device, "dtype": dtype}
         window = (kernel, strides, padding, dilations)
@@ -123,30 +108,11 @@ class _DeformConv(_ConvNd):
         shift = offset.to(compute_dtype(offset.dtype)).unflatten(1, (self.offset_groups, taps, axes)).movedim(3, -1)
         return base + shift
 
-    def extra_repr(self) -> str:
-        """The arguments that :class:`torch.nn.ConvNd` shows, then others that are not at their defaults."""
-        text = super().extra_repr()
-        if self.offset_groups != 1:
-            text += f", offset_groups={self.offset_groups}"
-        if self.boundary != "zeros":
-            text += f", boundary={self.boundary}"
-        return text
-
     def _deform(self, input: Tensor, offset: Tensor, mask: Tensor | None) -> Tensor:
         axes = self.spatial_dims
-        self._check_input(input)
-        for name, value in (("offset", offset), ("mask", mask)):
-            if value is None and name == "mask":
-                continue
-            check_tensor(name, value)
-            assert value is not None
-            if value.dim() != input.dim():
-                raise ValueError(f"{name} has shape {list(value.shape)}; it must have {input.dim()} axes, as input has")
-        if input.dim() == axes + 1:
+        if self._is_unbatched(input, offset, mask):
             maps = [value if value is None else value.unsqueeze(0) for value in (input, offset, mask)]
             return self._deform(*maps).squeeze(0)  # type: ignore[arg-type]
-        self._check_offset_channels(offset)
-
         input, padding = self._pad(input)
         steps = (self.stride, padding, self.dilation)
         return _FUNCTIONS[axes](input, offset, self.weight, self.bias, *steps, mask, boundary=self.boundary)
@@ -161,31 +127,6 @@ class _DeformConv(_ConvNd):
             after, before, rest = [a - b for a, b in zip(after, before, strict=True)], rest, before
         widths = [width for pair in zip(reversed(before), reversed(after), strict=True) for width in pair]
         return (F.pad(input, widths, mode=mode) if any(widths) else input), rest
-
-    def _check_input(self, input: Tensor) -> None:
-        """Raise unless ``input`` fits the layer; the operator would derive other groups from other channels."""
-        axes = self.spatial_dims
-        check_tensor("input", input)
-        if input.dim() not in (axes + 1, axes + 2):
-            raise ValueError(
-                f"input has shape {list(input.shape)}; it must have {axes + 2} axes, or {axes + 1} unbatched"
-            )
-        unbatched = input.dim() == axes + 1
-        if input.shape[-axes - 1] != self.in_channels:
-            hint = f"; its {axes + 1} axes are taken as {axes} spatial ones and channels, without a batch"
-            raise ValueError(
-                f"input has {input.shape[-axes - 1]} channels; this layer has in_channels={self.in_channels}"
-                f"{hint if unbatched else ''}"
-            )
-
-    def _check_offset_channels(self, offset: Tensor) -> None:
-        axes, taps, groups = self.spatial_dims, prod(self.kernel_size), self.offset_groups
-        if offset.shape[1] != groups * taps * axes:
-            raise ValueError(
-                f"offset has {offset.shape[1]} channels; a {times(self.kernel_size)} kernel with "
-                f"{counted(groups, 'offset group')} needs {groups * taps * axes} = {counted(groups, 'group')} x "
-                f"{counted(taps, 'tap')} x {counted(axes, 'coordinate')}{unsplit_hint(offset.shape[1], taps, axes)}"
-            )
 
 
 class _GivenDeformConv(_DeformConv):
@@ -412,17 +353,3 @@ class PackedDeformConv3d(_PackedDeformConv):
     """
 
     spatial_dims = 3
-
-
-def _check_counts(in_channels: int, out_channels: int, groups: int, offset_groups: int) -> None:
-    counts = {
-        "in_channels": in_channels,
-        "out_channels": out_channels,
-        "groups": groups,
-        "offset_groups": offset_groups,
-    }
-    for name, count in counts.items():
-        check_count(name, count)
-    for name, divisor in (("in_channels", "groups"), ("out_channels", "groups"), ("in_channels", "offset_groups")):
-        if counts[name] % counts[divisor]:
-            raise ValueError(f"{name} is {counts[name]}; it must be divisible by {divisor}, which is {counts[divisor]}")

@@ -7,8 +7,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..ops._levels import SpatialShapes, level_sizes
 from ..ops._shape import check_count, check_tensor, compute_dtype
-from ..ops.ms_deform_attn.op import SpatialShapes, level_sizes, ms_deform_attn
+from ..ops.ms_deform_attn.op import ms_deform_attn
 from ._linear import linear
 from ._public import named_elsewhere
 

@@ -14,7 +14,7 @@ A kernel is then only ``STABLE_TORCH_LIBRARY_IMPL(deformkit, CPU, m)`` in C++ or
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -37,8 +37,10 @@ class Operator:
         self,
         schema: str,
         *,
-        gpu: str,
+        gpu: str | None,
+        partner: str | None,
         reference: Callable[..., Any],
+        implementation: Callable[..., Any],
         check: Callable[..., Any],
         fake: Callable[..., Any],
         differentiable: Sequence[str],
@@ -57,8 +59,10 @@ class Operator:
         self.coordinates = [self.arguments.index(name) for name in coordinates]
         self.batched = {self.arguments.index(name) for name in batched}
         self.gpu = gpu
+        self.partner = partner
         self.reference = reference
         self.check = check
+        self._implementation = implementation
         self._batched_result = batched_result
         self._gradient = gradient
         self._function = _function(self)
@@ -95,9 +99,15 @@ class Operator:
             check_stored(self.arguments[i], args[i])
 
     def fallback(self, *args: Any) -> Any:
-        """The reference implementation as a kernel."""
+        """The kernel on every device that has no other: the reference, or for an adjoint the kernels of its partner."""
         self.checked(*args)
-        return _each(self.reference(*args), Tensor.contiguous)
+        return _each(self._implementation(*args), Tensor.contiguous)
+
+    def gradient(
+        self, args: list[Any], grads: Sequence[Tensor | None], wanted: Sequence[bool]
+    ) -> Sequence[Tensor | None]:
+        """The gradients by the differentiable arguments, for those of the outputs; None where it is not wanted."""
+        return self._gradient(self, args, grads, wanted)
 
     def _save(self, ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
         ctx.save_for_backward(*(inputs[i] for i in self.tensors))
@@ -114,9 +124,7 @@ class Operator:
         wanted = [ctx.needs_input_grad[i] for i in self.differentiable]
         result: list[Tensor | None] = [None] * len(self.arguments)
         if any(grad is not None for grad in grads) and any(wanted):
-            for i, grad in zip(
-                self.differentiable, self._gradient(self, self._restore(ctx), grads, wanted), strict=True
-            ):
+            for i, grad in zip(self.differentiable, self.gradient(self._restore(ctx), grads, wanted), strict=True):
                 result[i] = grad
         return tuple(result)
 
@@ -163,9 +171,69 @@ def define(
         batched: the tensors whose first axis is the batch; the output's is too.
         rows: an axis along which the output can be computed in parts, and the same axis of the tensors that have it.
     """
+
+    def double_gradient(
+        op: Operator, args: list[Any], grads: Sequence[Tensor | None], wanted: Sequence[bool]
+    ) -> Sequence[Tensor | None]:
+        asked = [i for i, yes in zip(op.differentiable, wanted, strict=True) if yes]
+        axes = [rows.get(argument) for argument in op.arguments]
+        found: list[list[Tensor]] = [[] for _ in asked]
+        for start, count in _parts(op, args, axes):
+            part = _cut(args, axes, start, count)
+            if "padding" in op.arguments:
+                # The positions of the part are stride * (start + o) - padding.
+                stride, padding = (op.arguments.index(step) for step in ("stride", "padding"))
+                part[padding] = [args[padding][0] - args[stride][0] * start, *args[padding][1:]]
+            outputs, pull_back = _vjp(_at(op.reference, part, asked), *(part[i] for i in asked))
+            some = _cut(grads, [axes[i] for i in op.differentiable[1:]], start, count)
+            cotangents = tuple(torch.zeros_like(o) if g is None else g for o, g in zip(outputs, some, strict=True))
+            for kept, new, i in zip(found, pull_back(cotangents), asked, strict=True):
+                kept[:] = [*kept, new] if axes[i] is not None or not kept else [kept[0] + new]
+        whole = iter(
+            kept[0] if axis is None else torch.cat(kept, axis)
+            for kept, axis in zip(found, [axes[i] for i in asked], strict=True)
+        )
+        return [next(whole) if yes else None for yes in wanted]
+
+    return register(
+        schema,
+        gpu=gpu,
+        reference=reference,
+        check=check,
+        differentiable=differentiable,
+        coordinates=coordinates,
+        batched=batched,
+        double_gradient=double_gradient,
+    )
+
+
+class Adjoint(NamedTuple):
+    """What computes an operator that has no kernels of its own: those of its partner."""
+
+    partner: str
+    forward: Callable[..., Tensor]
+    backward: Callable[..., tuple[Tensor, ...]]
+
+
+def register(
+    schema: str,
+    *,
+    gpu: str | None,
+    reference: Callable[..., Tensor],
+    check: Callable[..., list[int]],
+    differentiable: Sequence[str],
+    coordinates: Sequence[str],
+    batched: Sequence[str],
+    double_gradient: Callable[..., Sequence[Tensor | None]],
+    adjoint: Adjoint | None = None,
+) -> Operator:
+    """Register an operator and its backward; :func:`define` and ``define_adjoint`` document the arguments.
+
+    ``double_gradient(op, args, grads, wanted)`` is the gradient of the backward, ``op``.
+    """
     name, rest = schema.split("(", 1)
     arguments, _ = rest.rsplit(") ->", 1)
-    names = [argument.split()[-1] for argument in arguments.split(", ")]
+    names = argument_names(schema)
     reference = _of_codes(reference, names)
 
     def fake(*args: Any) -> Tensor:
@@ -195,37 +263,18 @@ def define(
         grads = iter(_pull_back(_at(reference, inputs, asked), values, grad_output) if asked else ())
         return tuple(next(grads) if yes else grad_output.new_empty(0) for yes in output_mask)
 
-    def gradient(op: Operator, args: list[Any], grads: Sequence[Tensor | None], wanted: list[bool]) -> Sequence[Any]:
+    def gradient(
+        op: Operator, args: list[Any], grads: Sequence[Tensor | None], wanted: Sequence[bool]
+    ) -> Sequence[Tensor | None]:
         results = backward(grads[0], *args, wanted)
         return [grad if yes else None for grad, yes in zip(results, wanted, strict=True)]
-
-    def double_gradient(
-        op: Operator, args: list[Any], grads: Sequence[Tensor | None], wanted: list[bool]
-    ) -> Sequence[Any]:
-        asked = [i for i, yes in zip(op.differentiable, wanted, strict=True) if yes]
-        axes = [rows.get(argument) for argument in op.arguments]
-        found: list[list[Tensor]] = [[] for _ in asked]
-        for start, count in _parts(op, args, axes):
-            part = _cut(args, axes, start, count)
-            if "padding" in op.arguments:
-                # The positions of the part are stride * (start + o) - padding.
-                stride, padding = (op.arguments.index(step) for step in ("stride", "padding"))
-                part[padding] = [args[padding][0] - args[stride][0] * start, *args[padding][1:]]
-            outputs, pull_back = _vjp(_at(reference_backward, part, asked), *(part[i] for i in asked))
-            some = _cut(grads, [axes[i] for i in op.differentiable[1:]], start, count)
-            cotangents = tuple(torch.zeros_like(o) if g is None else g for o, g in zip(outputs, some, strict=True))
-            for kept, new, i in zip(found, pull_back(cotangents), asked, strict=True):
-                kept[:] = [*kept, new] if axes[i] is not None or not kept else [kept[0] + new]
-        whole = iter(
-            kept[0] if axis is None else torch.cat(kept, axis)
-            for kept, axis in zip(found, [axes[i] for i in asked], strict=True)
-        )
-        return [next(whole) if yes else None for yes in wanted]
 
     forward = Operator(
         schema,
         gpu=gpu,
+        partner=adjoint.partner if adjoint else None,
         reference=reference,
+        implementation=adjoint.forward if adjoint else reference,
         check=check,
         fake=fake,
         differentiable=differentiable,
@@ -239,7 +288,9 @@ def define(
     backward = Operator(
         f"{name}_backward(Tensor grad_output, {arguments}, bool[] output_mask) -> ({results})",
         gpu=gpu,
+        partner=forward.partner,
         reference=reference_backward,
+        implementation=adjoint.backward if adjoint else reference_backward,
         check=check_backward,
         fake=fake_backward,
         differentiable=["grad_output", *differentiable],
@@ -251,6 +302,12 @@ def define(
     for device_type, key in _AUTOCAST.items():
         library.impl(name, partial(_autocast, forward, device_type, _torch.DispatchKeySet(key)), key.name)
     return forward
+
+
+def argument_names(schema: str) -> list[str]:
+    """The names of the arguments in a schema as :func:`define` takes it."""
+    arguments = schema.split("(", 1)[1].rsplit(") ->", 1)[0]
+    return [argument.split()[-1] for argument in arguments.split(", ")]
 
 
 # The number of input elements of a part of a double backward; the reference keeps several dozen times as many.

@@ -103,6 +103,94 @@ def deform_conv3d(
     return _deform_conv(input, offset, weight, bias, stride, padding, dilation, mask, boundary)
 
 
+def _deform_conv_transpose(
+    input: Tensor,
+    offset: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    stride: list[int] | None,
+    padding: list[int] | None,
+    output_padding: list[int] | None,
+    groups: int,
+    dilation: list[int] | None,
+    mask: Tensor | None,
+    boundary: str,
+) -> Tensor:
+    axes = input.dim() - 2
+    output = torch.ops.deformkit.deform_conv_transpose(
+        input,
+        offset,
+        weight,
+        _each(stride, 1, axes),
+        _each(padding, 0, axes),
+        _each(output_padding, 0, axes),
+        groups,
+        _each(dilation, 1, axes),
+        mask,
+        torch.ops.deformkit.code_of("boundary", boundary),
+    )
+    if bias is not None:
+        output = output + bias.to(output.dtype).reshape([-1] + [1] * axes)
+    return output
+
+
+def deform_conv_transpose1d(
+    input: Tensor,
+    offset: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    stride: Optional[BroadcastingList1[int]] = None,
+    padding: Optional[BroadcastingList1[int]] = None,
+    output_padding: Optional[BroadcastingList1[int]] = None,
+    groups: int = 1,
+    dilation: Optional[BroadcastingList1[int]] = None,
+    mask: Tensor | None = None,
+    boundary: str = "zeros",
+) -> Tensor:
+    """See :func:`deformkit.deform_conv_transpose1d`; ``output_padding`` must be less than the stride."""
+    return _deform_conv_transpose(
+        input, offset, weight, bias, stride, padding, output_padding, groups, dilation, mask, boundary
+    )
+
+
+def deform_conv_transpose2d(
+    input: Tensor,
+    offset: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    stride: Optional[BroadcastingList2[int]] = None,
+    padding: Optional[BroadcastingList2[int]] = None,
+    output_padding: Optional[BroadcastingList2[int]] = None,
+    groups: int = 1,
+    dilation: Optional[BroadcastingList2[int]] = None,
+    mask: Tensor | None = None,
+    boundary: str = "zeros",
+) -> Tensor:
+    """See :func:`deformkit.deform_conv_transpose2d`; ``output_padding`` must be less than the stride."""
+    return _deform_conv_transpose(
+        input, offset, weight, bias, stride, padding, output_padding, groups, dilation, mask, boundary
+    )
+
+
+def deform_conv_transpose3d(
+    input: Tensor,
+    offset: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    stride: Optional[BroadcastingList3[int]] = None,
+    padding: Optional[BroadcastingList3[int]] = None,
+    output_padding: Optional[BroadcastingList3[int]] = None,
+    groups: int = 1,
+    dilation: Optional[BroadcastingList3[int]] = None,
+    mask: Tensor | None = None,
+    boundary: str = "zeros",
+) -> Tensor:
+    """See :func:`deformkit.deform_conv_transpose3d`; ``output_padding`` must be less than the stride."""
+    return _deform_conv_transpose(
+        input, offset, weight, bias, stride, padding, output_padding, groups, dilation, mask, boundary
+    )
+
+
 def deform_aggregate(
     value: Tensor,
     offset: Tensor,
@@ -151,6 +239,31 @@ def ms_deform_attn(
     return torch.ops.deformkit.ms_deform_attn(value, sizes, sampling_locations, attention_weights, points, code)
 
 
+def deform_correlate(
+    query: Tensor,
+    key: Tensor,
+    spatial_shapes: list[list[int]],
+    sampling_locations: Tensor,
+    num_points: list[int] | None = None,
+    mode: str = "linear",
+) -> Tensor:
+    """See :func:`deformkit.deform_correlate`; the sizes are lists, and ``num_points`` too."""
+    sizes: list[int] = []
+    for size in spatial_shapes:
+        sizes.extend(size)
+    if sampling_locations.dim() == 6:
+        points = [sampling_locations.shape[4] for _ in spatial_shapes]
+        locations = sampling_locations.flatten(3, 4)
+    else:
+        points = [sampling_locations.shape[3]] if num_points is None else num_points
+        locations = sampling_locations
+    code = torch.ops.deformkit.code_of("mode", mode)
+    output = torch.ops.deformkit.deform_correlate(query.flatten(2), key, sizes, locations, points, code)
+    if sampling_locations.dim() == 6:
+        output = output.unflatten(3, [sampling_locations.shape[3], sampling_locations.shape[4]])
+    return output
+
+
 def deform_roi_pool(
     input: Tensor,
     rois: Tensor,
@@ -162,3 +275,13 @@ def deform_roi_pool(
 ) -> Tensor:
     """See :func:`deformkit.deform_roi_pool`; ``output_size`` has as many numbers as there are spatial axes."""
     return torch.ops.deformkit.deform_roi_pool(input, rois, offset, output_size, spatial_scale, sampling_ratio, gamma)
+
+
+def deform_sample(input: Tensor, points: Tensor, boundary: str = "zeros", mode: str = "linear") -> Tensor:
+    """See :func:`deformkit.deform_sample`."""
+    out_size = points.shape[2:-1]
+    lists = points.reshape(points.shape[0], points.shape[1], -1, points.shape[-1])
+    boundary_code = torch.ops.deformkit.code_of("boundary", boundary)
+    mode_code = torch.ops.deformkit.code_of("mode", mode)
+    samples = torch.ops.deformkit.deform_sample(input, lists, boundary_code, mode_code)
+    return samples.reshape(samples.shape[:2] + out_size)

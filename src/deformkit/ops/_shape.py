@@ -9,11 +9,12 @@ from torch import Tensor
 
 from ._torch import has_storage
 
-Boundary = Literal["zeros", "border"]
+Boundary = Literal["zeros", "border", "reflect"]
+Mode = Literal["linear", "nearest"]
 
 # The operators take the index of a name, because a string that passes torch's stable ABI allocates memory that is never
 # freed.
-CHOICES = {"boundary": ("zeros", "border"), "mode": ("linear", "nearest")}
+CHOICES = {"boundary": ("zeros", "border", "reflect"), "mode": ("linear", "nearest")}
 
 FLOATING = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
@@ -49,6 +50,21 @@ def conv_output_size(
     return [
         (s + 2 * p - d * (k - 1) - 1) // t + 1
         for s, k, t, p, d in zip(size, kernel_size, stride, padding, dilation, strict=True)
+    ]
+
+
+def transposed_output_size(
+    size: Sequence[int],
+    kernel_size: Sequence[int],
+    stride: Sequence[int],
+    padding: Sequence[int],
+    output_padding: Sequence[int],
+    dilation: Sequence[int],
+) -> list[int]:
+    """Spatial size of a transposed convolution's output, as in :class:`torch.nn.ConvTranspose2d`."""
+    return [
+        (s - 1) * t - 2 * p + d * (k - 1) + o + 1
+        for s, k, t, p, o, d in zip(size, kernel_size, stride, padding, output_padding, dilation, strict=True)
     ]
 
 
@@ -154,6 +170,50 @@ def check_offset_dtype(offset: Tensor, beside: str, dtype: torch.dtype) -> None:
         raise TypeError(f"offset has dtype {offset.dtype}; with {beside} of {dtype} it must be {expected}")
 
 
+def check_offset_channels(
+    offset: Tensor, mask: Tensor | None, kernel_size: Sequence[int], name: str, channels: int
+) -> None:
+    """Raise unless the channels of ``offset [B, og*K*N, ...]`` and ``mask [B, og*K, ...]`` fit a kernel.
+
+    Args:
+        offset: the offsets, whose channels give the number of offset groups.
+        mask: the factors of the taps, or None.
+        kernel_size: of each axis.
+        name: of what has the channels that offset groups divide.
+        channels: how many these are.
+    """
+    axes, taps = len(kernel_size), prod(kernel_size)
+    per_group = taps * axes
+    if offset.shape[1] == 0 or offset.shape[1] % per_group:
+        raise ValueError(
+            f"offset has {offset.shape[1]} channels; a {times(kernel_size)} kernel needs a multiple of {per_group} = "
+            f"{taps} taps x {axes} coordinates{unsplit_hint(offset.shape[1], taps, axes)}"
+        )
+    offset_groups = offset.shape[1] // per_group
+    if channels % offset_groups:
+        raise ValueError(
+            f"offset has {offset.shape[1]} channels, thus {offset_groups} offset groups; "
+            f"they must divide {name}'s {channels} channels{unsplit_hint(offset.shape[1], taps, axes)}"
+        )
+    if mask is not None and mask.shape[1] != offset_groups * taps:
+        raise ValueError(
+            f"mask has {mask.shape[1]} channels; a {times(kernel_size)} kernel with {offset_groups} offset groups "
+            f"needs {offset_groups * taps} = {offset_groups} groups x {taps} taps"
+        )
+
+
+def check_location_dtype(name: str, locations: Tensor, beside: str, dtype: torch.dtype) -> None:
+    """Raise unless absolute locations of this dtype fit ``beside`` (such as ``"a value"``) of ``dtype``."""
+    expected = compute_dtype(dtype)
+    if locations.dtype in (torch.float16, torch.bfloat16):
+        raise TypeError(
+            f"{name} has dtype {locations.dtype}; it must be {expected}: in half precision a location may be off by "
+            f"more than a pixel; compute it in float32, or give {name}.float()"
+        )
+    if locations.dtype != expected:
+        raise TypeError(f"{name} has dtype {locations.dtype}; with {beside} of {dtype} it must be {expected}")
+
+
 def code_of(argument: str, name: Any) -> int:
     """The index of ``name`` among the :data:`CHOICES` of ``argument``; a ValueError if it is none of them."""
     if name not in CHOICES[argument]:
@@ -179,16 +239,7 @@ def checked_output_size(
     dilation: Sequence[int],
 ) -> list[int]:
     """:func:`conv_output_size` for the field ``name``; a ValueError if the output or the field is empty."""
-    for what, values, least in (
-        ("kernel_size", kernel_size, 1),
-        ("stride", stride, 1),
-        ("padding", padding, 0),
-        ("dilation", dilation, 1),
-    ):
-        if len(values) != len(size) or min(values) < least:
-            raise ValueError(f"{what} is {list(values)}; it needs {len(size)} values of at least {least}")
-    if min(size) < 1:
-        raise ValueError(f"{name} has spatial size {times(size)}; every axis must have at least one element")
+    check_window(name, size, kernel_size=kernel_size, stride=stride, padding=padding, dilation=dilation)
     out_size = conv_output_size(size, kernel_size, stride, padding, dilation)
     if min(out_size) < 1:
         raise ValueError(
@@ -197,6 +248,16 @@ def checked_output_size(
             "it must be at least 1 on every axis"
         )
     return out_size
+
+
+def check_window(name: str, size: Sequence[int], **window: Sequence[int]) -> None:
+    """Raise a ValueError if the field ``name`` is empty, or if an argument of ``window`` does not fit it."""
+    for what, values in window.items():
+        least = 0 if "padding" in what else 1
+        if len(values) != len(size) or min(values) < least:
+            raise ValueError(f"{what} is {list(values)}; it needs {len(size)} values of at least {least}")
+    if min(size) < 1:
+        raise ValueError(f"{name} has spatial size {times(size)}; every axis must have at least one element")
 
 
 def compute_dtype(dtype: torch.dtype) -> torch.dtype:
@@ -208,14 +269,18 @@ __all__ = [
     "CHOICES",
     "FLOATING",
     "Boundary",
+    "Mode",
     "check_alike",
     "check_choice",
     "check_count",
     "check_floating",
+    "check_location_dtype",
+    "check_offset_channels",
     "check_offset_dtype",
     "check_output_size",
     "check_stored",
     "check_tensor",
+    "check_window",
     "checked_output_size",
     "code_of",
     "compute_dtype",
@@ -225,5 +290,6 @@ __all__ = [
     "ntuple",
     "prod",
     "times",
+    "transposed_output_size",
     "unsplit_hint",
 ]

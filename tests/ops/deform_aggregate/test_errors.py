@@ -111,7 +111,7 @@ WRONG: dict[str, tuple[dict[str, Any], type[Exception], str]] = {
         ValueError,
         "kernel_size is 1x1; with remove_center no tap is left",
     ),
-    "boundary": ({"boundary": "reflect"}, ValueError, 'boundary is \'reflect\'; it must be "zeros" or "border"'),
+    "boundary": ({"boundary": "wrap"}, ValueError, 'boundary is \'wrap\'; it must be "zeros" or "border" or "reflect"'),
     "kernel size 0": ({"kernel_size": 0}, ValueError, "kernel_size is 0; each value must be at least 1"),
     "stride 0": ({"stride": 0}, ValueError, "stride is 0; each value must be at least 1"),
     "dilation 0": ({"dilation": (1, 0)}, ValueError, "dilation is (1, 0); each value must be at least 1"),

@@ -101,7 +101,7 @@ WRONG: dict[str, tuple[dict[str, Any], type[Exception], str]] = {
     ),
     "batch of mask": ({"mask": no(3, 12, 7, 10)}, ValueError, "mask has batch size 3; input has 2"),
     "size of mask": ({"mask": no(2, 12, 1, 1)}, ValueError, "mask has spatial size 1x1; the output has 7x10"),
-    "boundary": ({"boundary": "reflect"}, ValueError, 'boundary is \'reflect\'; it must be "zeros" or "border"'),
+    "boundary": ({"boundary": "wrap"}, ValueError, 'boundary is \'wrap\'; it must be "zeros" or "border" or "reflect"'),
     "stride 0": ({"stride": 0}, ValueError, "stride is 0; each value must be at least 1"),
     "dilation 0": ({"dilation": (1, 0)}, ValueError, "dilation is (1, 0); each value must be at least 1"),
     "negative padding": ({"padding": -1}, ValueError, "padding is -1; each value must be at least 0"),

@@ -9,7 +9,7 @@ from typing import Any
 from torch import Tensor
 
 from ... import __version__ as _version
-from ...ops.ms_deform_attn.op import SpatialShapes
+from ...ops._levels import SpatialShapes
 from .._attention import attend, attend_backward
 
 __all__ = ["ms_deform_attn_backward", "ms_deform_attn_forward"]

@@ -7,8 +7,8 @@ from torch import Tensor, nn
 
 from ...nn._linear import linear
 from ...nn.ms_deform_attn import _directions, point_locations
+from ...ops._levels import SpatialShapes, level_sizes
 from ...ops._shape import check_count, check_tensor
-from ...ops.ms_deform_attn.op import SpatialShapes, level_sizes
 from .._attention import attend
 
 

@@ -6,8 +6,8 @@ from typing import Any, Literal
 from torch import Tensor, nn
 
 from ...nn._linear import linear
+from ...ops._levels import SpatialShapes
 from ...ops._shape import check_choice, check_tensor
-from ...ops.ms_deform_attn.op import SpatialShapes
 from ._attention import MultiScale
 from ._sampling import Project, Sampling, ScaleLinear, project, reset_projections
 

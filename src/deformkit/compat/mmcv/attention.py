@@ -5,8 +5,8 @@ from typing import Any
 from torch import Tensor
 from torch.nn import Dropout, Linear
 
+from ...ops._levels import SpatialShapes
 from ...ops._shape import check_tensor
-from ...ops.ms_deform_attn.op import SpatialShapes
 from ..deformable_detr import MSDeformAttn
 
 

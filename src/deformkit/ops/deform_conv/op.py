@@ -11,15 +11,13 @@ from .._shape import (
     Boundary,
     check_alike,
     check_floating,
+    check_offset_channels,
     check_offset_dtype,
     check_output_size,
     checked_output_size,
     code_of,
     name_of,
     ntuple,
-    prod,
-    times,
-    unsplit_hint,
 )
 from . import reference
 
@@ -198,25 +196,7 @@ def _check(
         raise ValueError(f"bias has {bias.shape[0]} elements; weight has {out_channels} output channels")
 
     out_size = checked_output_size("input", size, kernel_size, stride, padding, dilation)
-    taps = prod(kernel_size)
-    per_group = taps * axes
-    if offset.shape[1] == 0 or offset.shape[1] % per_group:
-        raise ValueError(
-            f"offset has {offset.shape[1]} channels; a {times(kernel_size)} kernel needs a multiple of {per_group} = "
-            f"{taps} taps x {axes} coordinates{unsplit_hint(offset.shape[1], taps, axes)}"
-        )
-    offset_groups = offset.shape[1] // per_group
-    if channels % offset_groups:
-        raise ValueError(
-            f"offset has {offset.shape[1]} channels, thus {offset_groups} offset groups; "
-            f"they must divide input's {channels} channels{unsplit_hint(offset.shape[1], taps, axes)}"
-        )
-    if mask is not None:
-        if mask.shape[1] != offset_groups * taps:
-            raise ValueError(
-                f"mask has {mask.shape[1]} channels; a {times(kernel_size)} kernel with {offset_groups} offset groups "
-                f"needs {offset_groups * taps} = {offset_groups} groups x {taps} taps"
-            )
+    check_offset_channels(offset, mask, kernel_size, "input", channels)
     for name, value in (("offset", offset), ("mask", mask)):
         if value is not None:
             if value.shape[0] != batch:

@@ -19,6 +19,11 @@ def available() -> bool:
     return find_spec("triton") is not None
 
 
+def has_kernels(operator: Operator) -> bool:
+    """Whether ``operator`` has kernels of its own; an adjoint has those of its partner."""
+    return operator.gpu is not None
+
+
 def launcher(operator: Operator) -> Callable[..., Any]:
     """The implementation of ``operator`` on a GPU: its Triton kernels, or the reference if they do not support a call.
 
@@ -29,6 +34,7 @@ def launcher(operator: Operator) -> Callable[..., Any]:
     def launch(*args: Any) -> Any:
         # Kernels do not check their arguments, and the operator can be called without the public function.
         operator.checked(*args)
+        assert operator.gpu is not None
         kernels = importlib.import_module(operator.gpu)
         double = any(isinstance(value, Tensor) and value.dtype == torch.float64 for value in args)
         if double or kernels.extent(*(args[1:-1] if backward else args)) >= 2**31:
@@ -39,8 +45,8 @@ def launcher(operator: Operator) -> Callable[..., Any]:
 
 
 def register() -> None:
-    """Register the launcher of every operator, for CUDA and ROCm alike."""
-    for operator in operators.values():
+    """Register the launcher of every operator that has kernels, for CUDA and ROCm alike."""
+    for operator in filter(has_kernels, operators.values()):
         torch.library.register_kernel(f"{NAMESPACE}::{operator.name}", "cuda", launcher(operator))
 
 

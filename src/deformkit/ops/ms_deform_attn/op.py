@@ -1,22 +1,16 @@
 """Multi-scale deformable attention: the public function, its checks, and the registration."""
 
 from collections.abc import Sequence
-from typing import Any, Literal
 
-import torch
 from torch import Tensor
 
 from .. import _script
+from .._levels import SpatialShapes, check_counts, check_levels, check_location_axes, located_levels
 from .._library import define
 from .._script import scripts_as
-from .._shape import check_alike, check_floating, check_tensor, code_of, name_of, prod, times
+from .._shape import Mode, check_alike, check_floating, check_tensor, code_of
 from .._suspect import warn_of_location_units
 from . import reference
-
-Mode = Literal["linear", "nearest"]
-SpatialShapes = Tensor | Sequence[Sequence[int]] | Sequence[int]
-
-_INTEGERS = (torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64)
 
 
 @scripts_as(_script.ms_deform_attn)
@@ -80,19 +74,13 @@ def ms_deform_attn(
     check_tensor("value", value)
     check_tensor("sampling_locations", sampling_locations)
     check_tensor("attention_weights", attention_weights)
-    if sampling_locations.dim() not in (5, 6) or sampling_locations.shape[-1] not in (1, 2, 3):
-        raise ValueError(
-            f"sampling_locations has shape {list(sampling_locations.shape)}; it must be [B, Q, H, L, P, N] or "
-            "[B, Q, H, P, N] with 1, 2 or 3 coordinates N"
-        )
+    check_location_axes(sampling_locations)
     if attention_weights.shape != sampling_locations.shape[:-1]:
         raise ValueError(
             f"attention_weights has shape {list(attention_weights.shape)}; with sampling_locations of shape "
             f"{list(sampling_locations.shape)} it must be {list(sampling_locations.shape[:-1])}"
         )
-    axes = sampling_locations.shape[-1]
-    sizes = level_sizes("spatial_shapes", spatial_shapes, axes, f"sampling_locations has {axes} coordinates")
-    points = _points(num_points, sampling_locations, len(sizes))
+    sizes, points = located_levels(spatial_shapes, sampling_locations, num_points)
     if sampling_locations.dim() == 6:
         sampling_locations, attention_weights = sampling_locations.flatten(3, 4), attention_weights.flatten(3, 4)
     flat_sizes = [length for size in sizes for length in size]
@@ -100,69 +88,6 @@ def ms_deform_attn(
     _check(*args)
     warn_of_location_units(sampling_locations)
     return _operator(*args)
-
-
-def level_sizes(name: str, spatial_shapes: SpatialShapes, axes: int, beside: str) -> list[list[int]]:
-    """Convert ``spatial_shapes``, in any form that is accepted, to L lists of ``axes`` ints.
-
-    Args:
-        name: of the argument, for messages.
-        spatial_shapes: see :func:`ms_deform_attn`.
-        axes: the number of ints of each level.
-        beside: the reason for this number, such as ``"sampling_locations has 2 coordinates"``.
-    """
-    if isinstance(spatial_shapes, Tensor):
-        if spatial_shapes.dtype not in _INTEGERS:
-            raise TypeError(f"{name} has dtype {spatial_shapes.dtype}; it must be an integer dtype")
-        spatial_shapes = spatial_shapes.tolist()
-    expected = "ints, or tuples of 1 int" if axes == 1 else f"tuples of {axes} ints"
-    sizes: list[list[Any]] = []
-    size: Any
-    try:
-        for size in spatial_shapes:
-            row = [size] if axes == 1 and not hasattr(size, "__len__") else list(size)
-            sizes.append([_integer(v) for v in row])
-    except (TypeError, AttributeError):
-        raise TypeError(f"{name} is {spatial_shapes!r}; it must be a sequence of {expected}") from None
-    if not sizes:
-        raise ValueError(f"{name} is empty; it needs at least one level")
-    for row in sizes:
-        if len(row) != axes:
-            raise ValueError(f"{name} has {len(row)} columns; {beside}")
-    return sizes
-
-
-def _integer(value: Any) -> Any:
-    # A symbolic int is returned as it is: to ask for its __index__ would fix its value.
-    return value if isinstance(value, int | torch.SymInt) else int(value.__index__())
-
-
-def _points(num_points: int | Sequence[int] | None, sampling_locations: Tensor, levels: int) -> list[int]:
-    """The number of points on each level."""
-    if sampling_locations.dim() == 6:
-        if num_points is not None:
-            raise ValueError(
-                f"num_points is {num_points!r}; it must be None with sampling_locations [B, Q, H, L, P, N]"
-            )
-        if sampling_locations.shape[3] != levels:
-            raise ValueError(
-                f"sampling_locations has {sampling_locations.shape[3]} levels; spatial_shapes has {levels}"
-            )
-        return [sampling_locations.shape[4]] * levels
-    if num_points is None:
-        if levels > 1:
-            raise ValueError(
-                f"num_points is None; with sampling_locations [B, Q, H, P, N] and {levels} levels it must say "
-                "how many of the P points belong to each level"
-            )
-        return [sampling_locations.shape[3]]
-    try:
-        points = [num_points] * levels if isinstance(num_points, int) else [_integer(n) for n in num_points]
-    except (TypeError, AttributeError):
-        raise TypeError(f"num_points is {num_points!r}; it must be an int or a sequence of ints") from None
-    if len(points) != levels:
-        raise ValueError(f"num_points is {num_points!r}, for {len(points)} levels; spatial_shapes has {levels}")
-    return points
 
 
 def _check(
@@ -175,67 +100,20 @@ def _check(
 ) -> list[int]:
     """Check every argument in the form that the operator takes; return the shape of the output."""
     check_floating("value", value)
-    for name, tensor, dim in (
-        ("value", value, 4),
-        ("sampling_locations", sampling_locations, 5),
-        ("attention_weights", attention_weights, 4),
-    ):
-        check_alike(name, tensor, "value", value, dtype=name == "attention_weights")
-        if tensor.dim() != dim:
-            raise ValueError(f"{name} has shape {list(tensor.shape)}; it must have {dim} axes")
-    _check_location_dtype(sampling_locations, value)
-    name_of("mode", mode)
-
-    batch, length, heads, channels = value.shape
-    axes, levels = sampling_locations.shape[-1], len(num_points)
-    if heads < 1 or channels < 1:
-        raise ValueError(f"value has shape {list(value.shape)}; heads and channels must be at least 1")
-    for name, tensor in (("sampling_locations", sampling_locations), ("attention_weights", attention_weights)):
-        if tensor.shape[0] != batch:
-            raise ValueError(f"{name} has batch size {tensor.shape[0]}; value has {batch}")
-        if tensor.shape[2] != heads:
-            raise ValueError(f"{name} has {tensor.shape[2]} heads; value has {heads}")
-        if tensor.shape[1] != sampling_locations.shape[1] or tensor.shape[3] != sampling_locations.shape[3]:
-            raise ValueError(
-                f"{name} has {tensor.shape[1]} queries and {tensor.shape[3]} points; "
-                f"sampling_locations has {sampling_locations.shape[1]} and {sampling_locations.shape[3]}"
-            )
-    if levels < 1 or axes not in (1, 2, 3) or len(spatial_shapes) != levels * axes:
+    check_alike("sampling_locations", sampling_locations, "value", value, dtype=False)
+    check_alike("attention_weights", attention_weights, "value", value)
+    check_levels("value", value, spatial_shapes, sampling_locations, num_points, mode)
+    batch, _, heads, channels = value.shape
+    if attention_weights.dim() != 4:
+        raise ValueError(f"attention_weights has shape {list(attention_weights.shape)}; it must have 4 axes")
+    check_counts("attention_weights", attention_weights, "value", (batch, None, heads))
+    queries, points = sampling_locations.shape[1], sampling_locations.shape[3]
+    if attention_weights.shape[1] != queries or attention_weights.shape[3] != points:
         raise ValueError(
-            f"spatial_shapes has {len(spatial_shapes)} sizes; num_points has {levels} levels and "
-            f"sampling_locations {axes} coordinates"
+            f"attention_weights has {attention_weights.shape[1]} queries and {attention_weights.shape[3]} points; "
+            f"sampling_locations has {queries} and {points}"
         )
-    sizes = [spatial_shapes[i : i + axes] for i in range(0, levels * axes, axes)]
-    for size in sizes:
-        if min(size) < 1:
-            raise ValueError(f"spatial_shapes has a level of size {times(size)}; every size must be at least 1")
-    if sum(prod(size) for size in sizes) != length:
-        raise ValueError(
-            f"spatial_shapes adds up to {sum(prod(size) for size in sizes)} = "
-            f"{' + '.join(times(size) for size in sizes)} positions; value has {length}"
-        )
-    if min(num_points) < 0 or sum(num_points) < 1:
-        raise ValueError(f"num_points is {list(num_points)}; each must be at least 0 and their sum at least 1")
-    if sum(num_points) != sampling_locations.shape[3]:
-        raise ValueError(
-            f"num_points is {list(num_points)}, {sum(num_points)} in all; "
-            f"sampling_locations has {sampling_locations.shape[3]} points"
-        )
-    return [batch, sampling_locations.shape[1], heads * channels]
-
-
-def _check_location_dtype(sampling_locations: Tensor, value: Tensor) -> None:
-    expected = torch.float64 if value.dtype == torch.float64 else torch.float32
-    if sampling_locations.dtype in (torch.float16, torch.bfloat16):
-        raise TypeError(
-            f"sampling_locations has dtype {sampling_locations.dtype}; it must be {expected}: in half precision a "
-            "location may be off by more than a pixel; compute it in float32, or give sampling_locations.float()"
-        )
-    if sampling_locations.dtype != expected:
-        raise TypeError(
-            f"sampling_locations has dtype {sampling_locations.dtype}; with a value of {value.dtype} "
-            f"it must be {expected}"
-        )
+    return [batch, queries, heads * channels]
 
 
 _operator = define(

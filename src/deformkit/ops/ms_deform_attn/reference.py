@@ -1,13 +1,12 @@
 """The definition of multi-scale deformable attention, in tensor operations."""
 
 from collections.abc import Sequence
-from math import prod
 
 import torch
 from torch import Tensor
 
 from .._shape import compute_dtype
-from ..sample.reference import sample
+from ..sample.reference import level_samples
 
 
 def ms_deform_attn(
@@ -32,25 +31,11 @@ def ms_deform_attn(
         ``[B, Q, H*D]``.
     """
     batch, _, heads, channels = value.shape
-    queries, axes = sampling_locations.shape[1], sampling_locations.shape[-1]
-    dtype = compute_dtype(value.dtype)
-
-    sizes = [list(spatial_shapes[i : i + axes]) for i in range(0, len(spatial_shapes), axes)]
-    fields = value.permute(0, 2, 3, 1).flatten(0, 1).split([prod(size) for size in sizes], -1)
-    # Per sample and head: [B*H, Q, P, N], in tensor-axis order, and [B*H, Q, P].
-    locations = sampling_locations.flip(-1).to(dtype).transpose(1, 2).flatten(0, 1).split(list(num_points), 2)
+    queries, dtype = sampling_locations.shape[1], compute_dtype(value.dtype)
+    # Per sample and head: [B*H, Q, P].
     weights = attention_weights.to(dtype).transpose(1, 2).flatten(0, 1).split(list(num_points), 2)
     output = torch.zeros(batch * heads, channels, queries, dtype=dtype, device=value.device)
-    for size, field, location, weight in zip(sizes, fields, locations, weights, strict=True):
-        point = torch.stack([location[..., axis] * size[axis] for axis in range(axes)], -1)
-        # A large number minus half a pixel may round to the same number, so its integer part is kept apart.
-        whole = torch.stack([point[..., axis].detach().clamp(0, size[axis]) for axis in range(axes)], -1).floor()
-        base, shift = whole.nan_to_num(0.0).to(torch.int64), point - whole
-        field = field.unflatten(-1, size)
-        if mode == "nearest":
-            # The published rule is floor(location * size + 1/2).
-            samples = sample(field, base, shift, "border", "nearest")
-        else:
-            samples = sample(field, base, shift - 0.5, "zeros")
+    levels = level_samples(value, spatial_shapes, sampling_locations, num_points, mode)
+    for samples, weight in zip(levels, weights, strict=True):
         output = output + (samples * weight.unsqueeze(1)).sum(-1)
     return output.unflatten(0, (batch, heads)).permute(0, 3, 1, 2).flatten(2).to(value.dtype)

@@ -4,12 +4,15 @@ A point is kept as ``base + shift``: an integer and a real number. Its cell is `
 ``shift - floor(shift)``, so that a small shift keeps its precision however far from the origin it is applied.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from itertools import product
+from math import prod
 from typing import Any
 
 import torch
 from torch import Tensor
+
+from .._shape import compute_dtype
 
 
 def sample(field: Tensor, base: Tensor, shift: Tensor, boundary: str, mode: str = "linear") -> Tensor:
@@ -22,25 +25,85 @@ def sample(field: Tensor, base: Tensor, shift: Tensor, boundary: str, mode: str 
         base: integers, broadcastable to ``shift``; in tensor-axis order, in units of grid cells.
         shift: ``[G, *points, N]``, float32 or float64.
         boundary: ``"zeros"``: a corner outside the field counts 0. ``"border"``: the point is clamped into the field.
+            ``"reflect"``: a corner outside is the one that it is mirrored to at the outer edges of the end cells, which
+            has the value of the point mirrored there.
         mode: ``"linear"``; or ``"nearest"``: the value at ``floor(p + 1/2)``, with no derivative by the point.
 
     Returns:
         ``[G, C, *points]`` in the dtype of ``shift``. A NaN coordinate gives NaN, and NaN as the gradient of all the
         point's coordinates; it reads nothing of the field. Plus or minus infinity is outside. On a grid line the
-        derivative is the one to the right.
+        derivative is the one to the right. ``"reflect"`` clamps a shift to plus or minus 2^30, or twice the length of
+        the axis if that is more.
     """
     groups, channels, *size = field.shape
     points = shift.shape[1:-1]
     flat = field.flatten(2).to(shift.dtype)
 
+    result = _undefined(shift).unsqueeze(1)
+    for index, inside, weight in _corners(size, base, shift, boundary, mode):
+        where = index.flatten(1).unsqueeze(1).expand(-1, channels, -1)
+        value = flat.gather(2, where).reshape(groups, channels, *points)
+        result = result + value.masked_fill(~inside.unsqueeze(1), 0.0) * weight.unsqueeze(1)
+    return result
+
+
+def splat(
+    values: Tensor, base: Tensor, shift: Tensor, size: Sequence[int], boundary: str, mode: str = "linear"
+) -> Tensor:
+    """The adjoint of :func:`sample`: add ``values`` to the corners of the cells around the points ``base + shift``.
+
+    ``splat(values)[q] = sum over the points p with corner q of values[p] * prod_n (1 - |p_n - q_n|)``
+
+    Args:
+        values: ``[G, C, *points]`` in the dtype of ``shift``.
+        base: as in :func:`sample`.
+        shift: as in :func:`sample`.
+        size: of the field.
+        boundary: as in :func:`sample`.
+        mode: as in :func:`sample`.
+
+    Returns:
+        ``[G, C, *size]`` in the dtype of ``shift``. A point with a NaN coordinate adds nothing, and the gradients by
+        its value and its coordinates are NaN.
+    """
+    groups, channels = values.shape[:2]
+    result = values.new_zeros(groups, channels, prod(size))
+    for index, inside, weight in _corners(size, base, shift, boundary, mode):
+        where = index.flatten(1).unsqueeze(1).expand(-1, channels, -1)
+        # Where a coordinate is NaN the factor is, too: masked, it shows in the gradients alone.
+        part = values * (weight + _undefined(shift)).unsqueeze(1)
+        result = result.scatter_add(2, where, part.masked_fill(~inside.unsqueeze(1), 0.0).flatten(2))
+    return result.unflatten(2, list(size))
+
+
+def _undefined(shift: Tensor) -> Tensor:
+    """``[G, *points]``: NaN if a coordinate is NaN, else 0; the gradient is NaN by all coordinates of such a point."""
+    undefined = shift.isnan().any(-1)
+    mark = undefined.to(shift.dtype).masked_fill(undefined, torch.nan).unsqueeze(-1)
+    return (shift.masked_fill(~undefined.unsqueeze(-1), 0.0) * mark).sum(-1)
+
+
+def _corners(
+    size: Sequence[int], base: Tensor, shift: Tensor, boundary: str, mode: str
+) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+    """For each corner of the cells: its index in the flattened field, whether it is there, and its weight."""
     undefined = shift.isnan().any(-1)
     lower, fraction = [], []
+    step: list[Any] = []
     for axis, length in enumerate(size):
-        # Points farther than two cells outside are equivalent; the clamp keeps infinity out of the arithmetic.
-        least, most = (0, length - 1) if boundary == "border" else (-2, length)
         first = base[..., axis]
         distance = shift[..., axis].masked_fill(undefined, 0.0)
-        low, high = (least - first).to(distance.dtype), (most - first).to(distance.dtype)
+        low: Any
+        high: Any
+        if boundary == "reflect":
+            low, high = -float(max(2**30, 2 * length)), float(max(2**30, 2 * length))
+        else:
+            # Points farther than two cells outside are equivalent; the clamp keeps infinity out of the arithmetic.
+            least, most = (0, length - 1) if boundary == "border" else (-2, length)
+            low, high = (least - first).to(distance.dtype), (most - first).to(distance.dtype)
+        # Where a reflected shift is clamped, both corners are the same.
+        follows = (distance >= low) & (distance <= high)
+        step.append(follows.to(torch.int64) if boundary == "reflect" else 1)
         distance = torch.where(distance < low, low, torch.where(distance > high, high, distance))
         if mode == "nearest":
             distance = (distance.detach() + 0.5).floor()
@@ -48,23 +111,51 @@ def sample(field: Tensor, base: Tensor, shift: Tensor, boundary: str, mode: str 
         lower.append(first + whole.to(torch.int64))
         fraction.append(distance - whole)
 
-    mark = undefined.to(shift.dtype).masked_fill(undefined, torch.nan).unsqueeze(-1)
-    result = (shift.masked_fill(~undefined.unsqueeze(-1), 0.0) * mark).sum(-1).unsqueeze(1)
     for corner in product((0,) if mode == "nearest" else (0, 1), repeat=len(size)):
         weight: Any = 1.0
         index: Any = 0
         inside = ~undefined
         for axis, (upper, length) in enumerate(zip(corner, size, strict=True)):
-            coordinate = lower[axis] + upper
+            coordinate = lower[axis] + upper * step[axis]
             if boundary == "border":
                 coordinate = coordinate.clamp(0, length - 1)
+            if boundary == "reflect":
+                coordinate = coordinate.remainder(2 * length)
+                coordinate = torch.minimum(coordinate, 2 * length - 1 - coordinate)
             weight = weight * (fraction[axis] if upper else 1 - fraction[axis])
             inside = inside & (coordinate >= 0) & (coordinate < length)
             index = index * length + coordinate.clamp(0, length - 1)
-        where = index.flatten(1).unsqueeze(1).expand(-1, channels, -1)
-        value = flat.gather(2, where).reshape(groups, channels, *points)
-        result = result + value.masked_fill(~inside.unsqueeze(1), 0.0) * weight.unsqueeze(1)
-    return result
+        yield index, inside, weight
+
+
+def level_samples(
+    value: Tensor, spatial_shapes: Sequence[int], sampling_locations: Tensor, num_points: Sequence[int], mode: str
+) -> Iterator[Tensor]:
+    """The samples of attention, level by level: ``[B*H, D, Q, P_l]``; see :func:`deformkit.ms_deform_attn`.
+
+    Args:
+        value: ``[B, S, H, D]``.
+        spatial_shapes: the L * N sizes of the levels, level by level, each in tensor-axis order.
+        sampling_locations: ``[B, Q, H, P, N]`` with the points of one level after those of another; x first.
+        num_points: how many of the P points belong to each level.
+        mode: ``"linear"`` or ``"nearest"``.
+    """
+    axes, dtype = sampling_locations.shape[-1], compute_dtype(value.dtype)
+    sizes = [list(spatial_shapes[i : i + axes]) for i in range(0, len(spatial_shapes), axes)]
+    fields = value.permute(0, 2, 3, 1).flatten(0, 1).split([prod(size) for size in sizes], -1)
+    # Per sample and head: [B*H, Q, P, N], in tensor-axis order.
+    locations = sampling_locations.flip(-1).to(dtype).transpose(1, 2).flatten(0, 1).split(list(num_points), 2)
+    for size, field, location in zip(sizes, fields, locations, strict=True):
+        point = torch.stack([location[..., axis] * size[axis] for axis in range(axes)], -1)
+        # A large number minus half a pixel may round to the same number, so its integer part is kept apart.
+        whole = torch.stack([point[..., axis].detach().clamp(0, size[axis]) for axis in range(axes)], -1).floor()
+        base, shift = whole.nan_to_num(0.0).to(torch.int64), point - whole
+        field = field.unflatten(-1, size)
+        if mode == "nearest":
+            # The published rule is floor(location * size + 1/2).
+            yield sample(field, base, shift, "border", "nearest")
+        else:
+            yield sample(field, base, shift - 0.5, "zeros")
 
 
 def tap_grid(

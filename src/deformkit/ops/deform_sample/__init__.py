@@ -1,0 +1,3 @@
+"""Deformable sampling: the value of a field at given points."""
+
+from .op import deform_sample as deform_sample

@@ -1,0 +1,27 @@
+"""The definition of deformable sampling, in tensor operations."""
+
+import torch
+from torch import Tensor
+
+from .._shape import compute_dtype
+from ..sample.reference import sample
+
+
+def deform_sample(input: Tensor, points: Tensor, boundary: str, mode: str) -> Tensor:
+    """Deformable sampling of lists of points; see :func:`deformkit.deform_sample` for the formula.
+
+    Args:
+        input: ``[B, C, *S]`` with N spatial axes.
+        points: ``[B, G, P, N]`` in pixels, in tensor-axis order.
+        boundary: ``"zeros"``, ``"border"`` or ``"reflect"``.
+        mode: ``"linear"`` or ``"nearest"``.
+
+    Returns:
+        ``[B, C, P]``.
+    """
+    batch, groups, count, _ = points.shape
+    fields = input.unflatten(1, (groups, -1)).flatten(0, 1)
+    shift = points.to(compute_dtype(input.dtype)).flatten(0, 1)
+    base = torch.zeros(points.shape[-1:], dtype=torch.int64, device=points.device)
+    samples = sample(fields, base, shift, boundary, mode)
+    return samples.reshape(batch, input.shape[1], count).to(input.dtype)
