@@ -247,9 +247,19 @@ class _Generators:
             if wanted:
                 rest = {"device": self.weight.device, "dtype": self.weight.dtype}
                 head = _PLAIN[axes](self.in_channels, channels, **window, groups=groups, bias=bias, **rest)
-                for parameter in head.parameters():
-                    torch_nn.init.zeros_(parameter)
             self.register_module(name, head)
+        self._reset_generators()
+
+    def reset_parameters(self: Any) -> None:
+        """Initialise the weights as torch does, and the parts that predict to zero."""
+        super().reset_parameters()  # type: ignore[misc]
+        self._reset_generators()
+
+    def _reset_generators(self: Any) -> None:
+        # The base class resets its parameters before these parts exist.
+        for head in (self._modules.get("offset_generator"), self._modules.get("mask_generator")):
+            for parameter in () if head is None else head.parameters():
+                torch_nn.init.zeros_(parameter)
 
     def _predicted(self: Any, input: Tensor) -> tuple[Tensor | None, Tensor | None]:
         offset = mask = None
