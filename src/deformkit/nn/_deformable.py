@@ -6,7 +6,9 @@ from typing import Any, ClassVar
 from torch import Tensor
 
 from ..ops._shape import Boundary, check_count, check_tensor, counted, times, unsplit_hint
-from ._public import of_class, with_hints
+from ._public import named_elsewhere, of_class
+
+_with_hints = named_elsewhere(deform_groups="offset_groups", deformable_groups="offset_groups")
 
 
 class Deformable:
@@ -22,7 +24,7 @@ class Deformable:
         super().__init_subclass__(**kwargs)
         # When arguments are wrong, Python's message has the name under which the function was defined.
         if cls.__module__.startswith(__package__) and not cls.__name__.startswith("_"):
-            cls.__init__ = with_hints(of_class(cls, "__init__"), cls.__name__)  # type: ignore[method-assign]
+            cls.__init__ = _with_hints(of_class(cls, "__init__"))  # type: ignore[method-assign]
             cls.forward = of_class(cls, "forward")  # type: ignore[method-assign]
 
     def extra_repr(self) -> str:

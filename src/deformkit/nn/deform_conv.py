@@ -25,7 +25,6 @@ from ._deformable import Deformable, check_channels
 PaddingMode = Literal["zeros", "reflect", "replicate", "circular"]
 
 _FUNCTIONS = {1: deform_conv1d, 2: deform_conv2d, 3: deform_conv3d}
-_with_hints = named_elsewhere(deform_groups="offset_groups", deformable_groups="offset_groups")
 _PLAIN: dict[int, type[nn.Module]] = {1: nn.Conv1d, 2: nn.Conv2d, 3: nn.Conv3d}
 
 
