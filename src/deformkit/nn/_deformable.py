@@ -25,7 +25,7 @@ class Deformable:
         # When arguments are wrong, Python's message has the name under which the function was defined.
         if cls.__module__.startswith(__package__) and not cls.__name__.startswith("_"):
             cls.__init__ = _with_hints(of_class(cls, "__init__"))  # type: ignore[method-assign]
-            cls.forward = of_class(cls, "forward")  # type: ignore[method-assign]
+            setattr(cls, "forward", of_class(cls, "forward"))  # noqa: B010
 
     def extra_repr(self) -> str:
         """The arguments that the base class in torch shows, then others that are not at their defaults."""

@@ -107,7 +107,7 @@ def define_adjoint(
             parts.append(dict(zip([u, *order], found, strict=True)))
         totals: list[Tensor | None] = []
         for name, yes in wanted_by_name.items():
-            terms = [part[name] for part in parts if part.get(name) is not None] if yes else []
+            terms = [term for part in parts if yes and (term := part.get(name)) is not None]
             totals.append(sum(terms[1:], terms[0]) if terms else None)
         return totals
 
