@@ -12,9 +12,9 @@ from torch import Tensor
 
 from ..nn._linear import linear
 from ..nn.ms_deform_attn import point_locations, value_and_weights
-from ..ops._shape import compute_dtype
+from ..ops._shape import Mode, compute_dtype
 from ..ops.deform_roi_pool.op import deform_roi_pool
-from ..ops.ms_deform_attn.op import Mode, SpatialShapes, ms_deform_attn
+from ..ops.ms_deform_attn.op import SpatialShapes, ms_deform_attn
 
 PACKAGES = ("transformers", "torchvision", "mmcv", "ultralytics", "rfdetr")
 HOSTS = f"{', '.join(PACKAGES)} or Deformable DETR"

@@ -156,7 +156,7 @@ def check_offset_dtype(offset: Tensor, beside: str, dtype: torch.dtype) -> None:
 
 
 def check_location_dtype(name: str, locations: Tensor, beside: str, dtype: torch.dtype) -> None:
-    """Raise unless absolute locations of this dtype are supported with ``beside`` (such as ``"a value"``) of ``dtype``."""
+    """Raise unless locations of this dtype are supported with ``beside`` (such as ``"a value"``) of ``dtype``."""
     expected = compute_dtype(dtype)
     if locations.dtype in (torch.float16, torch.bfloat16):
         raise TypeError(
