@@ -69,8 +69,8 @@ class _DeformConvTranspose(Deformable, _ConvTransposeNd):
             return self._deform(input.unsqueeze(0), offset.unsqueeze(0), one_mask, size).squeeze(0)
         window: Any = (self.stride, self.padding, self.kernel_size, axes, self.dilation)
         extra = self._output_padding(input, None if output_size is None else list(output_size), *window)
-        steps: Any = (self.stride, self.padding, extra, self.groups, self.dilation)
-        return _FUNCTIONS[axes](input, offset, self.weight, self.bias, *steps, mask, boundary=self.boundary)
+        args: Any = (self.weight, self.bias, self.stride, self.padding, extra, self.groups, self.dilation, mask)
+        return _FUNCTIONS[axes](input, offset, *args, boundary=self.boundary)
 
 
 class _GivenDeformConvTranspose(_DeformConvTranspose):
