@@ -56,6 +56,8 @@ sphinx_gallery_conf = {
     "plot_gallery": "True" if os.environ.get("GALLERY") else "False",
     "download_all_examples": False,
     "show_memory": False,
+    # Its pages would load scripts from the network.
+    "write_computation_times": False,
     "abort_on_example_error": True,
 }
 

@@ -447,7 +447,7 @@ def train(name: str, deformable: bool, steps: int, seed: int, known: Digits, hel
     return Trained(model, losses, precisions, time.perf_counter() - start)
 
 
-def main(steps: int = 480, seed: int = 0, output: str | Path = ".") -> None:
+def main(steps: int = 600, seed: int = 0, output: str | Path = ".") -> None:
     output = Path(output)
     torch.manual_seed(seed)
     known, unknown = digits()
@@ -476,7 +476,7 @@ def main(steps: int = 480, seed: int = 0, output: str | Path = ".") -> None:
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description="Find scanned digits with a small Deformable DETR.")
-    parser.add_argument("--steps", type=int, default=480, help="how many batches to train each detector with")
+    parser.add_argument("--steps", type=int, default=600, help="how many batches to train each detector with")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--output", type=Path, default=Path("."), help="the folder for the pictures")
     main(**vars(parser.parse_args()))

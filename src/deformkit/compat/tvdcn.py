@@ -132,8 +132,10 @@ def _maps(
         offset = input.new_zeros(()).expand(input.shape[0], taps * axes, *size)
     if mask is None:
         return offset, None
-    counts = offset.shape[1] // (taps * axes), mask.shape[1] // taps
-    if 0 in counts or counts[0] == counts[1]:
+    (offset_groups, rest), (mask_groups, others) = divmod(offset.shape[1], taps * axes), divmod(mask.shape[1], taps)
+    counts = offset_groups, mask_groups
+    # The operator says what is wrong with other numbers of channels.
+    if rest or others or 0 in counts or offset_groups == mask_groups:
         return offset, mask
     groups = lcm(*counts)
     wide = [
