@@ -131,7 +131,7 @@ WRONG: dict[str, tuple[dict[str, Any], type[Exception], str]] = {
     "mask size": ({"mask": torch.zeros(2, 24, 5, 5)}, ValueError, "mask has spatial size 5x5; input has 5x4"),
     "offset batch": ({"offset": torch.zeros(1, 48, 5, 4)}, ValueError, "offset has batch size 1; input has 2"),
     "bias": ({"bias": torch.zeros(6)}, ValueError, r"bias has shape \[6\]; the output has 4 channels"),
-    "boundary": ({"boundary": "reflect"}, ValueError, "boundary is 'reflect'"),
+    "boundary": ({"boundary": "circular"}, ValueError, "boundary is 'circular'"),
 }
 
 
