@@ -20,7 +20,11 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .._shape import prod
+from .._shape import name_of, prod
+
+# The reference clamps a reflected shift to the first of these, or to twice the length of the axis. The second is the
+# largest number that int32 and float32 share.
+_FAR, _FARTHEST = tl.constexpr(float(2**30)), tl.constexpr(float(2**31 - 2**7))
 
 
 class Strided(NamedTuple):
@@ -36,6 +40,7 @@ class Rule(NamedTuple):
     axes: int
     border: bool
     nearest: bool = False
+    reflect: bool = False
 
 
 class Steps(NamedTuple):
@@ -78,7 +83,10 @@ class Gradient(NamedTuple):
 
 
 class Cell(NamedTuple):
-    """In a kernel: the lower corner of each point's cell (int32), and the distance of the point from it (0 to 1)."""
+    """In a kernel: the lower corner of each point's cell (int32), and the distance of the point from it (0 to 1).
+
+    If the field is reflected, a corner is a position in the field followed by its mirror image, which repeat.
+    """
 
     corner: Any
     fraction: Any
@@ -180,15 +188,38 @@ def defined(shift):
 
 
 @triton.jit
-def locate_along(base, shift, size, RULE: tl.constexpr):
-    """The cell of the point ``base + shift`` along one axis: its lower corner, and the point's distance from it."""
-    # Farther than two cells outside, nothing changes; the clamp keeps infinity and NaN out of the arithmetic.
+def bounds(base, shift, size, RULE: tl.constexpr):
+    """The least and the largest shift along one axis; beyond them, a point does not move with its shift."""
+    if RULE.reflect:
+        high = tl.zeros_like(shift) + tl.minimum(tl.maximum(2.0 * size, _FAR), _FARTHEST)
+        return -high, high
+    # Farther than two cells outside, nothing changes.
     low = tl.zeros_like(shift) + ((0 if RULE.border else -2) - base)
     high = tl.zeros_like(shift) + ((size - 1 if RULE.border else size) - base)
+    return low, high
+
+
+@triton.jit
+def locate_along(base, shift, size, RULE: tl.constexpr):
+    """The cell of the point ``base + shift`` along one axis: its lower corner, and the point's distance from it."""
+    low, high = bounds(base, shift, size, RULE)
+    # The clamp keeps infinity and NaN out of the arithmetic.
     shift = tl.where(shift > low, shift, low)
     shift = tl.where(shift < high, shift, high)
     whole = tl.floor(shift)
-    return base + whole.to(tl.int32), shift - whole
+    place = whole.to(tl.int32)
+    if RULE.reflect:
+        # The sum of two numbers below 2^31 would not fit.
+        place = wrapped(place, 2 * size) - 2 * size + wrapped(tl.zeros_like(place) + base, 2 * size)
+        return tl.where(place < 0, place + 2 * size, place), shift - whole
+    return base + place, shift - whole
+
+
+@triton.jit
+def wrapped(place, period):
+    """``place`` modulo ``period``, which is not negative."""
+    rest = place % period
+    return tl.where(rest < 0, rest + period, rest)
 
 
 @triton.jit
@@ -207,9 +238,8 @@ def locate(base, shift, size, RULE: tl.constexpr):
 def follows(base, shift, size, RULE: tl.constexpr):
     """1 if the point moves with its coordinate along one axis, 0 if it is clamped."""
     moved = tl.full(shift.shape, 1.0, tl.float32)
-    if RULE.border:
-        low = tl.zeros_like(shift) - base
-        high = tl.zeros_like(shift) + (size - 1 - base)
+    if RULE.border or RULE.reflect:
+        low, high = bounds(base, shift, size, RULE)
         moved = tl.where((shift < low) | (shift > high), 0.0, moved)
     return moved
 
@@ -244,13 +274,19 @@ def scatter(sums, where, amount, mask):
 
 
 @triton.jit
+def mirrored(place, length, RULE: tl.constexpr):
+    """The position of a lower corner along one axis."""
+    return tl.minimum(place, 2 * length - 1 - place) if RULE.reflect else place
+
+
+@triton.jit
 def lower_corner(cell, size, RULE: tl.constexpr):
     """The index in the field of each cell's lower corner, which may lie outside."""
-    index = cell.corner[2]
+    index = mirrored(cell.corner[2], size[2], RULE)
     if RULE.axes > 1:
-        index += cell.corner[1] * size[2]
+        index += mirrored(cell.corner[1], size[1], RULE) * size[2]
     if RULE.axes > 2:
-        index += cell.corner[0] * (size[1] * size[2])
+        index += mirrored(cell.corner[0], size[0], RULE) * (size[1] * size[2])
     return index.to(tl.int64)
 
 
@@ -260,6 +296,10 @@ def step_along(place, length, stride, UPPER: tl.constexpr, RULE: tl.constexpr):
     step = stride * UPPER
     if RULE.border and UPPER:
         step = tl.where(place < length - 1, step, 0)
+    if RULE.reflect and UPPER:
+        # At either end, the next position is the same one again; in the mirror image it is the one before.
+        back = tl.where((place >= length) & (place < 2 * length - 1), -step, 0)
+        step = tl.where(place < length - 1, step, back)
     return step
 
 
@@ -285,7 +325,7 @@ def inside_along(place, length, UPPER: tl.constexpr):
 @triton.jit
 def inside(cell, size, known, CORNER: tl.constexpr, RULE: tl.constexpr):
     """Which of the ``known`` rows have this corner in the field."""
-    if not RULE.border:
+    if not (RULE.border or RULE.reflect):
         known &= inside_along(cell.corner[2], size[2], CORNER & 1)
         if RULE.axes > 1:
             known &= inside_along(cell.corner[1], size[1], CORNER >> 1 & 1)
@@ -492,6 +532,12 @@ def asked_for(grads: Sequence[Tensor | None], output_mask: Sequence[bool], like:
     """Gradients as a backward operator returns them: an empty tensor for each that is missing or not requested."""
     pairs = zip(grads, output_mask, strict=True)
     return tuple(grad if asked and grad is not None else like.new_empty(0) for grad, asked in pairs)
+
+
+def rule(axes: int, boundary: int, mode: int = 0) -> Rule:
+    """The rule for the codes of a boundary and of a mode."""
+    name = name_of("boundary", boundary)
+    return Rule(axes, name == "border", name_of("mode", mode) == "nearest", name == "reflect")
 
 
 def strided(value: Tensor) -> Strided:
