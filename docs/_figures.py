@@ -84,6 +84,34 @@ def _convolution() -> Figure:
     return _with_legend(figure)
 
 
+def _transposed_convolution() -> Figure:
+    torch.manual_seed(1)
+    figure, axes = _square("Transposed: one input position, 3x3 kernel, stride 2")
+    # Position (1, 1) of the input lies on pixel (2, 2) of the output; its taps are those of a convolution there.
+    offset = torch.zeros(1, 18, 7, 7)
+    offset[0, :, 2, 2] = torch.randn(18) * 0.7
+    plain, moved = _taps(torch.zeros_like(offset), (2, 2)), _taps(offset, (2, 2))
+    axes.plot(plain[:, 1], plain[:, 0], "o", markerfacecolor="none", color=GREY, label="plain")
+    for start, end in zip(plain, moved, strict=True):
+        _arrow(axes, start, end)
+    axes.plot(moved[:, 1], moved[:, 0], "s", color=BLUE, label="what a tap adds, divided between 4 pixels")
+    axes.plot(2, 2, "+", color=DARK, markersize=12, label="input position")
+    return _with_legend(figure)
+
+
+def _correlation() -> Figure:
+    torch.manual_seed(4)
+    figure, axes = _square("Deformable correlation: one query, 12 points of the key")
+    key, points = torch.randn(1, 49, 1, 8), 1 + 4 * torch.rand(12, 2)
+    locations = ((points.flip(1) + 0.5) / 7).reshape(1, 1, 1, 1, 12, 2)
+    products = dk.deform_correlate(key[:, 24:25], key, [(7, 7)], locations).flatten()
+    for sign, colour, label in ((1, BLUE, "product above 0"), (-1, ORANGE, "below 0")):
+        chosen = products * sign > 0
+        axes.scatter(points[chosen, 1], points[chosen, 0], 30 * products[chosen].abs(), color=colour, label=label)
+    axes.plot(3, 3, "+", color=DARK, markersize=12, label="the pixel of the query")
+    return _with_legend(figure)
+
+
 def _aggregation() -> Figure:
     torch.manual_seed(3)
     figure, axes = _square("Deformable aggregation: two heads, a weight for each sample")
@@ -137,8 +165,10 @@ FIGURES: dict[str, Callable[[], Figure]] = {
     "conventions_taps": _conventions_taps,
     "conventions_pixels": _conventions_pixels,
     "deform_conv": _convolution,
+    "deform_conv_transpose": _transposed_convolution,
     "deform_aggregate": _aggregation,
     "ms_deform_attn": _attention,
+    "deform_correlate": _correlation,
     "deform_roi_pool": _roi_pooling,
 }
 

@@ -235,6 +235,20 @@ def _conv_places(
     yield base + offset.unflatten(1, (-1, kernel_size.numel(), len(size))).movedim(3, -1)
 
 
+def _transpose_places(
+    input: Tensor,
+    offset: Tensor,
+    weight: Tensor,
+    stride: Any,
+    padding: Any,
+    extra: Any,
+    groups: int,
+    dilation: Any,
+    *_: Any,
+) -> Iterator[Tensor]:
+    yield from _conv_places(input, offset, weight, None, stride, padding, dilation)
+
+
 def _aggregate_places(value: Tensor, offset: Tensor, weight: Tensor, *window: Any) -> Iterator[Tensor]:
     base, shift = deform_aggregate.points(offset, *window[:-1])
     yield base + shift
@@ -254,8 +268,15 @@ def _attention_places(
         yield locations * size.flip(0) - 0.5
 
 
+def _correlation_places(query: Tensor, *args: Any) -> Iterator[Tensor]:
+    key, spatial_shapes, sampling_locations, *rest = args
+    yield from _attention_places(key, spatial_shapes, sampling_locations, query, *rest)
+
+
 _PLACES: dict[str, Callable[..., Iterator[Tensor]]] = {
     "deform_conv": _conv_places,
+    "deform_conv_transpose": _transpose_places,
+    "deform_correlate": _correlation_places,
     "deform_aggregate": _aggregate_places,
     "ms_deform_attn": _attention_places,
 }

@@ -13,9 +13,9 @@ from types import ModuleType
 
 from ._install import install, uninstall
 
-__all__ = ["convert", "dc1d", "deformable_detr", "deformops", "install", "mmcv", "torchvision", "uninstall"]
+__all__ = ["convert", "dc1d", "deformable_detr", "deformops", "install", "mmcv", "torchvision", "tvdcn", "uninstall"]
 
-_MODULES = ("convert", "dc1d", "deformable_detr", "deformops", "mmcv", "torchvision")
+_MODULES = ("convert", "dc1d", "deformable_detr", "deformops", "mmcv", "torchvision", "tvdcn")
 
 
 def __getattr__(name: str) -> ModuleType:

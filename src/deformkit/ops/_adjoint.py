@@ -30,7 +30,7 @@ def define_adjoint(
     schema: str,
     *,
     of: str,
-    arguments: Sequence[str | None],
+    arguments: Sequence[str | int | None],
     reference: Callable[..., Tensor],
     check: Callable[..., list[int]],
     differentiable: Sequence[str],
@@ -42,8 +42,8 @@ def define_adjoint(
     Args:
         schema: as for :func:`~deformkit.ops._library.define`. The first argument is u. The others give the shape of x.
         of: the name of F. It is looked up when the adjoint is called, so it may be registered later.
-        arguments: for each of F's arguments in order, the name of the adjoint's argument that it is, or None; and
-            :data:`RESULT` in the place of x.
+        arguments: for each of F's arguments in order, the name of the adjoint's argument that it is, or a constant;
+            and :data:`RESULT` in the place of x.
         reference: the adjoint in differentiable tensor operations, arguments as in the schema, but the name of a choice
             instead of its code. It defines the result; kernels are compared with it.
         check: raises unless the arguments fit; returns the shape of x.
@@ -55,11 +55,12 @@ def define_adjoint(
 
     def original(args: Sequence[Any], x: Tensor) -> list[Any]:
         """The arguments of F, from those of the adjoint."""
-        return [x if name == RESULT else None if name is None else args[names.index(name)] for name in arguments]
+        own = {**dict(zip(names, args, strict=True)), RESULT: x}
+        return [own[name] if isinstance(name, str) else name for name in arguments]
 
-    def inputs_of(partner: Operator) -> list[str | None]:
+    def inputs_of(partner: Operator) -> list[str]:
         """For each tensor of F that has a gradient, the adjoint's name for it; that of x is ``grad_output``."""
-        return ["grad_output" if arguments[i] == RESULT else arguments[i] for i in partner.differentiable]
+        return ["grad_output" if arguments[i] == RESULT else str(arguments[i]) for i in partner.differentiable]
 
     def forward(*args: Any) -> Tensor:
         partner, backward = operators[of], operators[f"{of}_backward"]
@@ -74,8 +75,8 @@ def define_adjoint(
         *inputs, output_mask = args
         wanted = dict(zip(differentiable, output_mask, strict=True))
         values, order = original(inputs, grad_output), inputs_of(partner)
-        asked = [wanted.get(name, False) for name in order]  # type: ignore[arg-type]
-        found: dict[str | None, Tensor] = {}
+        asked = [wanted.get(name, False) for name in order]
+        found: dict[str, Tensor] = {}
         with _torch.without_keys(_AUTOCAST):
             if any(asked):
                 found.update(zip(order, partner_backward.overload(inputs[0], *values, asked), strict=True))
@@ -91,13 +92,13 @@ def define_adjoint(
         wanted_by_name = dict(zip(["grad_output", *differentiable], wanted, strict=True))
         given = dict(zip(differentiable, grads, strict=True))
         values, order = original(inputs, grad_output), inputs_of(partner)
-        asked = [wanted_by_name.get(name, False) for name in order]  # type: ignore[arg-type]
+        asked = [wanted_by_name.get(name, False) for name in order]
         u = differentiable[0]
-        parts: list[dict[str | None, Tensor | None]] = []
+        parts: list[dict[str, Tensor | None]] = []
         if given[u] is not None and any(asked):
             # Of <v, F(g, rest)>, where v is what came back for the gradient by u.
             parts.append(dict(zip(order, partner_backward(given[u], *values, asked), strict=True)))
-        cotangents = [given.get(name) for name in order]  # type: ignore[arg-type]
+        cotangents = [given.get(name) for name in order]
         if any(cotangent is not None for cotangent in cotangents):
             # Of what came back for the gradients of F at x = g.
             mask = [cotangent is not None for cotangent in cotangents]
@@ -107,7 +108,7 @@ def define_adjoint(
         totals: list[Tensor | None] = []
         for name, yes in wanted_by_name.items():
             terms = [part[name] for part in parts if part.get(name) is not None] if yes else []
-            totals.append(sum(terms[1:], terms[0]) if terms else None)  # type: ignore[arg-type]
+            totals.append(sum(terms[1:], terms[0]) if terms else None)
         return totals
 
     return register(

@@ -74,7 +74,7 @@ def _points(num_points: int | Sequence[int] | None, sampling_locations: Tensor, 
             raise ValueError(
                 f"num_points is {num_points!r}; it must be None with sampling_locations [B, Q, H, L, P, N]"
             )
-        if sampling_locations.shape[3] != levels:
+        if sampling_locations.shape[3] not in (1, levels):
             raise ValueError(
                 f"sampling_locations has {sampling_locations.shape[3]} levels; spatial_shapes has {levels}"
             )
@@ -93,6 +93,20 @@ def _points(num_points: int | Sequence[int] | None, sampling_locations: Tensor, 
     if len(points) != levels:
         raise ValueError(f"num_points is {num_points!r}, for {len(points)} levels; spatial_shapes has {levels}")
     return points
+
+
+def over_heads_and_levels(tensor: Tensor, heads: int, levels: int, has_levels: bool) -> Tensor:
+    """``tensor [B, Q, H, L, P, ...]``, if it ``has_levels``, or ``[B, Q, H, P, ...]``, in the second form.
+
+    A single head is expanded to all heads, without a copy; a single level is copied to all levels before that.
+    """
+    if has_levels:
+        if tensor.shape[3] == 1 and levels > 1:
+            tensor = tensor.expand([-1, -1, -1, levels] + [-1] * (tensor.dim() - 4))
+        tensor = tensor.flatten(3, 4)
+    if tensor.shape[2] == 1 and heads > 1:
+        tensor = tensor.expand([-1, -1, heads] + [-1] * (tensor.dim() - 3))
+    return tensor
 
 
 def check_levels(

@@ -9,6 +9,7 @@ from typing import Optional, TypeVar
 import torch
 from torch import Tensor
 
+from ._levels import over_heads_and_levels
 from ._library import NAMESPACE, library
 from ._shape import code_of
 from ._torch import BroadcastingList1, BroadcastingList2, BroadcastingList3
@@ -230,11 +231,14 @@ def ms_deform_attn(
     sizes: list[int] = []
     for size in spatial_shapes:
         sizes.extend(size)
-    if sampling_locations.dim() == 6:
+    has_levels = sampling_locations.dim() == 6
+    if has_levels:
         points = [sampling_locations.shape[4] for _ in spatial_shapes]
-        sampling_locations, attention_weights = sampling_locations.flatten(3, 4), attention_weights.flatten(3, 4)
     else:
         points = [sampling_locations.shape[3]] if num_points is None else num_points
+    heads, levels = value.shape[2], len(spatial_shapes)
+    sampling_locations = over_heads_and_levels(sampling_locations, heads, levels, has_levels)
+    attention_weights = over_heads_and_levels(attention_weights, heads, levels, has_levels)
     code = torch.ops.deformkit.code_of("mode", mode)
     return torch.ops.deformkit.ms_deform_attn(value, sizes, sampling_locations, attention_weights, points, code)
 
@@ -251,16 +255,16 @@ def deform_correlate(
     sizes: list[int] = []
     for size in spatial_shapes:
         sizes.extend(size)
-    if sampling_locations.dim() == 6:
+    has_levels = sampling_locations.dim() == 6
+    if has_levels:
         points = [sampling_locations.shape[4] for _ in spatial_shapes]
-        locations = sampling_locations.flatten(3, 4)
     else:
         points = [sampling_locations.shape[3]] if num_points is None else num_points
-        locations = sampling_locations
+    locations = over_heads_and_levels(sampling_locations, query.shape[2], len(spatial_shapes), has_levels)
     code = torch.ops.deformkit.code_of("mode", mode)
     output = torch.ops.deformkit.deform_correlate(query.flatten(2), key, sizes, locations, points, code)
-    if sampling_locations.dim() == 6:
-        output = output.unflatten(3, [sampling_locations.shape[3], sampling_locations.shape[4]])
+    if has_levels:
+        output = output.unflatten(3, [len(spatial_shapes), sampling_locations.shape[4]])
     return output
 
 

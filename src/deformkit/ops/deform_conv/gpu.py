@@ -210,7 +210,9 @@ class _Problem:
         self.planar = self.depthwise and self.offset_channels < 8
         self.batch, self.positions = len(input), prod(out_size)
 
-        field = input if self.planar else input.movedim(1, -1).contiguous().movedim(-1, 1)
+        # The input that an adjoint gives is one number, which nothing reads: it needs no layout.
+        laid_out = self.planar or not any(input.stride())
+        field = input if laid_out else input.movedim(1, -1).contiguous().movedim(-1, 1)
         tensors = (None if t is None else strided(t.flatten(2)) for t in (field, offset, mask))
         self._shared = {
             "inputs": Inputs(*tensors, packed(out_size)),

@@ -6,7 +6,7 @@ from torch import Tensor
 
 from .. import _script
 from .._adjoint import RESULT, define_adjoint
-from .._levels import SpatialShapes, check_counts, check_levels, located_levels
+from .._levels import SpatialShapes, check_counts, check_levels, located_levels, over_heads_and_levels
 from .._script import scripts_as
 from .._shape import Mode, check_alike, check_floating, check_tensor, code_of
 from .._suspect import warn_of_location_units
@@ -43,7 +43,7 @@ def deform_correlate(
         sampling_locations: ``[B, Q, H, L, P, N]``, **x first**: ``(x, y)`` for images, ``(x, y, z)`` for volumes.
             Normalised: 0 is the outer edge of the first pixel of a level, 1 that of the last. float64 if ``query`` is
             float64, else float32. Or ``[B, Q, H, P, N]`` with the points of all levels one after the other, and
-            ``num_points``.
+            ``num_points``. An axis H or L of length 1 is shared by all heads or levels; heads are not copied.
         num_points: with locations in the second form, the number of points on each level, which may be 0, or one int
             for all levels.
         mode: ``"linear"``; or ``"nearest"``: the pixel at ``floor(sampling_locations * size_l + 1/2)``, clamped into
@@ -78,13 +78,14 @@ def deform_correlate(
             f"{key.shape[2]} heads of {key.shape[3]} channels"
         )
     sizes, points = located_levels(spatial_shapes, sampling_locations, num_points)
-    locations = sampling_locations.flatten(3, 4) if sampling_locations.dim() == 6 else sampling_locations
+    has_levels, levels = sampling_locations.dim() == 6, len(sizes)
+    locations = over_heads_and_levels(sampling_locations, query.shape[2], levels, has_levels)
     flat_sizes = [length for size in sizes for length in size]
     args = (query.flatten(2), key, flat_sizes, locations, points, code_of("mode", mode))
     _check(*args)
     warn_of_location_units(locations)
     output = _operator(*args)
-    return output.unflatten(3, sampling_locations.shape[3:5]) if sampling_locations.dim() == 6 else output
+    return output.unflatten(3, (levels, sampling_locations.shape[4])) if has_levels else output
 
 
 def _check(

@@ -5,7 +5,14 @@ from collections.abc import Sequence
 from torch import Tensor
 
 from .. import _script
-from .._levels import SpatialShapes, check_counts, check_levels, check_location_axes, located_levels
+from .._levels import (
+    SpatialShapes,
+    check_counts,
+    check_levels,
+    check_location_axes,
+    located_levels,
+    over_heads_and_levels,
+)
 from .._library import define
 from .._script import scripts_as
 from .._shape import Mode, check_alike, check_floating, check_tensor, code_of
@@ -42,10 +49,11 @@ def ms_deform_attn(
             Normalised: 0 is the outer edge of the first pixel of a level, 1 that of the last. float64 if ``value`` is
             float64, else float32, even if ``value`` is in half precision: a location in half precision may be off by
             more than a pixel. Or ``[B, Q, H, P, N]`` with the points of all levels one after the other, and
-            ``num_points``. On a CPU the first calls warn if the locations look like pixels or lie in -1 to 1; a check
+            ``num_points``. An axis H or L of length 1 is shared by all heads or levels; heads are not copied. On a CPU
+            the first calls warn if the locations look like pixels or lie in -1 to 1; a check
             on a GPU would wait for the device.
-        attention_weights: ``[B, Q, H, L, P]``, or ``[B, Q, H, P]`` with locations in the second form, in the dtype of
-            ``value``. They are used as given, without a softmax.
+        attention_weights: ``[B, Q, H, L, P]``, with H or L of length 1 in the same way, or ``[B, Q, H, P]`` with
+            locations in the second form, in the dtype of ``value``. They are used as given, without a softmax.
         num_points: with locations in the second form, the number of points on each level, which may be 0, or one int
             for all levels.
         mode: ``"linear"``; or ``"nearest"``, called "discrete" in RT-DETRv2 and D-FINE: the pixel at
@@ -75,19 +83,33 @@ def ms_deform_attn(
     check_tensor("sampling_locations", sampling_locations)
     check_tensor("attention_weights", attention_weights)
     check_location_axes(sampling_locations)
-    if attention_weights.shape != sampling_locations.shape[:-1]:
-        raise ValueError(
-            f"attention_weights has shape {list(attention_weights.shape)}; with sampling_locations of shape "
-            f"{list(sampling_locations.shape)} it must be {list(sampling_locations.shape[:-1])}"
-        )
+    has_levels = sampling_locations.dim() == 6
+    _check_alike_but_for_single_axes(sampling_locations, attention_weights, has_levels)
     sizes, points = located_levels(spatial_shapes, sampling_locations, num_points)
-    if sampling_locations.dim() == 6:
-        sampling_locations, attention_weights = sampling_locations.flatten(3, 4), attention_weights.flatten(3, 4)
+    heads = value.shape[2] if value.dim() == 4 else 1
+    sampling_locations, attention_weights = (
+        over_heads_and_levels(tensor, heads, len(sizes), has_levels)
+        for tensor in (sampling_locations, attention_weights)
+    )
     flat_sizes = [length for size in sizes for length in size]
     args = (value, flat_sizes, sampling_locations, attention_weights, points, code_of("mode", mode))
     _check(*args)
     warn_of_location_units(sampling_locations)
     return _operator(*args)
+
+
+def _check_alike_but_for_single_axes(sampling_locations: Tensor, attention_weights: Tensor, has_levels: bool) -> None:
+    """Raise a ValueError unless the shapes agree, where one of the two may have one head or one level for all."""
+    found, expected = list(attention_weights.shape), list(sampling_locations.shape[:-1])
+    shared = (2, 3) if has_levels else (2,)
+    fits = len(found) == len(expected) and all(
+        a == b or (axis in shared and 1 in (a, b)) for axis, (a, b) in enumerate(zip(found, expected, strict=True))
+    )
+    if not fits:
+        raise ValueError(
+            f"attention_weights has shape {found}; with sampling_locations of shape "
+            f"{list(sampling_locations.shape)} it must be {expected}"
+        )
 
 
 def _check(
