@@ -203,7 +203,7 @@ def check_offset_channels(
 
 
 def check_location_dtype(name: str, locations: Tensor, beside: str, dtype: torch.dtype) -> None:
-    """Raise unless absolute locations of this dtype fit ``beside`` (such as ``"a value"``) of ``dtype``."""
+    """Raise unless locations of this dtype are supported with ``beside`` (such as ``"a value"``) of ``dtype``."""
     expected = compute_dtype(dtype)
     if locations.dtype in (torch.float16, torch.bfloat16):
         raise TypeError(

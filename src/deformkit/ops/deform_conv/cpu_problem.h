@@ -194,7 +194,7 @@ struct Points {
 
   void locate(const Problem<N>& problem, const Window<N>& window, int64_t tap, const A* factor, int64_t points,
               int64_t width, Index outside) {
-    cells.locate(window, problem.boundary, points, origin, problem.tap[tap], shift, factor, width, outside);
+    cells.locate(window, problem.boundary, false, points, origin, problem.tap[tap], shift, factor, width, outside);
   }
 };
 

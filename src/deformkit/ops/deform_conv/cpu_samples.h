@@ -33,10 +33,12 @@ class Strays {
   template <typename Index>
   void find(const Problem<N>& problem, const Window<N>& window, const Points<A, N, Index>& all, int64_t tap,
             const A* factor, int64_t points) {
-    constexpr A far = A(int64_t(1) << 40);
     const int64_t size = problem.size[0];
+    const bool reflects = problem.boundary == Boundary::reflect;
+    const A far = static_cast<A>(reflects ? furthest_reflected(size) : int64_t(1) << 40);
     const auto is_stray = [&](int64_t row) {
       if (problem.boundary == Boundary::border) row = std::clamp<int64_t>(row, 0, size - 1);
+      if (reflects) row = reflected(row, size);
       return row >= 0 && row < size && (row < window.first || row >= window.last);
     };
     count_ = 0;

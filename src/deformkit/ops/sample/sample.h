@@ -54,13 +54,26 @@ void fill_origins(const Axes<N>& out_size, const Axes<N>& stride, const Axes<N>&
   }
 }
 
-// What counts outside of a field: nothing; its nearest end; or that within one pixel, and nothing further away.
-enum class Boundary { zeros, border, near };
+// What counts outside of a field: nothing; its nearest end; its mirror image; or the end within one pixel, and nothing
+// further away.
+enum class Boundary { zeros, border, reflect, near };
 
 // An operator's argument: its place among the names in _shape.py.
 inline Boundary boundary_of(int64_t code) {
-  STD_TORCH_CHECK(code == 0 || code == 1, "boundary must be 0 (zeros) or 1 (border)");
-  return code == 0 ? Boundary::zeros : Boundary::border;
+  STD_TORCH_CHECK(0 <= code && code <= 2, "boundary must be 0 (zeros), 1 (border) or 2 (reflect)");
+  return static_cast<Boundary>(code);
+}
+
+// How far a shift may reach where the field is reflected: it is clamped there.
+inline int64_t furthest_reflected(int64_t size) {
+  return std::max(int64_t(1) << 30, 2 * size);
+}
+
+// The position of a field that one outside of it is mirrored to.
+inline int64_t reflected(int64_t position, int64_t size) {
+  position %= 2 * size;
+  position += position < 0 ? 2 * size : 0;
+  return std::min(position, 2 * size - 1 - position);
 }
 
 // Where the points of a run are looked for along one axis: in a window that is the same for all, or in one of their
@@ -96,8 +109,9 @@ class Cells {
   Index* index(int corner) const { return indices_.get() + corner * capacity_; }
 
   // The points origin[axis][i] + tap[axis] + shift[axis][i], in units of grid cells. Indices are of elements in a
-  // window laid out with `width` of them for each position; weights are times factor[i], if given.
-  void locate(const Window<N>& window, Boundary boundary, int64_t points, const Index* const (&origin)[N],
+  // window laid out with `width` of them for each position; weights are times factor[i], if given. With `nearest` the
+  // one corner that counts, the first, is at floor(point + 1/2).
+  void locate(const Window<N>& window, Boundary boundary, bool nearest, int64_t points, const Index* const (&origin)[N],
               const Axes<N>& tap, const A* const (&shift)[N], const A* factor, int64_t width, Index outside) {
     int64_t step = window.positions() / (window.last - window.first) * width;
     std::array<Line<Index>, N> lines;
@@ -107,17 +121,18 @@ class Cells {
                      static_cast<Index>(axis == 0 ? window.first : 0),
                      static_cast<Index>(axis == 0 ? window.last : window.size[axis]), static_cast<Index>(step)};
     }
-    dispatch(boundary, points, origin, lines, shift, factor, outside);
+    nearest ? dispatch<true>(boundary, points, origin, lines, shift, factor, outside)
+            : dispatch<false>(boundary, points, origin, lines, shift, factor, outside);
   }
 
-  // The same for points that each have a field of their own among those laid out together. With `nearest` the one
-  // corner that counts is at floor(point + 1/2).
+  // The same for points that each have a field of their own among those laid out together. The nearest corner is then
+  // one of the field.
   void locate(const std::array<Lines<Index>, N>& lines, Boundary boundary, bool nearest, int64_t points,
               const Index* const (&origin)[N], const A* const (&shift)[N], const A* factor, Index outside) {
     if (nearest) {
       locate_as<Boundary::border, true>(points, origin, lines, shift, factor, outside);
     } else {
-      dispatch(boundary, points, origin, lines, shift, factor, outside);
+      dispatch<false>(boundary, points, origin, lines, shift, factor, outside);
     }
   }
 
@@ -157,14 +172,16 @@ class Cells {
   typedef typename Lanes<Index, lanes>::type Indices;
   typedef typename Lanes<std::conditional_t<sizeof(A) == 4, int32_t, int64_t>, lanes>::type Masks;
 
-  template <typename L>
+  template <bool kNearest, typename L>
   void dispatch(Boundary boundary, int64_t points, const Index* const (&origin)[N], const std::array<L, N>& lines,
                 const A* const (&shift)[N], const A* factor, Index outside) {
     switch (boundary) {
       case Boundary::zeros:
-        return locate_as<Boundary::zeros, false>(points, origin, lines, shift, factor, outside);
+        return locate_as<Boundary::zeros, kNearest>(points, origin, lines, shift, factor, outside);
       case Boundary::border:
-        return locate_as<Boundary::border, false>(points, origin, lines, shift, factor, outside);
+        return locate_as<Boundary::border, kNearest>(points, origin, lines, shift, factor, outside);
+      case Boundary::reflect:
+        return locate_as<Boundary::reflect, kNearest>(points, origin, lines, shift, factor, outside);
       case Boundary::near:
         return locate_as<Boundary::near, false>(points, origin, lines, shift, factor, outside);
     }
@@ -189,23 +206,19 @@ class Cells {
   static Indices indices(auto mask) { return __builtin_convertvector(mask, Indices); }
   static Masks masks(auto mask) { return __builtin_convertvector(mask, Masks); }
 
+  // `value` modulo `period`, not negative. The first quotient is some hundreds off at most, the second at most one.
+  static Indices wrapped(Indices value, const Indices& period) {
+    const Reals inverse = 1 / __builtin_convertvector(period, Reals);
+    for (int step = 0; step < 2; ++step)
+      value -= period * __builtin_convertvector(__builtin_convertvector(value, Reals) * inverse, Indices);
+    value = value < 0 ? value + period : value;
+    return value < period ? value : value - period;
+  }
+
   template <Boundary kBoundary, bool kNearest, typename L>
   static Side side_of(const Reals& shift, const Indices* origin, const L& line, int64_t i, int64_t points) {
-    // Far outside of any field, and within what an index can hold.
-    constexpr A far = sizeof(Index) == 4 ? A(1 << 30) : A(int64_t(1) << 40);
-    const auto number = shift == shift;
-    Reals distance = number ? shift : Reals{};
-    distance = distance > -far ? distance : Reals{} - far;
-    distance = distance < far ? distance : Reals{} + far;
-    const Reals rounded = kNearest ? distance + A(0.5) : distance;
-    Indices whole = __builtin_convertvector(rounded, Indices);
-    whole += indices(__builtin_convertvector(whole, Reals) > rounded);
-    Reals rest = kNearest ? Reals{} : distance - __builtin_convertvector(whole, Reals);
-
-    Indices low = whole, size, stride, least{}, past, start{};
-    if (origin) low += *origin;
+    Indices size, stride, least{}, past, start{};
     if constexpr (std::is_same_v<L, Line<Index>>) {
-      low += line.tap;
       size = Indices{} + line.size, stride = Indices{} + line.stride;
       least = Indices{} + line.least, past = Indices{} + line.past;
     } else {
@@ -213,11 +226,37 @@ class Cells {
       stride = read_some<Indices>(line.stride, i, points);
       if (line.start) start = read_some<Indices>(line.start, i, points);
     }
+    // Far outside of any field, and within what an index can hold.
+    constexpr bool kReflects = kBoundary == Boundary::reflect;
+    Reals far = Reals{} + (kReflects || sizeof(Index) == 4 ? A(1 << 30) : A(int64_t(1) << 40));
+    if constexpr (kReflects && sizeof(Index) == 8) {
+      const Reals twice = __builtin_convertvector(2 * size, Reals);
+      far = far > twice ? far : twice;
+    }
+    const auto number = shift == shift;
+    const Reals finite = number ? shift : Reals{};
+    Reals distance = finite > -far ? finite : -far;
+    distance = distance < far ? distance : far;
+    const Reals rounded = kNearest ? distance + A(0.5) : distance;
+    Indices whole = __builtin_convertvector(rounded, Indices);
+    whole += indices(__builtin_convertvector(whole, Reals) > rounded);
+    Reals rest = kNearest ? Reals{} : distance - __builtin_convertvector(whole, Reals);
+
+    Indices low = whole;
+    if (origin) low += *origin;
+    if constexpr (std::is_same_v<L, Line<Index>>) low += line.tap;
     Indices high = low + 1, counts = indices(number);
     const Indices most = size - 1;
+    if constexpr (kReflects) {
+      // A shift that is clamped does not change its sample: its slope is 0.
+      low = wrapped(low, 2 * size), high = low - indices(distance == finite);
+      high = high == 2 * size ? Indices{} : high;
+      low = low < size ? low : 2 * size - 1 - low;
+      high = high < size ? high : 2 * size - 1 - high;
+    }
     if constexpr (kBoundary == Boundary::near)
       counts = counts & (low >= -1) & ((low < size) | ((low == size) & indices(rest == 0)));
-    if constexpr (kBoundary != Boundary::zeros) {
+    if constexpr (kBoundary == Boundary::border || kBoundary == Boundary::near) {
       // Beyond an end both corners are that end: the value stays, and its slope is 0.
       rest = masks((low < 0) | (low >= most)) ? Reals{} : rest;
       low = low < 0 ? Indices{} : low > most ? most : low;

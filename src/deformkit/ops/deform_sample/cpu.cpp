@@ -1,0 +1,55 @@
+// Deformable sampling on the CPU: checks the call, and chooses how its field is held.
+#include "deform_sample/cpu_backward.h"
+#include "deform_sample/cpu_forward.h"
+
+namespace deformkit {
+namespace {
+
+using namespace sampling;
+
+Tensor deform_sample(const Tensor& input, const Tensor& points, int64_t boundary, int64_t mode) {
+  check_tensor("input", input);
+  check_tensor("points", points);
+  Tensor output;
+  dispatch_sums(input.scalar_type(), input.dim() - 2, [&]<typename A, int N>() {
+    const Problem<N> problem(input, points, boundary, mode);
+    output = torch::stable::new_empty(input, {problem.batch, problem.channels, problem.points});
+    if (output.numel() == 0) return;
+    const Map field(input);
+    if (problem.is_laid_out(sizeof(A))) return forward_laid_out<A>(problem, field, Sink(output));
+    problem.is_wide(std::max<int64_t>(field.position_stride, 1))
+        ? forward_in_place<A, N, int64_t>(problem, field, Sink(output))
+        : forward_in_place<A, N, int32_t>(problem, field, Sink(output));
+  });
+  return output;
+}
+
+std::tuple<Tensor, Tensor> deform_sample_backward(const Tensor& grad_output, const Tensor& input, const Tensor& points,
+                                                  int64_t boundary, int64_t mode,
+                                                  const std::vector<bool>& output_mask) {
+  check_tensor("grad_output", grad_output);
+  check_tensor("input", input);
+  check_tensor("points", points);
+  STD_TORCH_CHECK(output_mask.size() == 2, "output_mask must have 2 values");
+  Tensor grad_input, grad_points;
+  dispatch_sums(input.scalar_type(), input.dim() - 2, [&]<typename A, int N>() {
+    const Problem<N> problem(input, points, boundary, mode);
+    const std::vector<int64_t> shape{problem.batch, problem.channels, problem.points};
+    STD_TORCH_CHECK(sizes_of(grad_output) == shape && grad_output.scalar_type() == input.scalar_type(),
+                    "grad_output must have the output's shape and input's dtype");
+    grad_input = empty_like(input, output_mask[0]), grad_points = empty_like(points, output_mask[1]);
+    const Tensor grad = torch::stable::contiguous(grad_output);
+    if (output_mask[0]) backward_by_input<A>(problem, grad, Sink(grad_input));
+    // The gradient by the input alone does not read it.
+    if (output_mask[1]) backward_by_points<A>(problem, Map(input), grad, Sink(grad_points));
+  });
+  return {grad_input, grad_points};
+}
+
+}  // namespace
+}  // namespace deformkit
+
+STABLE_TORCH_LIBRARY_IMPL(deformkit, CPU, m) {
+  m.impl("deform_sample", TORCH_BOX(&deformkit::deform_sample));
+  m.impl("deform_sample_backward", TORCH_BOX(&deformkit::deform_sample_backward));
+}

@@ -1,0 +1,257 @@
+// The gradients of sampling: by the points, an item of work for each block of points; by the field, an item for each
+// window of some channels, which it owns.
+#pragma once
+
+#include "deform_sample/cpu_windows.h"
+#include "sample/plane.h"
+
+namespace deformkit::sampling {
+
+// Writes the gradient by a run of points: the slopes along each axis, side by side; or adds it to what is there.
+template <typename A, int N>
+void write_slopes(const Problem<N>& problem, int64_t b, int64_t group, int64_t first, int64_t points,
+                  const A* const (&slopes)[N], bool add, const Sink& grad_points) {
+  A* const to = grad_points.data<A>() + ((b * problem.groups + group) * problem.points + first) * N;
+  for (int axis = 0; axis < N; ++axis) {
+    const A* const from = slopes[axis];
+    if (add) {
+      for (int64_t i = 0; i < points; ++i) to[i * N + axis] += from[i];
+    } else {
+      for (int64_t i = 0; i < points; ++i) to[i * N + axis] = from[i];
+    }
+  }
+}
+
+// What a thread holds of a block of points: they, located, and their slopes along each axis.
+template <typename A, int N, typename Index>
+struct PointScratch {
+  Points<A, N, Index> points{block<N>};
+  Buffer<A> lines{N * block<N>};
+  A* slopes[N];
+
+  PointScratch() {
+    for (int axis = 0; axis < N; ++axis) slopes[axis] = lines.get() + axis * block<N>;
+  }
+
+  void write(const Problem<N>& problem, int64_t b, int64_t group, int64_t first, int64_t count, bool add,
+             const Sink& grad_points) const {
+    const A* from[N];
+    std::copy_n(slopes, N, from);
+    write_slopes(problem, b, group, first, count, from, add, grad_points);
+  }
+};
+
+// By the points, plane by plane, where the field lies.
+template <typename A, int N, typename Index>
+void points_in_place(const Problem<N>& problem, const Map& input, const Tensor& grad_output, const Sink& grad_points) {
+  struct Scratch : PointScratch<A, N, Index> {
+    Buffer<A> grads{block<N>};
+  };
+  const int64_t blocks = problem.blocks(), group_channels = problem.group_channels();
+  const Map grad(grad_output);
+  each(
+      problem.batch * problem.groups * blocks, [] { return Scratch(); },
+      [&](Scratch& scratch, int64_t item) {
+        const int64_t group = item / blocks % problem.groups, b = item / blocks / problem.groups;
+        const int64_t first = item % blocks * block<N>, points = std::min(block<N>, problem.points - first);
+        Cells<A, N, Index>& cells = scratch.points.cells;
+        scratch.points.read(coordinates_of<A>(problem, b, group, first), points);
+        scratch.points.locate(problem, problem.whole(), points, input.position_stride, -1);
+        if (problem.nearest) {
+          cells.no_slopes(points, scratch.slopes);
+        } else {
+          for (int corner = 0; corner < 1 << N; ++corner) std::fill_n(cells.values(corner), points, A(0));
+          for (int64_t c = group * group_channels; c < (group + 1) * group_channels; ++c) {
+            const A* const grads = view_run(grad, b, c, first, points, scratch.grads.get());
+            dispatch_dtype(input.dtype(),
+                           [&]<typename T>() { add_dots_in_place(cells, points, input.at<T>(b, c), grads); });
+          }
+          cells.slopes_of_values(points, nullptr, scratch.slopes, nullptr);
+        }
+        scratch.write(problem, b, group, first, points, false, grad_points);
+      });
+}
+
+// Rows of `channels` gradients for a run of points, from planes of them.
+template <typename A>
+void read_grads(const Tensor& grad_output, int64_t plane, int64_t first, int64_t points, int64_t pitch,
+                int64_t channels, A* lines, A* rows) {
+  read_rows(grad_output, plane + first, pitch, channels, points, lines, points);
+  transpose(lines, channels, points, points, rows, channels);
+}
+
+// By the points, row by row, from a field that is laid out.
+template <typename A, int N>
+void points_laid_out(const Problem<N>& problem, const Map& input, const Tensor& grad_output, const Sink& grad_points) {
+  struct Scratch : PointScratch<A, N, int32_t> {
+    Buffer<A> lines{block<N> * slice_channels}, grads{block<N> * slice_channels}, total{N * block<N>};
+  };
+  const int64_t blocks = problem.blocks();
+  const auto of_slice = [&](Scratch& scratch, const A* rows, const Slice& slice, int64_t first, int64_t points) {
+    scratch.points.locate(problem, problem.whole(), points, slice.channels,
+                          static_cast<int32_t>(problem.positions() * slice.channels));
+    read_grads(grad_output, (slice.batch * problem.channels + slice.channel) * problem.points, first, points,
+               problem.points, slice.channels, scratch.lines.get(), scratch.grads.get());
+    Walk<A, N, LaidOut> walked{};
+    walked.field.first = rows + slice.place;
+    walked.grad_columns = scratch.grads.get(), walked.pitch = walked.channels = slice.channels;
+    std::copy_n(scratch.slopes, N, walked.grad_shift);
+    walk(scratch.points.cells, points, static_cast<const A*>(nullptr), walked);
+  };
+  for_slices<A>(
+      problem, input, [&](const A* rows, const std::vector<Slice>& slices, const std::vector<int64_t>& groups) {
+        const auto of_groups = static_cast<int64_t>(groups.size()) - 1;
+        each(
+            of_groups * blocks, [] { return Scratch(); },
+            [&](Scratch& scratch, int64_t item) {
+              const int64_t first = item % blocks * block<N>, points = std::min(block<N>, problem.points - first);
+              for (int64_t s = groups[item / blocks]; s < groups[item / blocks + 1]; ++s) {
+                const Slice& slice = slices[s];
+                scratch.points.read(coordinates_of<A>(problem, slice.batch, slice.group, first), points);
+                of_slice(scratch, rows, slice, first, points);
+                scratch.write(problem, slice.batch, slice.group, first, points, !slice.first, grad_points);
+              }
+            });
+      });
+}
+
+template <typename A, int N>
+void backward_by_points(const Problem<N>& problem, const Map& input, const Tensor& grad_output,
+                        const Sink& grad_points) {
+  if (problem.batch == 0 || problem.points == 0) return;
+  if (problem.is_laid_out(sizeof(A)) && !problem.nearest)
+    return points_laid_out<A>(problem, input, grad_output, grad_points);
+  problem.is_wide(std::max<int64_t>(input.position_stride, 1))
+      ? points_in_place<A, N, int64_t>(problem, input, grad_output, grad_points)
+      : points_in_place<A, N, int32_t>(problem, input, grad_output, grad_points);
+}
+
+// By the field.
+template <typename A, int N, typename Index>
+class FieldBackward {
+ public:
+  FieldBackward(const Problem<N>& problem, const Tensor& grad_output, const Sink& grad_input)
+      : problem_(problem),
+        grad_output_(grad_output),
+        grad_input_(grad_input),
+        width_(std::min(few_channels, problem.group_channels())),
+        of_group_(ceil_div(problem.group_channels(), width_)),
+        windows_(problem, width_ * int64_t(sizeof(A)), problem.batch * problem.groups * of_group_),
+        touches_(problem, windows_) {}
+
+  void run() const {
+    const int64_t items = problem_.batch * problem_.groups * of_group_ * windows_.number;
+    each(
+        items, [&] { return Scratch(*this); },
+        [&](Scratch& scratch, int64_t item) {
+          const int64_t slice = item / windows_.number, group = slice / of_group_ % problem_.groups;
+          const int64_t begin = slice % of_group_ * width_, b = slice / of_group_ / problem_.groups;
+          const int64_t channels = std::min(width_, problem_.group_channels() - begin);
+          const auto number = static_cast<uint8_t>(item % windows_.number);
+          window(scratch, {windows_.window(problem_, number), number, b * problem_.groups + group,
+                           b * problem_.channels + group * problem_.group_channels() + begin, channels});
+        });
+  }
+
+ private:
+  struct Scratch {
+    Points<A, N, Index> points{block<N>};
+    Buffer<A> sums, grads{block<N> * few_channels}, lines{block<N> * few_channels};
+    Buffer<int64_t> list{2 * block<N>};
+
+    explicit Scratch(const FieldBackward& work)
+        : sums(work.width_ * (work.windows_.window(work.problem_, 0).positions() + 1)) {}
+  };
+
+  struct Item {
+    Window<N> window;
+    uint8_t number;
+    int64_t group, channel, channels;  // among those of all samples
+
+    // Whether the channels of a position lie side by side.
+    bool in_rows() const { return channels == few_channels; }
+  };
+
+  void window(Scratch& scratch, const Item& item) const {
+    const int64_t positions = item.window.positions();
+    std::fill_n(scratch.sums.get(), (positions + 1) * item.channels, A(0));
+    int64_t listed = 0;
+    for (int64_t i = 0; i < problem_.blocks(); ++i) {
+      if (!touches_.touches(item.group, i, item.number)) continue;
+      const int64_t first = i * block<N>, points = std::min(block<N>, problem_.points - first);
+      if (listed == 0 && touches_.touches_no_other(item.group, i, item.number)) {
+        scratch.points.read(coordinates_of<A>(problem_, 0, item.group, first), points);
+        read(scratch, item, first, points);
+        add(scratch, item, points);
+        continue;
+      }
+      listed += touches_.list(item.group, first, points, item.number, scratch.list.get() + listed);
+      if (listed < block<N>) continue;
+      add_listed(scratch, item, block<N>);
+      listed -= block<N>;
+      std::copy_n(scratch.list.get() + block<N>, listed, scratch.list.get());
+    }
+    add_listed(scratch, item, listed);
+    write(scratch, item);
+  }
+
+  // The gradients of points that follow one another: rows, or planes.
+  void read(Scratch& scratch, const Item& item, int64_t first, int64_t points) const {
+    A* const grads = scratch.grads.get();
+    const int64_t plane = item.channel * problem_.points;
+    if (item.in_rows())
+      return read_grads(grad_output_, plane, first, points, problem_.points, item.channels, scratch.lines.get(), grads);
+    read_rows(grad_output_, plane + first, problem_.points, item.channels, points, grads, block<N>);
+  }
+
+  void add_listed(Scratch& scratch, const Item& item, int64_t points) const {
+    scratch.points.read(coordinates_of<A>(problem_, 0, item.group), scratch.list.get(), points);
+    dispatch_dtype(grad_output_.scalar_type(), [&]<typename T>() {
+      const T* const from = static_cast<const T*>(grad_output_.data_ptr()) + item.channel * problem_.points;
+      const int64_t pitch = item.in_rows() ? few_channels : 1, plane = item.in_rows() ? 1 : block<N>;
+      for (int64_t c = 0; c < item.channels; ++c)
+        for (int64_t i = 0; i < points; ++i)
+          scratch.grads[i * pitch + c * plane] = load<A>(from[c * problem_.points + scratch.list[i]]);
+    });
+    add(scratch, item, points);
+  }
+
+  void add(Scratch& scratch, const Item& item, int64_t points) const {
+    const int64_t positions = item.window.positions(), width = item.in_rows() ? few_channels : 1;
+    scratch.points.locate(problem_, item.window, points, width, static_cast<Index>(positions * width));
+    if (item.in_rows()) {
+      Walk<A, N, LaidOut> walked{};
+      walked.grad_field.first = scratch.sums.get();
+      walked.grad_columns = scratch.grads.get(), walked.pitch = walked.channels = few_channels;
+      return walk(scratch.points.cells, points, static_cast<const A*>(nullptr), walked);
+    }
+    for (int64_t c = 0; c < item.channels; ++c)
+      scatter_plane(scratch.points.cells, points, scratch.grads.get() + c * block<N>,
+                    scratch.sums.get() + c * (positions + 1), problem_.corners());
+  }
+
+  void write(const Scratch& scratch, const Item& item) const {
+    const int64_t positions = item.window.positions(), plane = problem_.positions();
+    if (item.in_rows())
+      return unpack(scratch.sums.get(), few_channels, item.window, grad_input_, item.channel * plane, false);
+    for (int64_t c = 0; c < item.channels; ++c)
+      grad_input_.write((item.channel + c) * plane + item.window.first * item.window.inner(),
+                        scratch.sums.get() + c * (positions + 1), positions);
+  }
+
+  const Problem<N>& problem_;
+  const Tensor& grad_output_;
+  const Sink& grad_input_;
+  int64_t width_, of_group_;
+  Windows<N> windows_;
+  Touches<A, N, Index> touches_;
+};
+
+template <typename A, int N>
+void backward_by_input(const Problem<N>& problem, const Tensor& grad_output, const Sink& grad_input) {
+  if (problem.batch == 0) return;
+  problem.is_wide(few_channels) ? FieldBackward<A, N, int64_t>(problem, grad_output, grad_input).run()
+                                : FieldBackward<A, N, int32_t>(problem, grad_output, grad_input).run();
+}
+
+}  // namespace deformkit::sampling

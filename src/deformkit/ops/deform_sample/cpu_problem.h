@@ -1,0 +1,145 @@
+// What a call of deformable sampling is made of, as the CPU kernels see it: sizes, runs of points, and the slices of
+// channels that are laid out.
+#pragma once
+
+#include "sample/field.h"
+#include "sample/rows.h"
+
+namespace deformkit::sampling {
+
+// Measured by `python benchmarks/run.py deform_sample` with other values in their place:
+constexpr int64_t field_bytes = 16 * mib;  // of the slices that are laid out at a time
+constexpr int64_t slice_channels = 64;     // of one of them, at most
+constexpr int64_t few_channels = 8;        // fewer are sampled plane by plane
+constexpr int64_t seldom = 2;              // positions to a point up to which a field is laid out
+
+// Points worked on at a time: what is known of them stays in a core's first cache.
+template <int N>
+constexpr int64_t block = N == 3 ? 256 : 512;
+
+template <int N>
+struct Problem {
+  int64_t batch, channels, groups, points;
+  Axes<N> size;
+  Boundary boundary;
+  bool nearest;
+  Tensor coordinates;  // [B, G, P, N]
+
+  Problem(const Tensor& input, const Tensor& points_, int64_t boundary_, int64_t mode)
+      : boundary(boundary_of(boundary_)), nearest(mode == 1), coordinates(torch::stable::contiguous(points_)) {
+    const auto sizes = sizes_of(input), shape = sizes_of(points_);
+    STD_TORCH_CHECK(mode == 0 || mode == 1, "mode must be 0 (linear) or 1 (nearest)");
+    STD_TORCH_CHECK(sizes.size() == N + 2 && shape.size() == 4 && shape[3] == N,
+                    "input must be [B, C, *S] and points [B, G, P, N], with N axes S");
+    batch = sizes[0], channels = sizes[1], groups = shape[1], points = shape[2];
+    STD_TORCH_CHECK(shape[0] == batch, "points' batch size must be input's");
+    STD_TORCH_CHECK(groups > 0 && channels > 0 && channels % groups == 0,
+                    "input's channels must be a multiple of points' groups");
+    STD_TORCH_CHECK(points_.scalar_type() == sum_dtype(input.scalar_type()),
+                    "points must be float32, or float64 if input is");
+    for (int axis = 0; axis < N; ++axis) {
+      size[axis] = sizes[axis + 2];
+      STD_TORCH_CHECK(size[axis] > 0 && size[axis] <= int64_t(1) << 40, "every size must be from 1 to 2^40");
+    }
+  }
+
+  int64_t positions() const { return count<N>(size); }
+  int64_t group_channels() const { return channels / groups; }
+  int64_t blocks() const { return ceil_div(points, block<N>); }
+  int corners() const { return nearest ? 1 : 1 << N; }
+  Window<N> whole() const { return {size, 0, size[0]}; }
+
+  // Whether fields whose positions are `pitch` apart take 64-bit indices.
+  bool is_wide(int64_t pitch) const {
+    return (positions() + 1) >= (int64_t(1) << 31) / pitch || *std::max_element(size.begin(), size.end()) >= int64_t(1)
+                                                                                                                 << 29;
+  }
+
+  // Whether the field is laid out: a row must be worth it, some channels must fit, and points must read them often. The
+  // batch has no say, so that it cannot change a sample's bits.
+  bool is_laid_out(int64_t element) const {
+    return group_channels() >= few_channels && positions() * few_channels * element <= field_bytes &&
+           points * seldom >= positions();
+  }
+};
+
+// A run of points, located.
+template <typename A, int N, typename Index>
+class Points {
+ public:
+  explicit Points(int64_t capacity) : cells(capacity), capacity_(capacity), shifts_(N * capacity) {
+    for (int axis = 0; axis < N; ++axis) shift_[axis] = shifts_.get() + axis * capacity;
+  }
+
+  // The coordinates of points that follow one another, or of those of them in a list.
+  void read(const A* from, int64_t points) {
+    for (int axis = 0; axis < N; ++axis) {
+      A* const to = shifts_.get() + axis * capacity_;
+#pragma omp simd
+      for (int64_t i = 0; i < points; ++i) to[i] = from[i * N + axis];
+    }
+  }
+  void read(const A* from, const int64_t* list, int64_t points) {
+    for (int64_t i = 0; i < points; ++i)
+      for (int axis = 0; axis < N; ++axis) shifts_[axis * capacity_ + i] = from[list[i] * N + axis];
+  }
+
+  void locate(const Problem<N>& problem, const Window<N>& window, int64_t points, int64_t width, Index outside) {
+    cells.locate(window, problem.boundary, problem.nearest, points, {}, {}, shift_, nullptr, width, outside);
+  }
+
+  Cells<A, N, Index> cells;
+
+ private:
+  int64_t capacity_;
+  Buffer<A> shifts_;
+  const A* shift_[N];
+};
+
+template <typename A, int N>
+const A* coordinates_of(const Problem<N>& problem, int64_t batch, int64_t group, int64_t point = 0) {
+  return static_cast<const A*>(problem.coordinates.data_ptr()) +
+         ((batch * problem.groups + group) * problem.points + point) * N;
+}
+
+// Some channels of a group, and where they are laid out.
+struct Slice {
+  int64_t batch, group, channel, channels, place;
+  bool first;  // of its group
+};
+
+// Calls f(rows, slices, groups) with the field laid out, as much at a time as fits: groups[i] to groups[i + 1] are the
+// slices of one group.
+template <typename A, int N, typename F>
+void for_slices(const Problem<N>& problem, const Map& input, const F& f) {
+  const int64_t rows = problem.positions() + 1, fit = field_bytes / (problem.positions() * int64_t(sizeof(A)));
+  const int64_t width = std::min({slice_channels, fit / few_channels * few_channels, problem.group_channels()});
+  const int64_t of_group = ceil_div(problem.group_channels(), width), all = problem.batch * problem.groups * of_group;
+  const int64_t together = std::clamp<int64_t>(fit / width, 1, std::max<int64_t>(all, 1));
+  const Buffer<A> laid_out(together * width * rows);
+  for (int64_t first = 0; first < all; first += together) {
+    std::vector<Slice> slices;
+    std::vector<int64_t> groups;
+    int64_t place = 0;
+    for (int64_t s = first; s < std::min(first + together, all); ++s) {
+      const int64_t begin = s % of_group * width, group = s / of_group % problem.groups;
+      const int64_t channels = std::min(width, problem.group_channels() - begin);
+      if (s == first || begin == 0) groups.push_back(static_cast<int64_t>(slices.size()));
+      slices.push_back({s / of_group / problem.groups, group, group * problem.group_channels() + begin, channels, place,
+                        begin == 0});
+      place += channels * rows;
+    }
+    groups.push_back(static_cast<int64_t>(slices.size()));
+    constexpr int64_t run = 1024;
+    const int64_t runs = ceil_div(problem.positions(), run);
+    each(static_cast<int64_t>(slices.size()) * runs, [&](int64_t item) {
+      const Slice& slice = slices[item / runs];
+      const int64_t begin = item % runs * run;
+      pack(input, slice.batch, slice.channel, slice.channels, problem.whole(), begin,
+           std::min(begin + run, problem.positions()), laid_out.get() + slice.place);
+    });
+    f(laid_out.get(), slices, groups);
+  }
+}
+
+}  // namespace deformkit::sampling
