@@ -309,6 +309,35 @@ def deform_sample(draw: random.Random) -> Call:
     return Call("deform_sample", ordered("deform_sample", named), bool(named["points"].isnan().any()))
 
 
+def deform_splat(draw: random.Random) -> Call:
+    """A call of splatting."""
+    from deformkit.ops.deform_splat.cases import Case
+
+    axes = draw.choice((1, 2, 2, 3))
+
+    def each(most: int) -> tuple[int, ...]:
+        return tuple(draw.randint(1, most) for _ in range(axes))
+
+    groups = draw.choice((1, 1, 2, 3))
+    in_size, size = each({1: 300, 2: 25, 3: 9}[axes]), each({1: 60, 2: 12, 3: 6}[axes])
+    if draw.random() < 0.1:
+        in_size = (0,) * axes
+    case = Case(
+        "fuzz",
+        draw.choice((0, 1, 1, 2, 3, 9)),
+        groups * draw.choice((1, 2, 3, 5, 8, 16, 17, 40)),
+        in_size,
+        size,
+        groups,
+        draw.choice(("zeros", "border", "reflect")),
+        draw.choice((None, 0.0, 0.5, 20.0, 1000.0)),
+    )
+    named = case.arguments(draw.choice(DTYPES), seed=draw.getrandbits(30))
+    undefined = draw.random() < 0.2
+    named["points"] = sprinkle(draw, named["points"], (*WILD, torch.nan) if undefined else WILD)
+    return Call("deform_splat", ordered("deform_splat", named), bool(named["points"].isnan().any()))
+
+
 # One generator for each operator.
 GENERATORS: dict[str, Callable[[random.Random], Call]] = {
     "deform_aggregate": deform_aggregate,
@@ -317,6 +346,7 @@ GENERATORS: dict[str, Callable[[random.Random], Call]] = {
     "deform_correlate": deform_correlate,
     "deform_roi_pool": deform_roi_pool,
     "deform_sample": deform_sample,
+    "deform_splat": deform_splat,
     "ms_deform_attn": ms_deform_attn,
 }
 

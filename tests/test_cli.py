@@ -41,6 +41,7 @@ OWN_SHAPES = {
     "deform_conv1d": ["1x4x30"],
     "deform_conv_transpose": ["2x4x5x3", "groups=2"],
     "deform_correlate": ["2x7x2x4", "sizes=4x5,3x1", "points=2"],
+    "deform_splat": ["2x4x5x3", "groups=2"],
     "deform_aggregate": ["1x5x6x2x4", "remove_center=true"],
     "ms_deform_attn": ["2x23x2x4", "sizes=4x5,3x1", "queries=7", "points=2"],
     "deform_roi_pool": ["1x3x9x8", "output_size=2", "rois=4"],
@@ -55,7 +56,8 @@ def test_bench_of_a_shape_of_ones_own(op: str) -> None:
     assert result.exit_code == 0, result.output
     rows = json.loads(result.stdout)["rows"]
     assert [row["pass"] for row in rows] == ["forward", "forward + backward"]
-    beside = "plain" if "conv" in op else {"deform_aggregate": "grid_sample", "deform_correlate": "grid_sample"}.get(op)
+    others = {"deform_aggregate": "grid_sample", "deform_correlate": "grid_sample", "deform_splat": "index_add"}
+    beside = "plain" if "conv" in op else others.get(op)
     for row in rows:
         assert row["operator"] == op.rstrip("1d") and row["case"] == shape
         for name in ("deformkit", *([beside] if beside else [])):

@@ -31,6 +31,7 @@ else:
     from .ops import deform_correlate as deform_correlate
     from .ops import deform_roi_pool as deform_roi_pool
     from .ops import deform_sample as deform_sample
+    from .ops import deform_splat as deform_splat
     from .ops import ms_deform_attn as ms_deform_attn
 
 

@@ -35,6 +35,8 @@ def partner_arguments(name: str, args: dict[str, Any], x: Tensor) -> list[Any]:
         return operators["deform_conv"].ordered({**args, "input": x, "bias": None})
     if name == "deform_correlate":
         return operators["ms_deform_attn"].ordered({**args, "value": args["key"], "attention_weights": x})
+    if name == "deform_splat":
+        return operators["deform_sample"].ordered({**args, "input": x, "mode": "linear"})
     raise AssertionError(f"{name} has no entry here")
 
 

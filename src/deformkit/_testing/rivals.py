@@ -7,6 +7,8 @@ conversion is timed; or it raises :class:`Unfit` with the reason.
 import importlib.util
 from collections.abc import Callable, Collection
 from dataclasses import dataclass
+from itertools import product
+from math import prod
 from typing import Any
 
 import torch
@@ -262,6 +264,33 @@ def sampled_then_multiplied(case: Any, arguments: dict[str, Any]) -> Call:
     return Call(run, leaves)
 
 
+def index_add(case: Any, arguments: dict[str, Any]) -> Call:
+    """A call of ``index_add`` for each corner of the cells, over all images and groups at once."""
+    if case.boundary != "zeros":
+        raise Unfit("boundary zeros only")
+    arguments, leaves = differentiable(case, arguments)
+    input, points = leaves.values()
+    size, owners = list(case.size), case.batch * case.groups
+
+    def run() -> Tensor:
+        place, fields = points.flatten(0, 1), input.unflatten(1, (case.groups, -1)).flatten(0, 1)
+        low = place.detach().floor()
+        rows, first = fields.transpose(1, 2), torch.arange(owners, device=input.device).unsqueeze(1) * prod(size)
+        total = input.new_zeros(owners * prod(size), rows.shape[2])
+        for corner in product((0, 1), repeat=case.axes):
+            pixel = low + torch.tensor(corner, device=input.device)
+            extent = torch.tensor(size, device=input.device)
+            inside = ((pixel >= 0) & (pixel < extent)).all(-1)
+            weight = (1 - (place - pixel).abs()).prod(-1) * inside
+            index = torch.zeros_like(inside, dtype=torch.int64)
+            for axis, length in enumerate(size):
+                index = index * length + pixel[..., axis].clamp(0, length - 1).long()
+            total = total.index_add(0, (first + index).flatten(), (rows * weight.unsqueeze(-1)).flatten(0, 1))
+        return total.unflatten(0, (owners, -1)).transpose(1, 2).reshape(case.batch, case.channels, *size)
+
+    return Call(run, leaves)
+
+
 def differentiable(case: Any, arguments: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Tensor]]:
     """The arguments with copies of those that have a gradient, and these copies."""
     described = operators[operator(case)]
@@ -283,6 +312,7 @@ LIBRARIES: dict[str, dict[str, Adapter]] = {
     "deform_correlate": {"grid_sample": sampled_then_multiplied},
     "ms_deform_attn": {"transformers": transformers, "mmcv": mmcv_attention},
     "deform_aggregate": {"grid_sample": grid_sample},
+    "deform_splat": {"index_add": index_add},
     "deform_roi_pool": {},
 }
 EVERYONE = list(dict.fromkeys([OURS, *(name for others in LIBRARIES.values() for name in others), *DEFINITION]))

@@ -10,6 +10,7 @@ from .deform_conv_transpose import deform_conv_transpose3d as deform_conv_transp
 from .deform_correlate import deform_correlate as deform_correlate
 from .deform_roi_pool import deform_roi_pool as deform_roi_pool
 from .deform_sample import deform_sample as deform_sample
+from .deform_splat import deform_splat as deform_splat
 from .ms_deform_attn import ms_deform_attn as ms_deform_attn
 
 # After the operators, for whose kernels it registers launchers.

@@ -289,3 +289,10 @@ def deform_sample(input: Tensor, points: Tensor, boundary: str = "zeros", mode: 
     mode_code = torch.ops.deformkit.code_of("mode", mode)
     samples = torch.ops.deformkit.deform_sample(input, lists, boundary_code, mode_code)
     return samples.reshape(samples.shape[:2] + out_size)
+
+
+def deform_splat(input: Tensor, points: Tensor, size: list[int], boundary: str = "zeros") -> Tensor:
+    """See :func:`deformkit.deform_splat`; ``size`` has as many numbers as there are spatial axes."""
+    values = input.reshape(input.shape[0], input.shape[1], -1)
+    lists = points.reshape(points.shape[0], points.shape[1], -1, points.shape[-1])
+    return torch.ops.deformkit.deform_splat(values, lists, size, torch.ops.deformkit.code_of("boundary", boundary))
