@@ -112,6 +112,22 @@ def _correlation() -> Figure:
     return _with_legend(figure)
 
 
+def _sampling() -> Figure:
+    figure, axes = _square("Deformable sampling: one point, and the weights of its 4 pixels")
+    point = torch.tensor([2.3, 3.6])
+    # The weights of a sample are its derivatives by the pixels.
+    field = torch.zeros(1, 1, 7, 7, requires_grad=True)
+    dk.deform_sample(field, point.reshape(1, 1, 1, 2)).sum().backward()
+    assert field.grad is not None
+    for row, column in field.grad[0, 0].nonzero().tolist():
+        axes.plot(column, row, "o", color=BLUE)
+        weight = f"{field.grad[0, 0, row, column]:.2f}"
+        axes.annotate(weight, (column, row), xytext=(0, 8), textcoords="offset points", ha="center", fontsize=9)
+    axes.plot([], [], "o", color=BLUE, label="pixels that are read")
+    axes.plot(point[1], point[0], "x", color=ORANGE, markersize=9, label="point (h, w) = (2.3, 3.6)")
+    return _with_legend(figure)
+
+
 def _aggregation() -> Figure:
     torch.manual_seed(3)
     figure, axes = _square("Deformable aggregation: two heads, a weight for each sample")
@@ -169,6 +185,7 @@ FIGURES: dict[str, Callable[[], Figure]] = {
     "deform_aggregate": _aggregation,
     "ms_deform_attn": _attention,
     "deform_correlate": _correlation,
+    "deform_sample": _sampling,
     "deform_roi_pool": _roi_pooling,
 }
 

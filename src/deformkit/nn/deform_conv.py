@@ -10,6 +10,7 @@ from torch.nn import functional as F
 from torch.nn.modules.conv import _ConvNd
 
 from ..ops._shape import (
+    CHOICES,
     Boundary,
     check_alike,
     check_choice,
@@ -62,7 +63,12 @@ class _DeformConv(Deformable, _ConvNd):
             padding = tuple(ntuple(padding, axes, "padding", 0))
             before = after = list(padding)
         check_choice("padding_mode", padding_mode, ("zeros", "reflect", "replicate", "circular"))
-        check_choice("boundary", boundary, ("zeros", "border"))
+        check_choice("boundary", boundary, CHOICES["boundary"])
+        if boundary == "reflect" and before != after:
+            raise ValueError(
+                f'boundary is "reflect"; padding {padding!r} needs an odd kernel_size or an even dilation along each axis, '
+                f"and they are {kernel_size!r} and {dilation!r}"
+            )
         check_channels(in_channels, out_channels, groups, offset_groups, of="in_channels")
 
         rest: dict[str, Any] = {"bias": bias, "padding_mode": padding_mode, "device": device, "dtype": dtype}
@@ -177,7 +183,7 @@ class DeformConv2d(_GivenDeformConv):
         device: the device of the parameters.
         dtype: the dtype of the parameters.
         offset_groups: og, the number of groups of channels that share their offsets and masks.
-        boundary: ``"zeros"`` or ``"border"``; see above.
+        boundary: ``"zeros"``, ``"border"`` or ``"reflect"``; see above.
 
     Shapes of ``forward(input, offset, mask=None)``, with or without the batch axis:
         ``input [B, C, H, W]``; ``offset [B, og*K*2, Hout, Wout]`` in pixels, for each offset group the taps in

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvTransposeNd
 
-from ..ops._shape import Boundary, check_alike, check_choice, check_floating, ntuple
+from ..ops._shape import CHOICES, Boundary, check_alike, check_choice, check_floating, ntuple
 from ..ops.deform_conv_transpose.op import (
     deform_conv_transpose1d,
     deform_conv_transpose2d,
@@ -53,7 +53,7 @@ class _DeformConvTranspose(Deformable, _ConvTransposeNd):
             )
         )
         check_choice("padding_mode", padding_mode, ("zeros",))
-        check_choice("boundary", boundary, ("zeros", "border"))
+        check_choice("boundary", boundary, CHOICES["boundary"])
         check_channels(in_channels, out_channels, groups, offset_groups, of="out_channels")
         window = (kernel, strides, paddings, dilations)
         rest = (True, extras, groups, bias, padding_mode, device, dtype)
@@ -121,6 +121,7 @@ class DeformConvTranspose2d(_GivenDeformConvTranspose):
         dtype: the dtype of the parameters.
         offset_groups: og, the number of groups of output channels that share their offsets and masks.
         boundary: ``"zeros"``: what falls outside the output is lost. ``"border"``: points are clamped into the output.
+            ``"reflect"``: points are mirrored at the outer edges of the end pixels, at -0.5 and size - 0.5.
 
     Shapes of ``forward(input, offset, mask=None, output_size=None)``, with or without the batch axis:
         ``input [B, C, H, W]``; ``offset [B, og*K*2, H, W]`` in pixels of the output, for each offset group the taps in

@@ -97,6 +97,7 @@ def deform_conv_transpose2d(
         dilation: distance between two taps, in pixels.
         mask: ``[B, og*K, H, W]`` in the dtype of ``input``, the factors of the taps; or None.
         boundary: ``"zeros"``: what falls outside the output is lost. ``"border"``: points are clamped into the output.
+            ``"reflect"``: points are mirrored at the outer edges of the end pixels, at -0.5 and size - 0.5.
 
     Returns:
         ``[B, Cout, Hout, Wout]`` in the dtype of ``input``, where
