@@ -66,8 +66,8 @@ class _DeformConv(Deformable, _ConvNd):
         check_choice("boundary", boundary, CHOICES["boundary"])
         if boundary == "reflect" and before != after:
             raise ValueError(
-                f'boundary is "reflect"; padding {padding!r} needs an odd kernel_size or an even dilation along each axis, '
-                f"and they are {kernel_size!r} and {dilation!r}"
+                f'boundary is "reflect"; padding {padding!r} needs an odd kernel_size or an even dilation on every '
+                f"axis; they are {kernel_size!r} and {dilation!r}"
             )
         check_channels(in_channels, out_channels, groups, offset_groups, of="in_channels")
 
