@@ -19,3 +19,7 @@ from .deform_conv_transpose import PackedDeformConvTranspose3d as PackedDeformCo
 from .deform_roi_pool import DeformRoIPool as DeformRoIPool
 from .deform_roi_pool import PackedDeformRoIPool as PackedDeformRoIPool
 from .ms_deform_attn import MSDeformAttn as MSDeformAttn
+from .softmax_splat import SoftmaxSplat as SoftmaxSplat
+from .warp import Warp1d as Warp1d
+from .warp import Warp2d as Warp2d
+from .warp import Warp3d as Warp3d

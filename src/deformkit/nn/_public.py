@@ -37,3 +37,14 @@ def named_elsewhere(**ours: str) -> Callable[[Callable[Parameters, None]], Calla
         return with_hints
 
     return decorate
+
+
+class OwnNames:
+    """A mixin for layers that share a base: public subclasses have its constructor and ``forward`` as their own."""
+
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        super().__init_subclass__(**kwargs)
+        # When arguments are wrong, Python's message has the name under which the function was defined.
+        if not cls.__name__.startswith("_"):
+            cls.__init__ = of_class(cls, "__init__")  # type: ignore[method-assign]
+            setattr(cls, "forward", of_class(cls, "forward"))  # noqa: B010

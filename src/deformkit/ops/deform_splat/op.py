@@ -71,6 +71,10 @@ def deform_splat(input: Tensor, points: Tensor, size: int | Sequence[int], *, bo
             f"points has shape {list(points.shape)}; with input of shape {list(input.shape)} it must be "
             f"[{', '.join(['B', 'G', *map(str, in_size), 'N'])}] with 1, 2 or 3 coordinates N"
         )
+    if hasattr(size, "__len__") and len(size) != axes:
+        raise ValueError(
+            f"size is {size!r}; points has {axes} coordinates, for which it must be one int or {axes} ints"
+        )
     args = (
         input.flatten(2) if in_size else input.unsqueeze(2),
         points.flatten(2, -2) if in_size else points.unsqueeze(2),
@@ -95,8 +99,8 @@ def _check(input: Tensor, points: Tensor, size: Sequence[int], boundary: int) ->
     if len(size) != axes or min(size) < 1:
         raise ValueError(f"size is {list(size)}; it must be {axes} ints of at least 1, one for each coordinate")
     batch, channels, count = input.shape
-    if batch * channels * prod(size) >= 2**63:
-        raise ValueError(f"size is {times(size)}; the output would have more than 2^63 elements")
+    if batch * channels * prod(size) > 2**62:
+        raise ValueError(f"size is {times(size)}; the output would have more than 2^62 elements")
     groups = points.shape[1]
     if points.shape[0] != batch:
         raise ValueError(f"points has batch size {points.shape[0]}; input has {batch}")
