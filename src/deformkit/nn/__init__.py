@@ -2,6 +2,7 @@
 
 from ._convert import dcnv3_state_dict as dcnv3_state_dict
 from ._convert import dcnv4_state_dict as dcnv4_state_dict
+from .correlation_lookup import CorrelationLookup as CorrelationLookup
 from .dcn import DCNv3 as DCNv3
 from .dcn import DCNv4 as DCNv4
 from .deform_conv import DeformConv1d as DeformConv1d
@@ -18,6 +19,7 @@ from .deform_conv_transpose import PackedDeformConvTranspose2d as PackedDeformCo
 from .deform_conv_transpose import PackedDeformConvTranspose3d as PackedDeformConvTranspose3d
 from .deform_roi_pool import DeformRoIPool as DeformRoIPool
 from .deform_roi_pool import PackedDeformRoIPool as PackedDeformRoIPool
+from .guided_deform_attn import GuidedDeformAttn as GuidedDeformAttn
 from .ms_deform_attn import MSDeformAttn as MSDeformAttn
 from .softmax_splat import SoftmaxSplat as SoftmaxSplat
 from .warp import Warp1d as Warp1d
