@@ -19,6 +19,8 @@ from .deform_conv_transpose import PackedDeformConvTranspose2d as PackedDeformCo
 from .deform_conv_transpose import PackedDeformConvTranspose3d as PackedDeformConvTranspose3d
 from .deform_roi_pool import DeformRoIPool as DeformRoIPool
 from .deform_roi_pool import PackedDeformRoIPool as PackedDeformRoIPool
+from .deformable_aggregation import DeformableAggregation as DeformableAggregation
+from .deformable_attention import DeformableAttention as DeformableAttention
 from .guided_deform_attn import GuidedDeformAttn as GuidedDeformAttn
 from .ms_deform_attn import MSDeformAttn as MSDeformAttn
 from .softmax_splat import SoftmaxSplat as SoftmaxSplat
