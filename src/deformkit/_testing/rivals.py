@@ -264,6 +264,27 @@ def sampled_then_multiplied(case: Any, arguments: dict[str, Any]) -> Call:
     return Call(run, leaves)
 
 
+def grid_sample_of_groups(case: Any, arguments: dict[str, Any]) -> Call:
+    """One call of ``grid_sample``: the groups are images of their own, and the points a row of pixels."""
+    if case.axes == 1:
+        raise Unfit("two or three axes only")
+    if case.mode != "linear":
+        raise Unfit("mode linear only")
+    mode = {"zeros": "zeros", "border": "border", "reflect": "reflection"}[case.boundary]
+    arguments, leaves = differentiable(case, arguments)
+    input, points = leaves.values()
+    size = torch.tensor(case.size, dtype=points.dtype, device=points.device)
+
+    def run() -> Tensor:
+        images = input.unflatten(1, (case.groups, -1)).flatten(0, 1)
+        grid = ((2 * points.flatten(0, 1) + 1) / size - 1).flip(-1)
+        rows = grid.reshape(len(grid), *[1] * (case.axes - 1), -1, case.axes)
+        samples = F.grid_sample(images, rows.to(images.dtype), padding_mode=mode, align_corners=False)
+        return samples.flatten(2).unflatten(0, (-1, case.groups)).flatten(1, 2)
+
+    return Call(run, leaves)
+
+
 def index_add(case: Any, arguments: dict[str, Any]) -> Call:
     """A call of ``index_add`` for each corner of the cells, over all images and groups at once."""
     if case.boundary != "zeros":
@@ -312,6 +333,7 @@ LIBRARIES: dict[str, dict[str, Adapter]] = {
     "deform_correlate": {"grid_sample": sampled_then_multiplied},
     "ms_deform_attn": {"transformers": transformers, "mmcv": mmcv_attention},
     "deform_aggregate": {"grid_sample": grid_sample},
+    "deform_sample": {"grid_sample": grid_sample_of_groups},
     "deform_splat": {"index_add": index_add},
     "deform_roi_pool": {},
 }

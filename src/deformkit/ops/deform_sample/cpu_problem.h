@@ -7,7 +7,7 @@
 
 namespace deformkit::sampling {
 
-// Measured by `python benchmarks/run.py deform_sample` with other values in their place:
+// Measured by `deformkit bench --op deform_sample` with other values in their place:
 constexpr int64_t field_bytes = 16 * mib;  // of the slices that are laid out at a time
 constexpr int64_t slice_channels = 64;     // of one of them, at most
 constexpr int64_t few_channels = 8;        // fewer are sampled plane by plane
