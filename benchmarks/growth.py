@@ -16,6 +16,7 @@ from deformkit.ops.deform_conv import cases as conv
 from deformkit.ops.deform_conv_transpose import cases as transpose
 from deformkit.ops.deform_correlate import cases as correlate
 from deformkit.ops.deform_roi_pool import cases as roi
+from deformkit.ops.deform_sample import cases as sample
 from deformkit.ops.deform_splat import cases as splat
 from deformkit.ops.ms_deform_attn import cases as attn
 
@@ -27,6 +28,7 @@ GROWING = [
     transpose.Case("2d 64x24x24", 1, 64, (24, 24), 64, (4, 4), stride=2, padding=1),
     correlate.Case("2d Q1024", 1, ((32, 32), (16, 16)), 1024, 4, 16, (9, 9), reach=0.0),
     aggregate.Case("2d 128x32x32", 1, (32, 32), 4, 32, (3, 3), padding=1),
+    sample.Case("2d 64x48x48", 1, 64, (48, 48), (48, 48), spread=1.0),
     splat.Case("2d 64x48x48", 1, 64, (48, 48), (48, 48), spread=1.0),
     roi.Case("2d 128 RoIs", 1, 64, (25, 42), 128, (7, 7), 1 / 8, bin_size=3.0),
 ]
@@ -36,6 +38,7 @@ KINDS: dict[str, dict[str, tuple[str, ...]]] = {
     "deform_correlate": {"batch": ("batch",), "queries": ("queries",)},
     "ms_deform_attn": {"batch": ("batch",), "queries": ("queries",)},
     "deform_aggregate": {"batch": ("batch",), "positions": ("size",)},
+    "deform_sample": {"batch": ("batch",), "positions": ("size", "out_size")},
     "deform_splat": {"batch": ("batch",), "positions": ("in_size", "size")},
     "deform_roi_pool": {"batch": ("batch", "rois"), "RoIs": ("rois",)},
 }
