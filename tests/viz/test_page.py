@@ -59,7 +59,7 @@ def moved_over(browser: Any, point: int) -> None:
             actions.perform()
         return driver.execute_script("return shown === element('figure').data[0].customdata[arguments[0]]", point)
 
-    WebDriverWait(browser, 10).until(shows)
+    WebDriverWait(browser, 60).until(shows)
 
 
 def assert_drawn(browser: Any, layer: viz.Layer, point: int, group: int | None = None) -> None:
