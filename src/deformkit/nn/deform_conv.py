@@ -14,6 +14,7 @@ from ..ops._shape import (
     Boundary,
     check_alike,
     check_choice,
+    check_count,
     check_floating,
     check_tensor,
     compute_dtype,
@@ -242,16 +243,22 @@ class _PackedDeformConv(_DeformConv):
         modulated: bool = False,
         offset_groups: int = 1,
         boundary: Boundary = "zeros",
+        max_offset: float | None = None,
+        condition_channels: int | None = None,
     ) -> None:
         rest: dict[str, Any] = {"bias": bias, "padding_mode": padding_mode, "device": device, "dtype": dtype}
         rest |= {"groups": groups, "offset_groups": offset_groups, "boundary": boundary}
         super().__init__(in_channels, out_channels, kernel_size, stride, padding, dilation, **rest)
-        self.modulated = modulated
+        if max_offset is not None and not max_offset > 0:
+            raise ValueError(f"max_offset is {max_offset}; it must be positive, or None")
+        if condition_channels is not None:
+            check_count("condition_channels", condition_channels)
+        self.modulated, self.max_offset, self.condition_channels = modulated, max_offset, condition_channels
         channels = self.offset_groups * prod(self.kernel_size)
         # Its values are set below. Drawing none keeps the random numbers those of a network of plain convolutions.
         self.offset_head = nn.utils.skip_init(
             _PLAIN[self.spatial_dims],
-            self.in_channels,
+            self.in_channels if condition_channels is None else condition_channels,
             channels * (self.spatial_dims + modulated),
             self.kernel_size,
             self.stride,
@@ -270,26 +277,72 @@ class _PackedDeformConv(_DeformConv):
         if "offset_head" in self._modules:
             self._reset_offset_head()
 
-    def predict(self, input: Tensor) -> tuple[Tensor, Tensor | None]:
+    def predict(
+        self, input: Tensor, condition: Tensor | None = None, base_offset: Tensor | None = None
+    ) -> tuple[Tensor, Tensor | None]:
         """Predict the offsets ``[B, og*K*N, *out]`` in pixels, and the mask ``[B, og*K, *out]`` or None."""
         self._check_input(input)
         check_floating("input", input)
         check_alike("input", input, "weight", self.weight)
-        head = self.offset_head(input)
-        if not self.modulated:
-            return head, None
-        taps = self.offset_groups * prod(self.kernel_size)
-        offset, logit = head.split([taps * self.spatial_dims, taps], dim=-self.spatial_dims - 1)
-        return offset, 2 * logit.sigmoid()
+        offset = self.offset_head(self._predicted_from(input, condition))
+        mask = None
+        if self.modulated:
+            taps = self.offset_groups * prod(self.kernel_size)
+            offset, logit = offset.split([taps * self.spatial_dims, taps], dim=-self.spatial_dims - 1)
+            mask = 2 * logit.sigmoid()
+        if self.max_offset is not None:
+            offset = self.max_offset * offset.tanh()
+        return offset if base_offset is None else offset + self._base(base_offset, offset), mask
 
-    def forward(self, input: Tensor) -> Tensor:
-        """Convolve ``input`` at the points that the layer predicts from it."""
-        offset, mask = self.predict(input)
+    def forward(self, input: Tensor, condition: Tensor | None = None, base_offset: Tensor | None = None) -> Tensor:
+        """Convolve ``input`` at the points that the layer predicts from ``condition``, or from ``input``."""
+        offset, mask = self.predict(input, condition, base_offset)
         return self._deform(input, offset, mask)
 
     def extra_repr(self) -> str:
-        """The arguments that the base class shows, and ``modulated``."""
-        return super().extra_repr() + (", modulated=True" if self.modulated else "")
+        """The arguments that the base class shows, then others that are not at their defaults."""
+        text = super().extra_repr() + (", modulated=True" if self.modulated else "")
+        for name in ("max_offset", "condition_channels"):
+            if getattr(self, name) is not None:
+                text += f", {name}={getattr(self, name)}"
+        return text
+
+    def _predicted_from(self, input: Tensor, condition: Tensor | None) -> Tensor:
+        """What the offset head reads, checked."""
+        if condition is None:
+            if self.condition_channels is not None:
+                raise ValueError(
+                    f"condition is None; this layer has condition_channels={self.condition_channels} and predicts its "
+                    "offsets from it"
+                )
+            return input
+        check_floating("condition", condition)
+        check_alike("condition", condition, "input", input)
+        expected = list(input.shape)
+        expected[-self.spatial_dims - 1] = self.condition_channels or self.in_channels
+        if list(condition.shape) != expected:
+            raise ValueError(
+                f"condition has shape {list(condition.shape)}; with input of shape {list(input.shape)} it must be "
+                f"{expected}"
+            )
+        return condition
+
+    def _base(self, base_offset: Tensor, offset: Tensor) -> Tensor:
+        """The offsets that the predicted ones are added to; N channels are those of every tap."""
+        check_floating("base_offset", base_offset)
+        check_alike("base_offset", base_offset, "input", offset, dtype=False)
+        if (base_offset.dtype == torch.float64) != (offset.dtype == torch.float64):
+            raise TypeError(f"base_offset has dtype {base_offset.dtype}; the offsets have {offset.dtype}")
+        expected, channels = list(offset.shape), -self.spatial_dims - 1
+        if base_offset.dim() == offset.dim() and base_offset.shape[channels] == self.spatial_dims:
+            repeats = [1] * offset.dim()
+            repeats[channels] = offset.shape[channels] // self.spatial_dims
+            base_offset = base_offset.repeat(repeats)
+        if list(base_offset.shape) != expected:
+            few = list(expected)
+            few[channels] = self.spatial_dims
+            raise ValueError(f"base_offset has shape {list(base_offset.shape)}; it must be {expected}, or {few}")
+        return base_offset
 
     def _reset_offset_head(self) -> None:
         for parameter in self.offset_head.parameters():
@@ -327,8 +380,14 @@ class PackedDeformConv2d(_PackedDeformConv):
         bias: whether the layer has a bias; its offset head always has one.
         padding_mode: padding mode of the layer and of its offset head.
         modulated: whether to predict a mask too (version 2).
+        max_offset: if given, the predicted offsets are ``max_offset * tanh(offset)``, in pixels.
+        condition_channels: channels of ``condition``; None if it has those of the input, or if none is given.
 
-    Shapes, with or without the batch axis: ``input [B, C, H, W]``, output ``[B, Cout, Hout, Wout]``.
+    Shapes of ``forward(input, condition=None, base_offset=None)``, with or without the batch axis:
+        ``input [B, C, H, W]``; ``condition [B, condition_channels, H, W]``, from which the offsets and the mask are
+        predicted instead of ``input``; ``base_offset [B, og*K*2, Hout, Wout]``, or ``[B, 2, Hout, Wout]`` for all taps
+        alike, in pixels as (h, w), which is added to the predicted offsets: with optical flow this is the alignment of
+        BasicVSR++. Output ``[B, Cout, Hout, Wout]``. ``offset_head`` may be replaced by a deeper network.
 
     Raises:
         TypeError: an argument has the wrong type or dtype.
