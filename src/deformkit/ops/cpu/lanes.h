@@ -65,6 +65,78 @@ inline V load_lanes(const T* from) {
   }
 }
 
+// The elements of an array at the lanes of `index`; 0, and nothing is read, where one is negative.
+template <typename V, typename T, typename I>
+inline V gather_lanes(const T* from, const I& index) {
+  using A = std::remove_cvref_t<decltype(V{}[0])>;
+  constexpr int count = sizeof(V) / sizeof(A);
+#if defined(__AVX512F__)
+  if constexpr (std::is_same_v<T, float> && sizeof(V) == 64 && sizeof(I) == 64) {
+    const __m512i at = reinterpret_cast<__m512i>(index);
+    const __mmask16 counts = _mm512_cmpge_epi32_mask(at, _mm512_setzero_si512());
+    return reinterpret_cast<V>(_mm512_mask_i32gather_ps(_mm512_setzero_ps(), counts, at, from, 4));
+  }
+#elif defined(__AVX2__)
+  if constexpr (std::is_same_v<T, float> && sizeof(V) == 32 && sizeof(I) == 32) {
+    const __m256i at = reinterpret_cast<__m256i>(index);
+    const __m256i counts = _mm256_cmpgt_epi32(at, _mm256_set1_epi32(-1));
+    return reinterpret_cast<V>(_mm256_mask_i32gather_ps(_mm256_setzero_ps(), from, at, _mm256_castsi256_ps(counts), 4));
+  }
+#endif
+  V value;
+  for (int lane = 0; lane < count; ++lane) value[lane] = index[lane] < 0 ? A(0) : load<A>(from[index[lane]]);
+  return value;
+}
+
+// Whether a lane is not 0.
+template <typename I>
+inline bool any_lane(const I& lanes) {
+#if defined(__AVX512F__)
+  if constexpr (sizeof(I) == 64) {
+    const __m512i bits = reinterpret_cast<__m512i>(lanes);
+    return _mm512_test_epi32_mask(bits, bits) != 0;
+  }
+#elif defined(__AVX2__)
+  if constexpr (sizeof(I) == 32) {
+    const __m256i bits = reinterpret_cast<__m256i>(lanes);
+    return !_mm256_testz_si256(bits, bits);
+  }
+#endif
+  bool any = false;
+  for (size_t lane = 0; lane < sizeof(I) / sizeof(lanes[0]); ++lane) any |= lanes[lane] != 0;
+  return any;
+}
+
+// low[l] = from[index[l]] and high[l] = from[index[l] + 1]: a load for each pair.
+template <typename V>
+inline void load_pairs(const float* from, const int32_t* index, V& low, V& high) {
+  constexpr int count = sizeof(V) / sizeof(float);
+  typedef typename Lanes<double, count / 2>::type Pairs;
+  const auto pair = [&](int lane) {
+    double both;
+    std::memcpy(&both, from + index[lane], sizeof both);
+    return both;
+  };
+  const auto pairs = [&](int at) {
+    if constexpr (count == 16)
+      return Pairs{pair(at),     pair(at + 1), pair(at + 2), pair(at + 3),
+                   pair(at + 4), pair(at + 5), pair(at + 6), pair(at + 7)};
+    if constexpr (count == 8) return Pairs{pair(at), pair(at + 1), pair(at + 2), pair(at + 3)};
+    if constexpr (count == 4) return Pairs{pair(at), pair(at + 1)};
+  };
+  const V a = reinterpret_cast<V>(pairs(0)), b = reinterpret_cast<V>(pairs(count / 2));
+  if constexpr (count == 16) {
+    low = __builtin_shufflevector(a, b, 0, 2, 4, 6, 8, 10, 12, 14, 16, 18, 20, 22, 24, 26, 28, 30);
+    high = __builtin_shufflevector(a, b, 1, 3, 5, 7, 9, 11, 13, 15, 17, 19, 21, 23, 25, 27, 29, 31);
+  } else if constexpr (count == 8) {
+    low = __builtin_shufflevector(a, b, 0, 2, 4, 6, 8, 10, 12, 14);
+    high = __builtin_shufflevector(a, b, 1, 3, 5, 7, 9, 11, 13, 15);
+  } else {
+    low = __builtin_shufflevector(a, b, 0, 2, 4, 6);
+    high = __builtin_shufflevector(a, b, 1, 3, 5, 7);
+  }
+}
+
 // The reverse of load_lanes(), rounded to nearest.
 template <typename V, typename T>
 inline void store_lanes(T* to, const V& value) {

@@ -7,21 +7,6 @@
 
 namespace deformkit::sampling {
 
-// Writes the gradient by a run of points: the slopes along each axis, side by side; or adds it to what is there.
-template <typename A, int N>
-void write_slopes(const Problem<N>& problem, int64_t b, int64_t group, int64_t first, int64_t points,
-                  const A* const (&slopes)[N], bool add, const Sink& grad_points) {
-  A* const to = grad_points.data<A>() + ((b * problem.groups + group) * problem.points + first) * N;
-  for (int axis = 0; axis < N; ++axis) {
-    const A* const from = slopes[axis];
-    if (add) {
-      for (int64_t i = 0; i < points; ++i) to[i * N + axis] += from[i];
-    } else {
-      for (int64_t i = 0; i < points; ++i) to[i * N + axis] = from[i];
-    }
-  }
-}
-
 // What a thread holds of a block of points: they, located, and their slopes along each axis.
 template <typename A, int N, typename Index>
 struct PointScratch {
@@ -33,11 +18,19 @@ struct PointScratch {
     for (int axis = 0; axis < N; ++axis) slopes[axis] = lines.get() + axis * block<N>;
   }
 
+  // Writes the slopes of a run of points side by side, or adds them to what is there.
   void write(const Problem<N>& problem, int64_t b, int64_t group, int64_t first, int64_t count, bool add,
              const Sink& grad_points) const {
+    A* const to = grad_points.data<A>() + ((b * problem.groups + group) * problem.points + first) * N;
     const A* from[N];
     std::copy_n(slopes, N, from);
-    write_slopes(problem, b, group, first, count, from, add, grad_points);
+    if (add) {
+      for (int64_t i = 0; i < count; ++i)
+        for (int axis = 0; axis < N; ++axis) to[i * N + axis] += from[axis][i];
+    } else {
+      for (int64_t i = 0; i < count; ++i)
+        for (int axis = 0; axis < N; ++axis) to[i * N + axis] = from[axis][i];
+    }
   }
 };
 
@@ -60,11 +53,12 @@ void points_in_place(const Problem<N>& problem, const Map& input, const Tensor& 
         if (problem.nearest) {
           cells.no_slopes(points, scratch.slopes);
         } else {
-          for (int corner = 0; corner < 1 << N; ++corner) std::fill_n(cells.values(corner), points, A(0));
           for (int64_t c = group * group_channels; c < (group + 1) * group_channels; ++c) {
             const A* const grads = view_run(grad, b, c, first, points, scratch.grads.get());
-            dispatch_dtype(input.dtype(),
-                           [&]<typename T>() { add_dots_in_place(cells, points, input.at<T>(b, c), grads); });
+            dispatch_dtype(input.dtype(), [&]<typename T>() {
+              c == group* group_channels ? add_dots_in_place<true>(cells, points, input.at<T>(b, c), grads)
+                                         : add_dots_in_place<false>(cells, points, input.at<T>(b, c), grads);
+            });
           }
           cells.slopes_of_values(points, nullptr, scratch.slopes, nullptr);
         }

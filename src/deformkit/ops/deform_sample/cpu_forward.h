@@ -26,8 +26,8 @@ void forward_in_place(const Problem<N>& problem, const Map& input, const Sink& o
             T* const to = output.data<T>() + (b * problem.channels + c) * problem.points + first;
             A* samples = scratch.samples.get();
             if constexpr (std::is_same_v<T, A>) samples = to;
-            problem.nearest ? sample_in_place<1>(scratch.points.cells, points, input.at<T>(b, c), samples)
-                            : sample_in_place<(1 << N)>(scratch.points.cells, points, input.at<T>(b, c), samples);
+            problem.nearest ? sample_in_place<true>(scratch.points.cells, points, input.at<T>(b, c), samples)
+                            : sample_in_place<false>(scratch.points.cells, points, input.at<T>(b, c), samples);
             if constexpr (!std::is_same_v<T, A>) store_run(samples, points, to);
           });
         }

@@ -6,7 +6,7 @@
 namespace deformkit::sampling {
 
 constexpr int64_t window_bytes = 2 * mib;   // of the gradient that an item of work adds up, if it can be cut so far
-constexpr int64_t least_items = 16;         // into which the gradient is cut, if it is not small
+constexpr int64_t least_items = 8;          // into which the gradient is cut, if it is not small
 constexpr int64_t least_bytes = 64 * 1024;  // of such a window
 constexpr int64_t most_windows = 255;
 constexpr uint8_t nowhere = 255;
@@ -66,12 +66,27 @@ class Touches {
 
   // Lists those of the points [begin, begin + points) of a group that touch a window; returns their number.
   int64_t list(int64_t group, int64_t begin, int64_t points, uint8_t window, int64_t* to) const {
+    typedef Lanes<uint8_t, 16>::type Some;
+    constexpr int64_t some = sizeof(Some);
     const uint8_t *const low = lower(group) + begin, *const high = upper(group) + begin;
-    int64_t found = 0;
-    for (int64_t i = 0; i < points; ++i) {
-      to[found] = begin + i;
-      found += low[i] == window || high[i] == window;
+    int64_t found = 0, i = 0;
+    const auto take = [&](int64_t point) {
+      to[found] = begin + point;
+      found += low[point] == window || high[point] == window;
+    };
+    for (; i + some <= points; i += some) {
+      const auto hits = (read_lanes<Some>(low + i) == window) | (read_lanes<Some>(high + i) == window);
+      uint64_t bits[2];
+      std::memcpy(bits, &hits, sizeof bits);
+      if ((bits[0] | bits[1]) == 0) continue;
+      if (~(bits[0] & bits[1]) == 0) {
+        for (int64_t k = 0; k < some; ++k) to[found + k] = begin + i + k;
+        found += some;
+      } else {
+        for (int64_t k = 0; k < some; ++k) take(i + k);
+      }
     }
+    for (; i < points; ++i) take(i);
     return found;
   }
 

@@ -96,6 +96,24 @@ class Cells {
  public:
   static constexpr int corners = 1 << N;
 
+  // Comparisons of vectors longer than a register are compiled element by element.
+#if defined(__AVX__)
+  static constexpr int lanes = register_bytes / static_cast<int>(sizeof(A));
+#else
+  static constexpr int lanes = 16 / static_cast<int>(sizeof(A));
+#endif
+  typedef typename Lanes<A, lanes>::type Reals;
+  typedef typename Lanes<Index, lanes>::type Indices;
+
+  // The elements [i, i + lanes) of an array of `points`; 0 beyond its end.
+  template <typename V, typename T>
+  static V read_some(const T* from, int64_t i, int64_t points) {
+    if (i + lanes <= points) return read_lanes<V>(from + i);
+    V value{};
+    std::memcpy(&value, from + i, static_cast<size_t>(points - i) * sizeof(T));
+    return value;
+  }
+
   // Whether a corner is the upper one along an axis; the last axis varies fastest.
   static constexpr bool is_upper(int corner, int axis) { return corner >> (N - 1 - axis) & 1; }
 
@@ -162,14 +180,6 @@ class Cells {
   }
 
  private:
-  // Comparisons of vectors longer than a register are compiled element by element.
-#if defined(__AVX__)
-  static constexpr int lanes = register_bytes / static_cast<int>(sizeof(A));
-#else
-  static constexpr int lanes = 16 / static_cast<int>(sizeof(A));
-#endif
-  typedef typename Lanes<A, lanes>::type Reals;
-  typedef typename Lanes<Index, lanes>::type Indices;
   typedef typename Lanes<std::conditional_t<sizeof(A) == 4, int32_t, int64_t>, lanes>::type Masks;
 
   template <bool kNearest, typename L>
@@ -185,15 +195,6 @@ class Cells {
       case Boundary::near:
         return locate_as<Boundary::near, false>(points, origin, lines, shift, factor, outside);
     }
-  }
-
-  // The elements [i, i + lanes) of an array of `points`; 0 beyond its end.
-  template <typename V, typename T>
-  static V read_some(const T* from, int64_t i, int64_t points) {
-    if (i + lanes <= points) return read_lanes<V>(from + i);
-    V value{};
-    std::memcpy(&value, from + i, static_cast<size_t>(points - i) * sizeof(T));
-    return value;
   }
 
   // Of a register of points, along one axis: the parts of the lower and the upper corner, their elements, and all bits
