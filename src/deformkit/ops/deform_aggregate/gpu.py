@@ -7,8 +7,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .._shape import name_of
-from ..sample.gpu import Rule, Steps, largest_index, product, steps, unravel
+from ..sample.gpu import Steps, largest_index, product, rule_of, steps, unravel
 from ..sample.gpu_heads import Heads
 
 
@@ -88,6 +87,6 @@ def _heads(
         placed=tap_point,
         settings=Settings(steps(kernel_size, stride, padding, dilation), remove_center),
         scale=offset_scale,
-        rule=Rule(axes, name_of("boundary", boundary) == "border"),
+        rule=rule_of(axes, boundary),
         x_first=False,
     )

@@ -9,9 +9,9 @@ import triton.language as tl
 from torch import Tensor
 from triton import Config
 
-from .._shape import name_of, prod
+from .._shape import prod
 from ..gpu.launch import Blocks, launch, row_configs, target
-from ..sample.gpu import FieldGradient, Rule, asked_for, largest, largest_index, lifted, packed, steps, strided
+from ..sample.gpu import FieldGradient, asked_for, largest, largest_index, lifted, packed, rule_of, steps, strided
 from .gpu_kernels import (
     Groups,
     Inputs,
@@ -217,7 +217,7 @@ class _Problem:
             "positions": self.positions,
             **dict(zip(("depth", "height", "width"), lifted(size, 1), strict=True)),
             "STEPS": steps(kernel_size, stride, padding, dilation),
-            "RULE": Rule(axes, name_of("boundary", boundary) == "border"),
+            "RULE": rule_of(axes, boundary),
         }
         self.operands = {"PRECISION": _precision(), "OPERAND": _operand(input.dtype)}
 

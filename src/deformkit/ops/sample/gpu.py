@@ -20,7 +20,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .._shape import prod
+from .._shape import name_of, prod
 
 
 class Strided(NamedTuple):
@@ -36,6 +36,7 @@ class Rule(NamedTuple):
     axes: int
     border: bool
     nearest: bool = False
+    reflect: bool = False
 
 
 class Steps(NamedTuple):
@@ -78,7 +79,10 @@ class Gradient(NamedTuple):
 
 
 class Cell(NamedTuple):
-    """In a kernel: the lower corner of each point's cell (int32), and how far the point lies beyond it (0 to 1)."""
+    """In a kernel: the lower corner of each point's cell (int32), and how far the point lies beyond it (0 to 1).
+
+    Where the field is reflected, the corner is one of the field followed by its mirror image, which are repeated.
+    """
 
     corner: Any
     fraction: Any
@@ -180,15 +184,30 @@ def defined(shift):
 
 
 @triton.jit
+def furthest(size):
+    """The distance that a shift is clamped to where a field of this length is reflected."""
+    twice = 2.0 * size
+    return tl.where(twice > 1073741824.0, twice, 1073741824.0)
+
+
+@triton.jit
 def locate_along(base, shift, size, RULE: tl.constexpr):
     """The cell of the point ``base + shift`` along one axis: its lower corner, and the fraction beyond it."""
-    # Two cells beyond the field nothing changes any more; the clamp keeps infinity and NaN out of the arithmetic.
-    low = tl.zeros_like(shift) + ((0 if RULE.border else -2) - base)
-    high = tl.zeros_like(shift) + ((size - 1 if RULE.border else size) - base)
-    shift = tl.where(shift > low, shift, low)
-    shift = tl.where(shift < high, shift, high)
-    whole = tl.floor(shift)
-    return base + whole.to(tl.int32), shift - whole
+    if RULE.reflect:
+        far = tl.zeros_like(shift) + furthest(size)
+        shift = tl.where(shift > -far, shift, -far)
+        shift = tl.where(shift < far, shift, far)
+        whole = tl.floor(shift)
+        corner = (whole.to(tl.int64) + base) % (2 * size)
+        return tl.where(corner < 0, corner + 2 * size, corner).to(tl.int32), shift - whole
+    else:
+        # Two cells beyond the field nothing changes any more; the clamp keeps infinity and NaN out of the arithmetic.
+        low = tl.zeros_like(shift) + ((0 if RULE.border else -2) - base)
+        high = tl.zeros_like(shift) + ((size - 1 if RULE.border else size) - base)
+        shift = tl.where(shift > low, shift, low)
+        shift = tl.where(shift < high, shift, high)
+        whole = tl.floor(shift)
+        return base + whole.to(tl.int32), shift - whole
 
 
 @triton.jit
@@ -211,6 +230,8 @@ def follows(base, shift, size, RULE: tl.constexpr):
         low = tl.zeros_like(shift) - base
         high = tl.zeros_like(shift) + (size - 1 - base)
         moved = tl.where((shift < low) | (shift > high), 0.0, moved)
+    if RULE.reflect:
+        moved = tl.where(tl.abs(shift) > furthest(size), 0.0, moved)
     return moved
 
 
@@ -244,13 +265,22 @@ def scatter(sums, where, amount, mask):
 
 
 @triton.jit
+def place_along(place, length, RULE: tl.constexpr):
+    """Where a corner lies in the field along one axis, which may be outside."""
+    if RULE.reflect:
+        return tl.where(place < length, place, 2 * length - 1 - place)
+    else:
+        return place
+
+
+@triton.jit
 def lower_corner(cell, size, RULE: tl.constexpr):
     """The index in the field of each cell's lower corner, which may lie outside."""
-    index = cell.corner[2]
+    index = place_along(cell.corner[2], size[2], RULE)
     if RULE.axes > 1:
-        index += cell.corner[1] * size[2]
+        index += place_along(cell.corner[1], size[1], RULE) * size[2]
     if RULE.axes > 2:
-        index += cell.corner[0] * (size[1] * size[2])
+        index += place_along(cell.corner[0], size[0], RULE) * (size[1] * size[2])
     return index.to(tl.int64)
 
 
@@ -260,6 +290,9 @@ def step_along(place, length, stride, UPPER: tl.constexpr, RULE: tl.constexpr):
     step = stride * UPPER
     if RULE.border and UPPER:
         step = tl.where(place < length - 1, step, 0)
+    if RULE.reflect and UPPER:
+        back = tl.where((place >= length) & (place < 2 * length - 1), -step, 0)
+        step = tl.where(place < length - 1, step, back)
     return step
 
 
@@ -285,7 +318,7 @@ def inside_along(place, length, UPPER: tl.constexpr):
 @triton.jit
 def inside(cell, size, known, CORNER: tl.constexpr, RULE: tl.constexpr):
     """Which of the ``known`` rows have this corner in the field."""
-    if not RULE.border:
+    if not RULE.border and not RULE.reflect:
         known &= inside_along(cell.corner[2], size[2], CORNER & 1)
         if RULE.axes > 1:
             known &= inside_along(cell.corner[1], size[1], CORNER >> 1 & 1)
@@ -518,6 +551,12 @@ def packed(size: Sequence[int]) -> tuple[int, int, int]:
 def steps(kernel_size: Sequence[int], stride: Sequence[int], padding: Sequence[int], dilation: Sequence[int]) -> Steps:
     """The steps of a convolution as kernels get them."""
     return Steps(lifted(kernel_size, 1), lifted(stride, 1), lifted(padding, 0), lifted(dilation, 1))
+
+
+def rule_of(axes: int, boundary: int, mode: int = 0) -> Rule:
+    """The rule of an operator's arguments."""
+    edge, nearest = name_of("boundary", boundary), name_of("mode", mode) == "nearest"
+    return Rule(axes, border=edge == "border", nearest=nearest, reflect=edge == "reflect")
 
 
 def largest_index(size: Sequence[int], out_size: Sequence[int], padding: Sequence[int] = ()) -> int:
