@@ -14,6 +14,7 @@ from deformkit.bench import PASSES
 from deformkit.ops.deform_aggregate import cases as aggregate
 from deformkit.ops.deform_conv import cases as conv
 from deformkit.ops.deform_roi_pool import cases as roi
+from deformkit.ops.deform_sample import cases as sample
 from deformkit.ops.ms_deform_attn import cases as attn
 
 FACTORS = (1, 2, 4, 8, 16)
@@ -23,12 +24,14 @@ GROWING = [
     attn.Case("2d Q1024", 1, ((32, 32), (16, 16)), 1024, 4, 16, (4, 4), reach=0.0),
     aggregate.Case("2d 128x32x32", 1, (32, 32), 4, 32, (3, 3), padding=1),
     roi.Case("2d 128 RoIs", 1, 64, (25, 42), 128, (7, 7), 1 / 8, bin_size=3.0),
+    sample.Case("2d 16x64x64", 1, 16, (64, 64), (64, 64), spread=1.0),
 ]
 KINDS: dict[str, dict[str, tuple[str, ...]]] = {
     "deform_conv": {"batch": ("batch",), "positions": ("size",)},
     "ms_deform_attn": {"batch": ("batch",), "queries": ("queries",)},
     "deform_aggregate": {"batch": ("batch",), "positions": ("size",)},
     "deform_roi_pool": {"batch": ("batch", "rois"), "RoIs": ("rois",)},
+    "deform_sample": {"batch": ("batch",), "points": ("out_size",)},
 }
 """What can grow, and the fields of a case that make it grow; of a size its first axis."""
 

@@ -47,6 +47,7 @@ EVERYWAY = {
     "deform_aggregate": ("2d 128x56x56",),
     "ms_deform_attn": ("2d encoder",),
     "deform_roi_pool": ("2d 500 RoIs",),
+    "deform_sample": ("2d 64x256x256",),
 }
 """The cases compiled in every dtype, with and without deterministic algorithms."""
 
@@ -55,6 +56,7 @@ ONCE = {
     "deform_aggregate": ("1d 256x2048", "3d 64x16x32x32"),
     "ms_deform_attn": ("2d decoder", "1d", "3d"),
     "deform_roi_pool": ("2d 100 RoIs adaptive", "1d 200 segments", "3d 50 cuboids"),
+    "deform_sample": ("1d 64x4096", "3d 16x64x64x64", "3d 1x160x192x160"),
 }
 """The cases compiled in one dtype: other numbers of axes, other sizes of blocks."""
 

@@ -42,6 +42,7 @@ OWN_SHAPES = {
     "deform_aggregate": ["1x5x6x2x4", "remove_center=true"],
     "ms_deform_attn": ["2x23x2x4", "sizes=4x5,3x1", "queries=7", "points=2"],
     "deform_roi_pool": ["1x3x9x8", "output_size=2", "rois=4"],
+    "deform_sample": ["1x4x9x8", "out_size=5x3", "groups=2"],
 }
 
 
@@ -53,7 +54,12 @@ def test_bench_of_a_shape_of_ones_own(op: str) -> None:
     assert result.exit_code == 0, result.output
     rows = json.loads(result.stdout)["rows"]
     assert [row["pass"] for row in rows] == ["forward", "forward + backward"]
-    beside = {"deform_conv": "plain", "deform_conv1d": "plain", "deform_aggregate": "grid_sample"}.get(op)
+    beside = {
+        "deform_conv": "plain",
+        "deform_conv1d": "plain",
+        "deform_aggregate": "grid_sample",
+        "deform_sample": "grid_sample",
+    }.get(op)
     for row in rows:
         assert row["operator"] == op.rstrip("1d") and row["case"] == shape
         for name in ("deformkit", *([beside] if beside else [])):

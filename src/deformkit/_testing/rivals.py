@@ -228,6 +228,33 @@ def grid_sample(case: Any, arguments: dict[str, Any]) -> Call:
     return Call(run, leaves)
 
 
+def grid_sample_of_points(case: Any, arguments: dict[str, Any]) -> Call:
+    """``grid_sample`` at the points as it takes them, which is not timed; every group is an image of its own."""
+    if case.axes == 1:
+        raise Unfit("2-D and 3-D only")
+    size = torch.tensor(case.size, dtype=arguments["points"].dtype, device=arguments["points"].device)
+    grid = ((2 * arguments["points"] + 1) / size - 1).flip(-1)
+    grid = grid.reshape(-1, *case.out_size, case.axes)
+    arguments, leaves = differentiable(case, {**arguments, "points": grid})
+
+    def run() -> Tensor:
+        samples = F.grid_sample(
+            arguments["input"].unflatten(1, (case.groups, -1)).flatten(0, 1),
+            arguments["points"],
+            "nearest" if case.mode == "nearest" else "bilinear",
+            {"reflect": "reflection"}.get(case.boundary, case.boundary),
+            align_corners=False,
+        )
+        return samples.reshape(case.batch, case.channels, -1)
+
+    def layout(name: str, gradient: Tensor) -> Tensor:
+        if name == "input":
+            return gradient
+        return (gradient.flip(-1) * 2 / size).reshape(case.batch, case.groups, -1, case.axes)
+
+    return Call(run, leaves, layout)
+
+
 def differentiable(case: Any, arguments: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Tensor]]:
     """The arguments with copies of those that have a gradient, and these copies."""
     described = operators[operator(case)]
@@ -248,6 +275,7 @@ LIBRARIES: dict[str, dict[str, Adapter]] = {
     "ms_deform_attn": {"transformers": transformers, "mmcv": mmcv_attention},
     "deform_aggregate": {"grid_sample": grid_sample},
     "deform_roi_pool": {},
+    "deform_sample": {"grid_sample": grid_sample_of_points},
 }
 EVERYONE = list(dict.fromkeys([OURS, *(name for others in LIBRARIES.values() for name in others), *DEFINITION]))
 PACKAGES = ("torchvision", "mmcv", "dc1d", "transformers")

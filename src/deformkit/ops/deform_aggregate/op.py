@@ -63,6 +63,7 @@ def deform_aggregate(
         offset_scale: factor that scales the distance of each point from the centre of its window.
         remove_center: whether to leave out the middle tap, the ``K//2``-th; every kernel size must be odd.
         boundary: ``"zeros"``: pixels outside the field are 0. ``"border"``: points are clamped into the field.
+            ``"reflect"``: points are mirrored at the outer edges of the end pixels, at -0.5 and S - 0.5.
 
     Returns:
         ``[B, *out, H, D]`` in the dtype of ``value``, where, as in a convolution,

@@ -84,6 +84,7 @@ def deform_conv2d(
         dilation: distance between two taps, in pixels.
         mask: ``[B, og*K, Hout, Wout]`` in the dtype of ``input``, the factors of the taps; or None.
         boundary: ``"zeros"``: pixels outside the input are 0. ``"border"``: points are clamped into the input.
+            ``"reflect"``: points are mirrored at the outer edges of the end pixels, at -0.5 and S - 0.5.
 
     Returns:
         ``[B, Cout, Hout, Wout]`` in the dtype of ``input``, where

@@ -128,7 +128,7 @@ def forward(input: Tensor, points: Tensor, boundary: int, mode: int) -> Tensor:
         lambda blocks: (
             sequences * triton.cdiv(count, blocks["ROWS"]) * triton.cdiv(channels, blocks["COLUMNS"] * blocks["PARTS"])
         ),
-        row_configs(count, sequences, channels, 16 // input.itemsize, most_parts=2),
+        row_configs(count, sequences, channels, 16 // input.itemsize, most_parts=1),
         output=output,
         **arguments,
     )
