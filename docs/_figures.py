@@ -133,6 +133,23 @@ def _roi_pooling() -> Figure:
     return _with_legend(figure)
 
 
+def _sampling() -> Figure:
+    figure, axes = _square("Deformable sampling: points in pixels, (h, w)")
+    points = torch.tensor([[1.3, 1.6], [2.7, 4.2], [4.4, 2.3]])
+    axes.plot(points[:, 1], points[:, 0], "o", color=BLUE, label="points")
+    for point in points:
+        low = point.floor()
+        for corner in (low, low + torch.tensor([0, 1]), low + torch.tensor([1, 0]), low + 1):
+            axes.plot([point[1], corner[1]], [point[0], corner[0]], color=BLUE, linewidth=0.8, alpha=0.6)
+    outside, clamped, mirrored = torch.tensor([5.0, 7.7]), torch.tensor([5.0, 6.0]), torch.tensor([5.0, 5.3])
+    axes.set_xlim(-0.6, 8.2)
+    axes.plot(outside[1], outside[0], "o", markerfacecolor="none", color=ORANGE, label="outside: 0")
+    axes.plot(clamped[1], clamped[0], "s", color=ORANGE, label='"border"')
+    axes.plot(mirrored[1], mirrored[0], "D", color=ORANGE, label='"reflect"')
+    axes.axvline(6.5, color=GREY, linestyle=":")
+    return _with_legend(figure)
+
+
 FIGURES: dict[str, Callable[[], Figure]] = {
     "conventions_taps": _conventions_taps,
     "conventions_pixels": _conventions_pixels,
@@ -140,6 +157,7 @@ FIGURES: dict[str, Callable[[], Figure]] = {
     "deform_aggregate": _aggregation,
     "ms_deform_attn": _attention,
     "deform_roi_pool": _roi_pooling,
+    "deform_sample": _sampling,
 }
 
 
