@@ -56,7 +56,7 @@ ONCE = {
     "deform_aggregate": ("1d 256x2048", "3d 64x16x32x32"),
     "ms_deform_attn": ("2d decoder", "1d", "3d"),
     "deform_roi_pool": ("2d 100 RoIs adaptive", "1d 200 segments", "3d 50 cuboids"),
-    "deform_sample": ("1d 64x4096", "3d 16x64x64x64", "3d 1x160x192x160"),
+    "deform_sample": ("1d 64x4096", "3d 16x64x64x64", "3d one channel 160x192x160"),
 }
 """The cases compiled in one dtype: other numbers of axes, other sizes of blocks."""
 
@@ -227,10 +227,12 @@ def widest(atomics: dict[str, int]) -> int:
 def _widest_wanted(row: dict[str, Any]) -> int:
     """How many float32 numbers should be added at once.
 
-    Whole numbers have no vectors, nor has a gfx942; nor is there more than one where each channel has its own points.
+    Whole numbers have no vectors, nor has a gfx942; nor is there more than one where each channel has its own points, or
+    where there is one channel.
     """
     vectors = row["target"] in ("sm_90", "sm_100") and not row["deterministic"]
-    return 4 if vectors and "depthwise" not in row["case"] else 0
+    single = any(words in row["case"] for words in ("depthwise", "one channel"))
+    return 4 if vectors and not single else 0
 
 
 def everything(processes: int, chosen: Sequence[Job]) -> list[dict[str, Any]]:

@@ -115,7 +115,7 @@ TABLES = [
     Table(
         "deform_sample",
         "deform_sample, volumes",
-        ("3d 1x160x192x160", "3d 16x64x64x64", "3d 16x64x64x64 anywhere"),
+        ("3d one channel 160x192x160", "3d 16x64x64x64", "3d 16x64x64x64 anywhere"),
         {"grid_sample": (6, 8)},
     ),
     Table(
