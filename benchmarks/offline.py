@@ -227,8 +227,8 @@ def widest(atomics: dict[str, int]) -> int:
 def _widest_wanted(row: dict[str, Any]) -> int:
     """How many float32 numbers should be added at once.
 
-    Whole numbers have no vectors, nor has a gfx942; nor is there more than one where each channel has its own points, or
-    where there is one channel.
+    Whole numbers have no vectors, nor has a gfx942; nor is there more than one where each channel has its own points,
+    or where there is one channel.
     """
     vectors = row["target"] in ("sm_90", "sm_100") and not row["deterministic"]
     single = any(words in row["case"] for words in ("depthwise", "one channel"))
