@@ -158,8 +158,8 @@ struct RoiPoints {
           std::fill(shifts.get() + axis * run_points + some * each, shifts.get() + axis * run_points + some * filled,
                     -std::numeric_limits<A>::infinity());
         }
-        cells.locate(Window<N>{problem.size, 0, problem.size[0]}, Boundary::near, false, some * filled, origin, {}, shift,
-                     factors.get(), width, outside);
+        cells.locate(Window<N>{problem.size, 0, problem.size[0]}, Boundary::near, false, some * filled, origin, {},
+                     shift, factors.get(), width, outside);
         f(bin, some, filled, point == 0);
       }
   }
