@@ -123,6 +123,14 @@ def _sizes(case: Any, dtype: str) -> tuple[dict[str, float], float, float, float
             "output": queries * case.channels * size,
         }
         return tensors, points, case.channels, 0
+    if kind == "deform_sample":
+        points = case.batch * case.groups * prod(case.out_size)
+        tensors = {
+            "input": case.batch * case.channels * prod(case.size) * size,
+            "points": points * axes * 4,
+            "output": points * case.channels // case.groups * size,
+        }
+        return tensors, points, case.channels // case.groups, 0
     bins = case.rois * prod(case.output_size)
     tensors = {
         "input": case.batch * case.channels * prod(case.size) * size,

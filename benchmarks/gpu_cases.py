@@ -10,6 +10,7 @@ from deformkit._testing.cases import operator, tiny
 from deformkit.ops.deform_aggregate import cases as aggregate
 from deformkit.ops.deform_conv import cases as conv
 from deformkit.ops.deform_roi_pool import cases as roi
+from deformkit.ops.deform_sample import cases as sample
 from deformkit.ops.ms_deform_attn import cases as attn
 
 _DETECTION = ((100, 167), (50, 84), (25, 42), (13, 21))
@@ -32,6 +33,8 @@ CASES: list[Any] = [
     conv.Case("BiRefNet k7", 1, 64, (256, 256), 256, (7, 7), padding=3),
     aggregate.Case("DCNv4 28x28", 64, (28, 28), 8, 32, (3, 3), padding=1),
     aggregate.Case("DCNv4 7x7", 64, (7, 7), 32, 32, (3, 3), padding=1),
+    sample.Case("flow", 1, 64, (256, 256), (256, 256), spread=1.0),
+    sample.Case("registration", 1, 1, (160, 192, 160), (160, 192, 160), spread=1.0),
     conv.Case("sequence", 8, 512, (2000,), 512, (3,), padding=1),
 ]
 """The most telling first: a run that is short of time leaves out the last."""
@@ -41,6 +44,7 @@ DTYPES = {
     "deform_aggregate": (torch.float16, torch.float32),
     "ms_deform_attn": (torch.float32, torch.bfloat16),
     "deform_roi_pool": (torch.float32, torch.bfloat16),
+    "deform_sample": (torch.float32, torch.bfloat16),
 }
 NEAR, ANYWHERE = "N(0, 2 px)", "uniform"
 
@@ -94,6 +98,8 @@ def _has(case: Any, points: str) -> bool:
         return points == NEAR
     if kind == "ms_deform_attn":
         return points == ANYWHERE or case.near is not None
+    if kind == "deform_sample":
+        return points == ANYWHERE or case.spread is not None
     return points == NEAR or (_steps(case.stride) == {1} and len(_steps(case.padding)) == 1 and _keeps_size(case))
 
 
@@ -107,4 +113,6 @@ def _keeps_size(case: Any) -> bool:
 
 
 def _placed(case: Any, points: str) -> Any:
+    if points == ANYWHERE and operator(case) == "deform_sample":
+        return replace(case, spread=None)
     return replace(case, near=None, reach=0.0) if points == ANYWHERE and operator(case) == "ms_deform_attn" else case

@@ -121,6 +121,7 @@ RIVALS: dict[str, dict[str, Adapter]] = {
     "deform_aggregate": {"deformops": deformops_attn},
     "ms_deform_attn": {"deformops": deformops_msda},
     "deform_roi_pool": {},
+    "deform_sample": {},
 }
 COMPILED = "compiled reference"
 ABSENT = [name for name in ("torchvision", "deformops") if importlib.util.find_spec(name) is None]

@@ -24,6 +24,7 @@ from deformkit.bench import PASSES
 from deformkit.ops.deform_aggregate import cases as aggregate
 from deformkit.ops.deform_conv import cases as conv
 from deformkit.ops.deform_roi_pool import cases as roi
+from deformkit.ops.deform_sample import cases as sample
 from deformkit.ops.ms_deform_attn import cases as attn
 
 HUGE = [
@@ -38,6 +39,8 @@ HUGE = [
     aggregate.Case("3d 64x32x64x64", 1, (32, 64, 64), 4, 16, (3, 3, 3), padding=1),
     roi.Case("2d 4000 RoIs", 2, 256, (200, 334), 4000, (7, 7), 1 / 4, bin_size=6.0),
     roi.Case("3d 500 cuboids", 1, 64, (32, 100, 168), 500, (7, 7, 7), 1 / 4, bin_size=3.0),
+    sample.Case("2d 64x1024x1024", 1, 64, (1024, 1024), (1024, 1024), spread=1.0),
+    sample.Case("3d 4x160x192x160", 1, 4, (160, 192, 160), (160, 192, 160), spread=1.0),
 ]
 MIB = 2**20
 _SEPARATE_BLOCKS = {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536"}

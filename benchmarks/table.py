@@ -256,6 +256,7 @@ OPERATORS = {
     "attn": "ms_deform_attn",
     "aggregate": "deform_aggregate",
     "roi": "deform_roi_pool",
+    "sample": "deform_sample",
 }
 """The sections that compare one operator with others."""
 
@@ -264,6 +265,7 @@ SECTIONS = {
     "attn": ("Multi-scale deformable attention against others", partial(against, "ms_deform_attn")),
     "aggregate": ("Deformable aggregation against others", partial(against, "deform_aggregate")),
     "roi": ("Deformable RoI pooling against others", partial(against, "deform_roi_pool")),
+    "sample": ("Deformable sampling against others", partial(against, "deform_sample")),
     "half": ("Half precision", half),
     "memory": ("Memory", memory),
     "growth": ("Growth", growth),

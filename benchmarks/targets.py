@@ -106,6 +106,24 @@ TABLES = [
         ("2d 100 RoIs adaptive", "1d 200 segments", "3d 50 cuboids"),
         {"reference": (10, 8), "compiled": COMPILED},
     ),
+    Table(
+        "deform_sample",
+        "deform_sample, images",
+        ("2d 64x256x256", "2d 64x256x256 anywhere"),
+        {"grid_sample": (3, 4)},
+    ),
+    Table(
+        "deform_sample",
+        "deform_sample, volumes",
+        ("3d one channel 160x192x160", "3d 16x64x64x64", "3d 16x64x64x64 anywhere"),
+        {"grid_sample": (6, 8)},
+    ),
+    Table(
+        "deform_sample",
+        "deform_sample, several images",
+        ("2d 8 images 64x64x64",),
+        {"grid_sample": (1, 1)},
+    ),
 ]
 
 HALF = 1.5

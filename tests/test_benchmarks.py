@@ -10,7 +10,13 @@ from deformkit.ops._library import operators
 
 BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
 FORWARD = [name for name in operators if not name.endswith("_backward")]
-RIVALS = {"conv": ["plain"], "attn": ["transformers"], "aggregate": ["grid_sample"], "roi": []}
+RIVALS = {
+    "conv": ["plain"],
+    "attn": ["transformers"],
+    "aggregate": ["grid_sample"],
+    "roi": [],
+    "sample": ["grid_sample"],
+}
 
 
 def run(*options: str) -> str:
