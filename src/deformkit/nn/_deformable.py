@@ -23,7 +23,7 @@ class Deformable:
         # When arguments are wrong, Python's message has the name under which the function was defined.
         if cls.__module__.startswith(__package__) and not cls.__name__.startswith("_"):
             cls.__init__ = with_hints(of_class(cls, "__init__"), cls.__name__)  # type: ignore[method-assign]
-            cls.forward = of_class(cls, "forward")  # type: ignore[method-assign]
+            cls.forward = of_class(cls, "forward")  # type: ignore[attr-defined]
 
     def extra_repr(self) -> str:
         """The arguments that the base class in torch shows, then others that are not at their defaults."""

@@ -64,13 +64,14 @@ class _DeformConvTranspose(Deformable, _ConvTransposeNd):
     def _deform(self, input: Tensor, offset: Tensor, mask: Tensor | None, output_size: Sequence[int] | None) -> Tensor:
         axes = self.spatial_dims
         if self._is_unbatched(input, offset, mask):
-            maps = [value if value is None else value.unsqueeze(0) for value in (input, offset, mask)]
             size = None if output_size is None else list(output_size)[-axes:]
-            return self._deform(*maps, size).squeeze(0)  # type: ignore[arg-type]
+            maps = (input.unsqueeze(0), offset.unsqueeze(0), None if mask is None else mask.unsqueeze(0))
+            return self._deform(*maps, size).squeeze(0)
         window: Any = (self.stride, self.padding, self.kernel_size, axes, self.dilation)
         extra = self._output_padding(input, None if output_size is None else list(output_size), *window)
-        steps = (self.stride, self.padding, extra, self.groups, self.dilation)
-        return _FUNCTIONS[axes](input, offset, self.weight, self.bias, *steps, mask, boundary=self.boundary)
+        steps: Any = (self.stride, self.padding, extra, self.groups, self.dilation)
+        function: Any = _FUNCTIONS[axes]
+        return function(input, offset, self.weight, self.bias, *steps, mask, boundary=self.boundary)
 
 
 class _GivenDeformConvTranspose(_DeformConvTranspose):

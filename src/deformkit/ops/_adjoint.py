@@ -107,8 +107,8 @@ def define_adjoint(
             parts.append(dict(zip([u, *order], found, strict=True)))
         totals: list[Tensor | None] = []
         for name, yes in wanted_by_name.items():
-            terms = [part[name] for part in parts if part.get(name) is not None] if yes else []
-            totals.append(sum(terms[1:], terms[0]) if terms else None)
+            terms = [term for term in (part.get(name) for part in parts) if term is not None]
+            totals.append(sum(terms[1:], terms[0]) if yes and terms else None)
         return totals
 
     return register(

@@ -190,7 +190,8 @@ def _deform_conv_transpose(
     if any(steps):
         # Output padding of whole steps is room for further positions of the input, which are 0.
         widths = [width for more in reversed(steps) for width in (0, more)]
-        input, offset, mask = (None if t is None else F.pad(t, widths) for t in (input, offset, mask))
+        input, offset = F.pad(input, widths), F.pad(offset, widths)
+        mask = None if mask is None else F.pad(mask, widths)
         extras = [extra % step for extra, step in zip(extras, strides, strict=True)]
         rest = (paddings, extras, groups, dilations, mask, code_of("boundary", boundary))
     output = _operator(input, offset, weight, strides, *rest)
