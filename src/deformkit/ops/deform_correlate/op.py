@@ -59,6 +59,7 @@ def deform_correlate(
         ValueError: a shape, device, size or option does not fit; the message names the argument.
 
     Example:
+        >>> import torch
         >>> shapes = [(32, 48), (16, 24)]
         >>> query, key = torch.randn(2, 100, 8, 16), torch.randn(2, 32 * 48 + 16 * 24, 8, 16)
         >>> locations = torch.rand(2, 100, 8, 2, 4, 2)

@@ -70,6 +70,7 @@ def ms_deform_attn(
         ValueError: a shape, device, size or option does not fit; the message names the argument.
 
     Example:
+        >>> import torch
         >>> shapes = [(32, 48), (16, 24)]
         >>> value = torch.randn(2, 32 * 48 + 16 * 24, 8, 16)
         >>> locations, weights = torch.rand(2, 100, 8, 2, 4, 2), torch.randn(2, 100, 8, 2 * 4).softmax(-1)
