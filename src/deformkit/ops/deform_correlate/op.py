@@ -43,7 +43,7 @@ def deform_correlate(
         sampling_locations: ``[B, Q, H, L, P, N]``, **x first**: ``(x, y)`` for images, ``(x, y, z)`` for volumes.
             Normalised: 0 is the outer edge of the first pixel of a level, 1 that of the last. float64 if ``query`` is
             float64, else float32. Or ``[B, Q, H, P, N]`` with the points of all levels one after the other, and
-            ``num_points``. An axis H or L of length 1 is shared by all heads or levels.
+            ``num_points``. An axis H or L of length 1 is shared by all heads or levels; heads are not copied.
         num_points: with locations in the second form, the number of points on each level, which may be 0, or one int
             for all levels.
         mode: ``"linear"``; or ``"nearest"``: the pixel at ``floor(sampling_locations * size_l + 1/2)``, clamped into

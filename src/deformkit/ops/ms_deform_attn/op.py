@@ -49,8 +49,8 @@ def ms_deform_attn(
             Normalised: 0 is the outer edge of the first pixel of a level, 1 that of the last. float64 if ``value`` is
             float64, else float32, even if ``value`` is in half precision: a location in half precision may be off by
             more than a pixel. Or ``[B, Q, H, P, N]`` with the points of all levels one after the other, and
-            ``num_points``. An axis H or L of length 1 is shared by all heads or levels. On a CPU
-            the first calls warn if the locations look like pixels or lie in -1 to 1; a check
+            ``num_points``. An axis H or L of length 1 is shared by all heads or levels; heads are not copied. On
+            a CPU the first calls warn if the locations look like pixels or lie in -1 to 1; a check
             on a GPU would wait for the device.
         attention_weights: ``[B, Q, H, L, P]``, with H or L of length 1 in the same way, or ``[B, Q, H, P]`` with
             locations in the second form, in the dtype of ``value``. They are used as given, without a softmax.

@@ -24,10 +24,51 @@ struct Affine {
   std::array<double, N> scale, bias;
 };
 
+// A tensor [B, *out, H, ...] whose last axes are a row for each query and head; made so by a copy if need be. The
+// others may have any strides, such as those of an expanded tensor.
+class RowsOfHeads {
+ public:
+  RowsOfHeads(const Tensor& tensor, size_t inner) : tensor_(tensor) {
+    if (!has_rows(inner)) tensor_ = torch::stable::contiguous(tensor);
+    const auto sizes = tensor_.sizes(), strides = tensor_.strides();
+    const size_t head = sizes.size() - inner - 1;
+    batch_stride_ = strides[0], head_stride_ = strides[head];
+    // Of an axis of one element the stride may be any.
+    for (size_t axis = 1; axis < head; ++axis)
+      if (sizes[axis] != 1) query_stride_ = strides[axis];
+  }
+
+  const Tensor& tensor() const { return tensor_; }
+  int64_t place(int64_t b, int64_t query, int64_t head) const {
+    return b * batch_stride_ + query * query_stride_ + head * head_stride_;
+  }
+  int64_t query_stride() const { return query_stride_; }
+
+ private:
+  // Whether the last axes are side by side, and the axes of the queries are one.
+  bool has_rows(size_t inner) const {
+    const auto sizes = tensor_.sizes(), strides = tensor_.strides();
+    const size_t head = sizes.size() - inner - 1;
+    int64_t expected = 1;
+    for (size_t axis = sizes.size(); axis-- > head + 1; expected *= sizes[axis])
+      if (sizes[axis] != 1 && strides[axis] != expected) return false;
+    expected = -1;
+    for (size_t axis = head; axis-- > 1;) {
+      if (sizes[axis] == 1) continue;
+      if (expected >= 0 && strides[axis] != expected) return false;
+      expected = strides[axis] * sizes[axis];
+    }
+    return true;
+  }
+
+  Tensor tensor_;
+  int64_t batch_stride_, query_stride_ = 0, head_stride_;
+};
+
 template <int N>
 struct Heads {
-  Map value;                    // [B, S, H, D]
-  Tensor coordinates, weights;  // [B, Q, H, P, N] and [B, Q, H, P]
+  Map value;                         // [B, S, H, D]
+  RowsOfHeads coordinates, weights;  // [B, Q, H, P, N] and [B, Q, H, P]
   int64_t batch, positions, heads, channels, queries, points;
   std::vector<Level<N>> levels;
   std::vector<Affine<N>> affine;      // of each of a query's points
@@ -37,9 +78,7 @@ struct Heads {
   std::vector<int64_t> output_shape;  // [B, Q, H, D], however the operator writes it
 
   Heads(const Tensor& value_, const Tensor& coordinates_, const Tensor& weights_)
-      : value(Map::with_heads(value_)),
-        coordinates(torch::stable::contiguous(coordinates_)),
-        weights(torch::stable::contiguous(weights_)) {
+      : value(Map::with_heads(value_)), coordinates(coordinates_, 2), weights(weights_, 1) {
     const auto sizes = sizes_of(value_), shape = sizes_of(coordinates_);
     batch = sizes[0], heads = sizes[sizes.size() - 2], channels = sizes.back();
     positions = value.positions;

@@ -80,9 +80,10 @@ struct QueryPoints {
               int64_t queries, Index outside) {
     const Span& span = plan.span;
     const int64_t points = queries * span.points, capacity = plan.capacity();
-    const int64_t place = call.place(b, first, head, call.points) + span.first, pitch = call.heads * call.points;
-    read_rows(call.coordinates, place * N, pitch * N, queries, span.points * N, stored.get(), span.points * N);
-    read_rows(call.weights, place, pitch, queries, span.points, factors.get(), span.points);
+    read_rows(call.coordinates.tensor(), call.coordinates.place(b, first, head) + span.first * N,
+              call.coordinates.query_stride(), queries, span.points * N, stored.get(), span.points * N);
+    read_rows(call.weights.tensor(), call.weights.place(b, first, head) + span.first, call.weights.query_stride(),
+              queries, span.points, factors.get(), span.points);
     Index* own[N];
     const Index* origin[N];
     const A* shift[N];
