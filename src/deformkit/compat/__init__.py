@@ -11,9 +11,21 @@ A host is imported when it is first asked for, and never needs the library that 
 from importlib import import_module
 from types import ModuleType
 
+from ._grid_sample import grid_sample
 from ._install import install, uninstall
 
-__all__ = ["convert", "dc1d", "deformable_detr", "deformops", "install", "mmcv", "torchvision", "tvdcn", "uninstall"]
+__all__ = [
+    "convert",
+    "dc1d",
+    "deformable_detr",
+    "deformops",
+    "grid_sample",
+    "install",
+    "mmcv",
+    "torchvision",
+    "tvdcn",
+    "uninstall",
+]
 
 _MODULES = ("convert", "dc1d", "deformable_detr", "deformops", "mmcv", "torchvision", "tvdcn")
 

@@ -1,0 +1,82 @@
+"""``grid_sample`` with torch's signature, on deformable sampling."""
+
+import torch
+from torch import Tensor
+
+from ..ops._shape import Boundary, Mode, check_alike, check_choice, check_floating, compute_dtype
+from ..ops.deform_sample.op import deform_sample
+
+
+def grid_sample(
+    input: Tensor,
+    grid: Tensor,
+    mode: str = "bilinear",
+    padding_mode: str = "zeros",
+    align_corners: bool | None = None,
+) -> Tensor:
+    """:func:`torch.nn.functional.grid_sample` by :func:`deformkit.deform_sample`: same values and gradients.
+
+    Args:
+        input: ``[B, C, H, W]`` or ``[B, C, D, H, W]``; also ``[B, C, L]``, which torch does not accept.
+        grid: ``[B, *out, N]``, **x first**, -1 to 1 over the input. ``*out`` has any number of axes.
+        mode: ``"bilinear"``, which is trilinear for volumes, or ``"nearest"``. ``"bicubic"`` is not implemented.
+        padding_mode: ``"zeros"``, ``"border"`` or ``"reflection"``.
+        align_corners: whether -1 and 1 are the centres of the end pixels, or their outer edges. None is False.
+
+    Returns:
+        ``[B, C, *out]`` in the dtype of ``input``. Coordinates are computed in float32, or float64 for float64, also
+        where ``grid`` is in half precision. Unlike in torch, a NaN in ``grid`` gives NaN.
+
+    Raises:
+        NotImplementedError: ``mode`` is ``"bicubic"``.
+        TypeError: an argument is not a tensor, or has a wrong dtype.
+        ValueError: a shape, device or option does not fit; the message names the argument.
+
+    Example:
+        >>> import torch
+        >>> input, grid = torch.randn(1, 3, 8, 9), 2 * torch.rand(1, 5, 6, 2) - 1
+        >>> ours = grid_sample(input, grid, align_corners=False)
+        >>> torch.allclose(ours, torch.nn.functional.grid_sample(input, grid, align_corners=False), atol=1e-5)
+        True
+    """
+    if mode == "bicubic":
+        raise NotImplementedError('mode is "bicubic", which deformkit does not implement')
+    check_choice("mode", mode, ("bilinear", "nearest"), ' ("bicubic" is not implemented)')
+    check_choice("padding_mode", padding_mode, ("zeros", "border", "reflection"))
+    check_floating("input", input)
+    check_floating("grid", grid)
+    check_alike("grid", grid, "input", input, dtype=False)
+    axes = input.dim() - 2
+    if axes not in (1, 2, 3):
+        raise ValueError(f"input has shape {list(input.shape)}; it needs a batch, channels and 1, 2 or 3 spatial axes")
+    if grid.dim() < 2 or grid.shape[-1] != axes or grid.shape[0] != input.shape[0]:
+        raise ValueError(
+            f"grid has shape {list(grid.shape)}; with input of shape {list(input.shape)} it must be "
+            f"[{input.shape[0]}, *out, {axes}]"
+        )
+    points = _pixels(grid.to(compute_dtype(input.dtype)), input, bool(align_corners))
+    boundary: Boundary = "border" if padding_mode == "border" else "zeros"
+    if padding_mode == "reflection":
+        # Mirrored at the outer edges by the operator, but at the centres of the end pixels here.
+        boundary = "border" if align_corners else "reflect"
+        points = _mirrored(points, input) if align_corners else points
+    ours: Mode = "linear"
+    if mode == "nearest":
+        # Half-way between two pixels torch takes the even one.
+        ours, points = "nearest", points.round()
+    return deform_sample(input, points.unsqueeze(1), boundary=boundary, mode=ours)
+
+
+def _pixels(grid: Tensor, input: Tensor, align_corners: bool) -> Tensor:
+    """The points in pixels, in tensor-axis order."""
+    size = grid.new_tensor(list(input.shape[2:]))
+    grid = grid.flip(-1)
+    return (grid + 1) / 2 * (size - 1) if align_corners else ((grid + 1) * size - 1) / 2
+
+
+def _mirrored(points: Tensor, input: Tensor) -> Tensor:
+    """Points mirrored at the centres of the first and the last pixel."""
+    last = points.new_tensor(list(input.shape[2:])) - 1
+    period = (2 * last).clamp(min=1)
+    place = points.abs().remainder(period)
+    return torch.where(last == 0, points * 0, torch.where(place > last, period - place, place))
