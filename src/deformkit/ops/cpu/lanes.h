@@ -1,7 +1,7 @@
 // Small vectors of numbers, in the registers that the compiler has.
 #pragma once
 
-#if defined(__F16C__)
+#if defined(__AVX2__)
 #include <immintrin.h>
 #endif
 
