@@ -75,3 +75,42 @@ def with_autograd() -> Iterator[None]:
     included, excluded = torch._C._dispatch_tls_local_include_set(), torch._C._dispatch_tls_local_exclude_set()
     with torch._C._ForceDispatchKeyGuard(included, excluded - _AUTOGRAD_KEYS), torch.enable_grad():
         yield
+
+
+def register_strategy(overload: Any, first_static: int, ways: Any) -> None:
+    """Register how DTensor divides an operator. All: 2.13.
+
+    ``ways(args)`` takes the arguments, shapes in place of tensors. It returns pairs of placements on one axis of a
+    mesh, first of the outputs and then of the arguments, and of a rule, whose ``fits(ranks)`` says whether so many
+    ranks can take their parts. Arguments from ``first_static`` on are part of the key under which DTensor caches what
+    it has found; ``register_sharding`` would leave out lists.
+    """
+    from torch.distributed.tensor import DTensor
+    from torch.distributed.tensor._op_schema import OpStrategy, RuntimeSchemaInfo
+    from torch.distributed.tensor._ops.utils import expand_to_full_mesh_op_strategy
+
+    outputs = len(overload._schema.returns)
+
+    def strategy(op_schema: Any) -> Any:
+        mesh = op_schema.get_mesh_from_args()
+        found = ways([tuple(arg.shape) if isinstance(arg, OpStrategy) else arg for arg in op_schema.args_schema])
+        expanded = expand_to_full_mesh_op_strategy(
+            mesh, op_schema, [placements for placements, _ in found], input_index=outputs
+        )
+        rules = {tuple(p for p in placements if p is not None): rule for placements, rule in found}
+
+        def fits(spec: Any) -> bool:
+            results = spec.output_specs if outputs > 1 else [spec.output_specs]
+            ranks: Counter[int] = Counter()
+            used = {}
+            for axis, placements in enumerate(zip(*(one.placements for one in (*results, *spec.input_specs)), strict=True)):
+                rule = rules[placements]
+                used[id(rule)] = rule
+                ranks[id(rule)] = max(ranks[id(rule)], 1) * mesh.size(axis)
+            return all(rule.fits(ranks[key]) for key, rule in used.items())
+
+        expanded.strategies = [spec for spec in expanded.strategies if fits(spec)]
+        return expanded
+
+    info = RuntimeSchemaInfo(first_static, needs_pytree=True)
+    DTensor._op_dispatcher.sharding_propagator.register_op_strategy(overload, strategy, info)
