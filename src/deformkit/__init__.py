@@ -17,6 +17,7 @@ else:
     from . import nn as nn
     from . import reference as reference
     from ._monitor import monitor as monitor
+    from ._on_import import on_import as _on_import
     from ._param_groups import param_groups as param_groups
     from ._patching import patch as patch
     from ._patching import unpatch as unpatch
@@ -34,10 +35,21 @@ else:
     from .ops import deform_splat as deform_splat
     from .ops import ms_deform_attn as ms_deform_attn
 
+    def _register_sharding() -> None:
+        """DTensor's rules for the operators; a release of torch without what they need leaves it as it is."""
+        try:
+            from . import distributed as _
+        except (ImportError, AttributeError, TypeError) as error:
+            from warnings import warn
+
+            warn(f"deformkit has no sharding rules for this release of torch: {error}", RuntimeWarning, stacklevel=2)
+
+    _on_import("torch.distributed.tensor", _register_sharding)
+
 
 def __getattr__(name: str) -> _ModuleType:
-    # compat stands in for whole libraries, viz draws: imported when they are first asked for.
-    if name in ("compat", "viz"):
+    # compat stands in for whole libraries, viz draws, distributed wants DTensor: imported when they are first asked for.
+    if name in ("compat", "distributed", "viz"):
         from importlib import import_module
 
         return import_module(f"{__name__}.{name}")

@@ -68,7 +68,6 @@ def check(name: str, mesh: DeviceMesh) -> None:
 
 def main() -> None:
     dist.init_process_group("gloo")
-    deformkit.distributed.register()
     mesh = init_device_mesh("cpu", (dist.get_world_size(),))
     found = {}
     for name in LAYERS:

@@ -121,7 +121,9 @@ def check_options(mesh: DeviceMesh) -> None:
 def check_compiled(mesh: DeviceMesh) -> None:
     op = operators["deform_conv"]
     args = op.ordered(conv.Case("2d", 5, 6, (7, 6), 7, (3, 2)).arguments(torch.float64))
-    rule = RULES[op.name]({name: list(v.shape) if isinstance(v, Tensor) else v for name, v in zip(op.arguments, args)})[0]
+    rule = RULES[op.name]({name: list(v.shape) if isinstance(v, Tensor) else v for name, v in zip(op.arguments, args)})[
+        0
+    ]
     parts = distributed(args, op, mesh, rule)
     compiled = torch.compile(op, fullgraph=True, backend="aot_eager")
     output, expected = compiled(*parts), op(*args)
@@ -137,7 +139,6 @@ def check_compiled(mesh: DeviceMesh) -> None:
 
 def main() -> None:
     dist.init_process_group("gloo")
-    deformkit.distributed.register()
     ranks = dist.get_world_size()
     mesh = init_device_mesh("cpu", (ranks,))
     checks: dict[str, Callable[[], None]] = {

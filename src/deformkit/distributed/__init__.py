@@ -5,3 +5,5 @@ from ._tensor_parallel import TensorParallel as TensorParallel
 from ._tensor_parallel import parallel_plan as parallel_plan
 
 __all__ = ["TensorParallel", "parallel_plan", "register"]
+
+register()

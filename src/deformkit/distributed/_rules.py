@@ -133,9 +133,7 @@ def _offset_groups(offset: Any, weight: Any) -> int:
     return int(offset[1] // (taps * axes))
 
 
-def _by_channels(
-    places: dict[str, int], output: int | None, length: int, offset_groups: int, *counts: int
-) -> Rule:
+def _by_channels(places: dict[str, int], output: int | None, length: int, offset_groups: int, *counts: int) -> Rule:
     """Channels divided together with their offset groups, or with the one of all channels."""
     if offset_groups == 1:
         return Rule(places, output, counts, (length,))
@@ -145,4 +143,6 @@ def _by_channels(
 def _by_groups(of: Shapes) -> Rule:
     """Channels divided together with the points of their groups, or with the one group of all channels."""
     groups = of["points"][1]
-    return Rule({"input": 1, "points": 1}, 1, (groups,)) if groups > 1 else Rule({"input": 1}, 1, lengths=of["input"][1:2])
+    return (
+        Rule({"input": 1, "points": 1}, 1, (groups,)) if groups > 1 else Rule({"input": 1}, 1, lengths=of["input"][1:2])
+    )

@@ -7,8 +7,8 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_module, distribute_tensor
-from torch.distributed.tensor.experimental import implicit_replication
 from torch.distributed.tensor.parallel import ParallelStyle
+from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
 
 from .. import nn as layers
@@ -24,9 +24,7 @@ DIVIDED: dict[type[nn.Module], Mapping[str, Mapping[str, int]]] = {
     },
     layers.DCNv3: {"input_proj": _COLUMNS, "offset": _COLUMNS, "mask": _COLUMNS, "output_proj": _ROWS},
     layers.DCNv4: {"value_proj": _COLUMNS, "output_proj": _ROWS},
-    **{
-        getattr(layers, f"{kind}DeformConv{axes}d"): {"": _COLUMNS} for kind in ("", "Packed") for axes in (1, 2, 3)
-    },
+    **{getattr(layers, f"{kind}DeformConv{axes}d"): {"": _COLUMNS} for kind in ("", "Packed") for axes in (1, 2, 3)},
     **{
         getattr(layers, f"{kind}DeformConvTranspose{axes}d"): {"": {"weight": 1, "bias": 0}}
         for kind in ("", "Packed")
@@ -71,8 +69,7 @@ class TensorParallel(ParallelStyle):
 
         def with_whole_tensors(*args: Any, **kwargs: Any) -> Any:
             args, kwargs = pytree.tree_map_only(Tensor, lambda t: _everywhere(t, device_mesh), (args, kwargs))
-            # What a layer creates itself, such as the sizes of levels, is the same on every rank.
-            with implicit_replication():
+            with _Everywhere(device_mesh):
                 output = forward(*args, **kwargs)
             return pytree.tree_map_only(DTensor, lambda t: t.full_tensor(), output)
 
@@ -105,3 +102,23 @@ def _everywhere(tensor: Tensor, mesh: DeviceMesh) -> Tensor:
     if isinstance(tensor, DTensor):
         return tensor
     return DTensor.from_local(tensor, mesh, [Replicate()] * mesh.ndim, run_check=False)
+
+
+class _Everywhere(TorchFunctionMode):
+    """Takes a tensor that a layer creates itself, such as the sizes of levels, as one that every rank has.
+
+    ``implicit_replication`` does so in the forward alone; the backward then meets the same tensor, saved.
+    """
+
+    def __init__(self, mesh: DeviceMesh) -> None:
+        super().__init__()
+        self.mesh = mesh
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        everything = (args, kwargs or {})
+        if any(isinstance(value, DTensor) for value in pytree.tree_leaves(everything)):
+            everything = pytree.tree_map_only(Tensor, lambda t: _everywhere(t, self.mesh), everything)
+        args, kwargs = everything
+        return func(*args, **kwargs)

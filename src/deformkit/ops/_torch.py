@@ -103,7 +103,9 @@ def register_strategy(overload: Any, first_static: int, ways: Any) -> None:
             results = spec.output_specs if outputs > 1 else [spec.output_specs]
             ranks: Counter[int] = Counter()
             used = {}
-            for axis, placements in enumerate(zip(*(one.placements for one in (*results, *spec.input_specs)), strict=True)):
+            for axis, placements in enumerate(
+                zip(*(one.placements for one in (*results, *spec.input_specs)), strict=True)
+            ):
                 rule = rules[placements]
                 used[id(rule)] = rule
                 ranks[id(rule)] = max(ranks[id(rule)], 1) * mesh.size(axis)
