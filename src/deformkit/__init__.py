@@ -38,7 +38,9 @@ else:
     def _register_sharding() -> None:
         """DTensor's rules for the operators; a release of torch without what they need leaves it as it is."""
         try:
-            from . import distributed as _
+            from importlib import import_module
+
+            import_module(f"{__name__}.distributed")
         except (ImportError, AttributeError, TypeError) as error:
             from warnings import warn
 
@@ -48,7 +50,7 @@ else:
 
 
 def __getattr__(name: str) -> _ModuleType:
-    # compat stands in for whole libraries, viz draws, distributed wants DTensor: imported when they are first asked for.
+    # compat stands in for whole libraries, viz draws, distributed imports DTensor: imported when first asked for.
     if name in ("compat", "distributed", "viz"):
         from importlib import import_module
 

@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Partial, Placement, Replicate, Shard, distribute_tensor, init_device_mesh
 
-import deformkit.distributed
+import deformkit.distributed  # noqa: F401
 from deformkit._testing import assert_close
 from deformkit._testing.cases import operator
 from deformkit.distributed._rules import RULES, Rule
@@ -121,9 +121,9 @@ def check_options(mesh: DeviceMesh) -> None:
 def check_compiled(mesh: DeviceMesh) -> None:
     op = operators["deform_conv"]
     args = op.ordered(conv.Case("2d", 5, 6, (7, 6), 7, (3, 2)).arguments(torch.float64))
-    rule = RULES[op.name]({name: list(v.shape) if isinstance(v, Tensor) else v for name, v in zip(op.arguments, args)})[
-        0
-    ]
+    rule = RULES[op.name](
+        {name: list(v.shape) if isinstance(v, Tensor) else v for name, v in zip(op.arguments, args, strict=True)}
+    )[0]
     parts = distributed(args, op, mesh, rule)
     compiled = torch.compile(op, fullgraph=True, backend="aot_eager")
     output, expected = compiled(*parts), op(*args)

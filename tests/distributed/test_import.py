@@ -18,7 +18,8 @@ assert not [finder for finder in sys.meta_path if type(finder).__module__.starts
 @pytest.mark.parametrize(
     "code",
     [
-        "import deformkit, torch; assert 'torch.distributed.tensor' not in sys.modules; import torch.distributed.tensor",
+        "import deformkit, torch; assert 'torch.distributed.tensor' not in sys.modules\n"
+        "import torch.distributed.tensor",
         "import torch.distributed.tensor, deformkit",
         "import deformkit.distributed, torch",
         "import deformkit, torch; deformkit.distributed.register()",

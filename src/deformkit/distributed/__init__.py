@@ -1,9 +1,19 @@
 """Deformable operators and layers on tensors that are divided among ranks."""
 
+from ._spatial import spatial_deform_aggregate as spatial_deform_aggregate
+from ._spatial import spatial_deform_conv as spatial_deform_conv
+from ._spatial import spatial_deform_sample as spatial_deform_sample
 from ._strategy import register as register
 from ._tensor_parallel import TensorParallel as TensorParallel
 from ._tensor_parallel import parallel_plan as parallel_plan
 
-__all__ = ["TensorParallel", "parallel_plan", "register"]
+__all__ = [
+    "TensorParallel",
+    "parallel_plan",
+    "register",
+    "spatial_deform_aggregate",
+    "spatial_deform_conv",
+    "spatial_deform_sample",
+]
 
 register()

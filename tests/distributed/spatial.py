@@ -1,0 +1,188 @@
+"""Under torchrun: operators on images and volumes that are cut along an axis, against the whole ones."""
+
+import json
+import os
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.tensor import DTensor, Placement, Replicate, Shard, distribute_tensor, init_device_mesh
+
+import deformkit as dk
+from deformkit._testing import assert_close, assert_equal
+from deformkit.distributed import spatial_deform_aggregate, spatial_deform_conv, spatial_deform_sample
+
+SIZE = (11, 9, 10)
+
+
+def compare(
+    spatial: Callable[..., Tensor],
+    whole: Callable[..., Tensor],
+    tensors: list[Tensor],
+    placements: list[list[Placement]],
+    mesh: DeviceMesh,
+) -> None:
+    """Outputs and all gradients; tensors without placements are given to every rank as they are."""
+    parts = [
+        distribute_tensor(t, mesh, p).detach().requires_grad_() if p else t.detach().clone().requires_grad_()
+        for t, p in zip(tensors, placements, strict=True)
+    ]
+    full = [t.detach().clone().requires_grad_() for t in tensors]
+    output, expected = spatial(*parts), whole(*full)
+    assert isinstance(output, DTensor) and output.shape == expected.shape, (output.shape, expected.shape)
+    cotangent = torch.randn(expected.shape, dtype=expected.dtype, generator=torch.Generator().manual_seed(1))
+    found = torch.autograd.grad(output, parts, distribute_tensor(cotangent, mesh, output.placements))
+    truth = torch.autograd.grad(expected, full, cotangent)
+    for i, (one, other) in enumerate(zip([output, *found], [expected, *truth], strict=True)):
+        one = one.full_tensor() if isinstance(one, DTensor) else one
+        nan = other.isnan()
+        assert_equal(one.isnan(), nan)
+        assert_close(one.nan_to_num(), other.nan_to_num(), name=f"result {i}")
+
+
+def normal(*shape: int, scale: float = 1.0) -> Tensor:
+    return scale * torch.randn(*shape, dtype=torch.float64)
+
+
+def conv(mesh: DeviceMesh, axes: int, cut: int, spread: float, options: dict[str, Any], nan: bool = False) -> None:
+    torch.manual_seed(axes + cut)
+    size, kernel = SIZE[:axes], (3, 2, 3)[:axes]
+    taps = torch.Size(kernel).numel()
+    steps = {name: options.get(name, 1 if name != "padding" else 0) for name in ("stride", "padding", "dilation")}
+    out = [
+        (s + 2 * steps["padding"] - steps["dilation"] * (k - 1) - 1) // steps["stride"] + 1
+        for s, k in zip(size, kernel, strict=True)
+    ]
+    offset = normal(2, 2 * taps * axes, *out, scale=spread)
+    if options.get("max_offset"):
+        offset = offset.clamp(-options["max_offset"], options["max_offset"])
+    if nan:
+        offset[0, 3].flatten()[::5] = torch.nan
+    tensors = [normal(2, 4, *size), offset, normal(3, 4, *kernel), normal(3), torch.rand(2, 2 * taps, *out).double()]
+    along: list[Placement] = [Shard(2 + cut)]
+    # Of a mesh of two axes the second has shares of the batch.
+    placed = [[*along, Shard(0)] if mesh.ndim == 2 else along, [], [], [], []]
+    everywhere: list[Placement] = [Replicate()] * mesh.ndim
+    placed[1] = placed[4] = placed[0]
+    placed[2] = everywhere
+    plain = {name: value for name, value in options.items() if name != "max_offset"}
+    function = getattr(dk, f"deform_conv{axes}d")
+    compare(
+        lambda x, o, w, b, m: spatial_deform_conv(x, o, w, b, mask=m, **options),
+        lambda x, o, w, b, m: function(x, o, w, b, mask=m, **plain),
+        tensors,
+        placed,
+        mesh,
+    )
+
+
+def aggregate(mesh: DeviceMesh, axes: int, cut: int, options: dict[str, Any]) -> None:
+    torch.manual_seed(axes + cut)
+    size, kernel = SIZE[:axes], (3, 3, 1)[:axes]
+    taps = torch.Size(kernel).numel() - options.get("remove_center", False)
+    offset = normal(2, *size, 2, taps, axes, scale=options.get("max_offset", 2.0))
+    if options.get("max_offset"):
+        offset = offset.clamp(-options["max_offset"], options["max_offset"])
+    tensors = [normal(2, *size, 2, 3), offset, normal(2, *size, 2, taps)]
+    padding = [k // 2 for k in kernel]
+    plain = {name: value for name, value in options.items() if name != "max_offset"}
+    compare(
+        lambda v, o, w: spatial_deform_aggregate(v, o, w, kernel, padding=padding, **options),
+        lambda v, o, w: dk.deform_aggregate(v, o, w, kernel, padding=padding, **plain),
+        tensors,
+        [[Shard(1 + cut)]] * 3,
+        mesh,
+    )
+
+
+def sample(mesh: DeviceMesh, axes: int, cut: int, options: dict[str, Any]) -> None:
+    torch.manual_seed(axes + cut)
+    size = SIZE[:axes]
+    points = 1.4 * torch.rand(2, 2, 7, 3, axes).double() * torch.tensor(size) - 0.2 * torch.tensor(size)
+    whole, spatial = partial(dk.deform_sample, **options), partial(spatial_deform_sample, **options)
+    if options.get("mode") == "nearest":
+        points = points.floor() + 0.25
+    compare(spatial, whole, [normal(2, 4, *size), points], [[Shard(2 + cut)], [Shard(2)]], mesh)
+
+
+def beyond(mesh: DeviceMesh) -> None:
+    """One offset on one rank is larger than promised: an error on each."""
+    offset = torch.zeros(1, 6, 12)
+    offset[0, 0, 0] = 2.5
+    parts = [distribute_tensor(t, mesh, [Shard(2)]) for t in (torch.randn(1, 2, 12), offset[:, :3])]
+    try:
+        spatial_deform_conv(*parts, torch.randn(2, 2, 3), padding=1, max_offset=2.0)
+    except ValueError as error:
+        assert "max_offset is 2.0" in str(error), error
+    else:
+        raise AssertionError("no error")
+
+
+def compiled(mesh: DeviceMesh) -> None:
+    """With a bound the halo is known, and the whole call is one graph."""
+    x, o, w = normal(1, 2, 12), torch.rand(1, 3, 12).double() * 4 - 2, normal(2, 2, 3)
+    parts = [distribute_tensor(t, mesh, [Shard(2)]).requires_grad_() for t in (x, o)]
+    call = partial(spatial_deform_conv, padding=1, max_offset=2.0)
+    function = torch.compile(lambda *args: call(*args).to_local(), fullgraph=True, backend="aot_eager")
+    output = function(*parts, w)
+    expected = call(*parts, w).to_local()
+    assert_close(output, expected)
+    grads = [torch.autograd.grad(out.square().sum(), parts) for out in (output, expected)]
+    for one, truth in zip(*grads, strict=True):
+        assert_close(one.full_tensor(), truth.full_tensor())
+
+
+def main() -> None:
+    dist.init_process_group("gloo")
+    ranks = dist.get_world_size()
+    mesh = init_device_mesh("cpu", (ranks,))
+    checks: dict[str, Callable[[], None]] = {
+        "beyond": partial(beyond, mesh),
+        "compiled": partial(compiled, mesh),
+    }
+    grid: list[dict[str, Any]] = [
+        {"padding": 1},
+        {"padding": 1, "boundary": "border"},
+        {"padding": 1, "boundary": "reflect"},
+        {"padding": 2, "stride": 2, "dilation": 2},
+        {"padding": 1, "max_offset": 1.5},
+        {"padding": 1, "max_offset": 2.0, "boundary": "border", "stride": 2},
+        {"padding": 1, "max_offset": 1.0, "boundary": "reflect"},
+    ]
+    for axes in (1, 2, 3):
+        for cut in range(axes):
+            for i, options in enumerate(grid):
+                if axes == 3 and cut == 1 and i not in (0, 3):
+                    continue
+                for spread in (0.0, 2.0, 30.0) if i < 3 else (2.0,):
+                    checks[f"conv {axes} {cut} {spread} {options}"] = partial(conv, mesh, axes, cut, spread, options)
+            checks[f"conv {axes} {cut} nan"] = partial(conv, mesh, axes, cut, 2.0, {"padding": 1}, True)
+            for more in (
+                {},
+                {"boundary": "border", "offset_scale": 0.7},
+                {"remove_center": True, "max_offset": 1.5, "offset_scale": 1.3},
+            ):
+                checks[f"aggregate {axes} {cut} {more}"] = partial(aggregate, mesh, axes, cut, more)
+            for more in ({}, {"boundary": "border"}, {"boundary": "reflect"}, {"mode": "nearest"}):
+                checks[f"sample {axes} {cut} {more}"] = partial(sample, mesh, axes, cut, more)
+    if ranks == 4:
+        checks["two axes"] = partial(conv, init_device_mesh("cpu", (2, 2)), 2, 1, 2.0, {"padding": 1})
+    found = {}
+    for name, run in checks.items():
+        try:
+            run()
+            found[name] = ""
+        except Exception as error:  # every rank fails alike, and the others go on
+            found[name] = f"{type(error).__name__}: {error}"
+    if dist.get_rank() == 0:
+        Path(os.environ["FOUND"]).write_text(json.dumps(found))
+    dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main()
