@@ -2,20 +2,28 @@
 
 import json
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
+import torch.distributed._functional_collectives as collectives
 from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Placement, Replicate, Shard, distribute_tensor, init_device_mesh
 
 import deformkit as dk
 from deformkit._testing import assert_close, assert_equal
-from deformkit.distributed import spatial_deform_aggregate, spatial_deform_conv, spatial_deform_sample
+from deformkit.distributed import (
+    attention_traffic,
+    spatial_deform_aggregate,
+    spatial_deform_conv,
+    spatial_deform_sample,
+    spatial_ms_deform_attn,
+)
 
 SIZE = (11, 9, 10)
 
@@ -110,6 +118,59 @@ def sample(mesh: DeviceMesh, axes: int, cut: int, options: dict[str, Any]) -> No
     compare(spatial, whole, [normal(2, 4, *size), points], [[Shard(2 + cut)], [Shard(2)]], mesh)
 
 
+def attention(mesh: DeviceMesh, axes: int, queries: int, divide: str, points: tuple[int, ...], mode: str) -> None:
+    torch.manual_seed(axes)
+    sizes = [(11, 9, 10)[:axes], (5, 3, 2)[:axes], (2, 2, 1)[:axes]]
+    total = sum(torch.Size(size).numel() for size in sizes)
+    places = 1.4 * torch.rand(2, queries, 2, sum(points), axes).double() - 0.2
+    weights = torch.rand(2, queries, 2, sum(points)).double()
+    options: dict[str, Any] = {"num_points": list(points), "mode": mode}
+    compare(
+        lambda v, p, w: spatial_ms_deform_attn(v, sizes, p, w, divide=divide, **options),
+        lambda v, p, w: dk.ms_deform_attn(v, sizes, p, w, **options),
+        [normal(2, total, 2, 3), places, weights],
+        [[Shard(1)]] * 3,
+        mesh,
+    )
+
+
+def traffic(mesh: DeviceMesh) -> None:
+    """The choice is the smallest of all, and the bytes are those that are moved."""
+    for queries in (1, 5, 40, 900):
+        sizes, points = [(16, 16), (8, 8), (2, 2)], [4, 4, 4]
+        tensors = [normal(1, 324, 2, 8), torch.rand(1, queries, 2, 12, 2).double(), normal(1, queries, 2, 12)]
+        value, places, weights = (distribute_tensor(t, mesh, [Shard(1)]) for t in tensors)
+        found = {
+            divide: attention_traffic(value, sizes, places, points, divide) for divide in ("auto", "gather", "shard")
+        }
+        assert found["auto"].total <= min(found["gather"].total, found["shard"].total), found
+        for divide, expected in found.items():
+            with counting(mesh) as counted:
+                spatial_ms_deform_attn(value, sizes, places, weights, num_points=points, divide=divide)
+            assert counted[0] == expected.total, (queries, divide, counted[0], expected)
+
+
+@contextmanager
+def counting(mesh: DeviceMesh) -> Iterator[list[int]]:
+    """The bytes that all ranks send to others with all_to_all, added up."""
+    counted, plain = [0], collectives.all_to_all_single_autograd
+
+    def exchanged(tensor: Tensor, incoming: list[int], outgoing: list[int], group: Any) -> Tensor:
+        others = sum(n for rank, n in enumerate(outgoing) if rank != mesh.get_rank())
+        row = tensor.numel() // max(len(tensor), 1) * tensor.element_size()
+        counted[0] += others * row
+        return plain(tensor, incoming, outgoing, group)
+
+    collectives.all_to_all_single_autograd = exchanged
+    try:
+        yield counted
+    finally:
+        collectives.all_to_all_single_autograd = plain
+    total = torch.tensor(counted)
+    dist.all_reduce(total)
+    counted[0] = int(total)
+
+
 def beyond(mesh: DeviceMesh) -> None:
     """One offset on one rank is larger than promised: an error on each."""
     offset = torch.zeros(1, 6, 12)
@@ -144,6 +205,7 @@ def main() -> None:
     checks: dict[str, Callable[[], None]] = {
         "beyond": partial(beyond, mesh),
         "compiled": partial(compiled, mesh),
+        "traffic": partial(traffic, mesh),
     }
     grid: list[dict[str, Any]] = [
         {"padding": 1},
@@ -155,6 +217,10 @@ def main() -> None:
         {"padding": 1, "max_offset": 1.0, "boundary": "reflect"},
     ]
     for axes in (1, 2, 3):
+        for divide in ("gather", "shard", "auto"):
+            checks[f"attention {axes} {divide}"] = partial(attention, mesh, axes, 13, divide, (2, 3, 1), "linear")
+        checks[f"attention {axes} few"] = partial(attention, mesh, axes, 3, "auto", (2, 0, 1), "linear")
+        checks[f"attention {axes} nearest"] = partial(attention, mesh, axes, 13, "auto", (2, 3, 1), "nearest")
         for cut in range(axes):
             for i, options in enumerate(grid):
                 if axes == 3 and cut == 1 and i not in (0, 3):

@@ -69,3 +69,13 @@ def exchange(part: Tensor, axis: int, length: int, wanted: Sequence[Rows], mesh:
 def _common(one: Rows, other: Rows) -> Rows:
     first = max(one[0], other[0])
     return first, max(first, min(one[1], other[1]))
+
+
+def collect(whole: Tensor, axis: int, length: int, mesh: DeviceMesh, mesh_axis: int) -> Tensor:
+    """This rank's rows of the sum of ``whole`` over all ranks, where they are cut along ``axis``; differentiable."""
+    owned = cuts(length, mesh.size(mesh_axis))
+    first, last = owned[mesh.get_local_rank(mesh_axis)]
+    outgoing = [last_of_other - first_of_other for first_of_other, last_of_other in owned]
+    rows = whole.movedim(axis, 0).contiguous()
+    summands = collectives.all_to_all_single_autograd(rows, [last - first] * len(owned), outgoing, (mesh, mesh_axis))
+    return summands.unflatten(0, (len(owned), last - first)).sum(0).movedim(0, axis)
