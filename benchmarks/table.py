@@ -253,19 +253,25 @@ CHARTS = {
 
 OPERATORS = {
     "conv": "deform_conv",
+    "transpose": "deform_conv_transpose",
     "attn": "ms_deform_attn",
     "aggregate": "deform_aggregate",
     "roi": "deform_roi_pool",
+    "correlate": "deform_correlate",
     "sample": "deform_sample",
+    "splat": "deform_splat",
 }
 """The sections that compare one operator with others."""
 
 SECTIONS = {
     "conv": ("Deformable convolution against others", partial(against, "deform_conv")),
+    "transpose": ("Transposed deformable convolution against others", partial(against, "deform_conv_transpose")),
     "attn": ("Multi-scale deformable attention against others", partial(against, "ms_deform_attn")),
     "aggregate": ("Deformable aggregation against others", partial(against, "deform_aggregate")),
     "roi": ("Deformable RoI pooling against others", partial(against, "deform_roi_pool")),
+    "correlate": ("Correlation at sampled points against others", partial(against, "deform_correlate")),
     "sample": ("Deformable sampling against others", partial(against, "deform_sample")),
+    "splat": ("Splatting against others", partial(against, "deform_splat")),
     "half": ("Half precision", half),
     "memory": ("Memory", memory),
     "growth": ("Growth", growth),

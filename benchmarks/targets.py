@@ -124,6 +124,24 @@ TABLES = [
         ("2d 8 images 64x64x64",),
         {"grid_sample": (1, 1)},
     ),
+    Table(
+        "deform_conv_transpose",
+        "deform_conv_transpose with mask",
+        ("2d 128x64x64", "2d 256x32x32", "2d 64x128x128", "1d 128x1024", "3d 32x8x28x28"),
+        {"plain": (1.3, 1.3)},
+    ),
+    Table(
+        "deform_correlate",
+        "deform_correlate",
+        ("2d lookup", "2d guided"),
+        {"grid_sample": (8, 8)},
+    ),
+    Table(
+        "deform_splat",
+        "deform_splat",
+        ("2d 64x256x256", "2d 64x256x256 anywhere", "1d 64x4096", "3d 16x64x64x64"),
+        {"index_add": (10, 10)},
+    ),
 ]
 
 HALF = 1.5

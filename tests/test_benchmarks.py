@@ -16,6 +16,9 @@ RIVALS = {
     "aggregate": ["grid_sample"],
     "roi": [],
     "sample": ["grid_sample"],
+    "transpose": ["plain"],
+    "correlate": ["grid_sample"],
+    "splat": ["index_add"],
 }
 
 
