@@ -54,6 +54,15 @@ struct Pair {
   BFloat16 first, second;
 };
 
+// Whether there are kernels for pairs, for sums in A.
+#if defined(__AVX512F__)
+template <typename A>
+constexpr bool has_pairs = std::is_same_v<A, float>;
+#else
+template <typename A>
+constexpr bool has_pairs = false;
+#endif
+
 // The type in which the products of operands are added up.
 template <typename O>
 using Result = std::conditional_t<std::is_same_v<O, Pair>, float, O>;
@@ -100,8 +109,6 @@ void multiply_tile(int64_t depth, const Left<A>& left, const A* right, int64_t r
 }
 
 #if defined(__AVX512F__)
-#define DEFORMKIT_PAIRS
-
 // Whether the processor multiplies pairs. Only the library for AVX-512 has these kernels; it asks at run time.
 inline bool multiplies_pairs() {
   static const bool answer = __builtin_cpu_supports("avx512bf16");

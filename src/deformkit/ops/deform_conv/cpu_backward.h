@@ -157,8 +157,7 @@ class Backward {
     if (!problem_.is_narrow()) {
       for (int64_t o = 0; o < plan.groups() * rows_; ++o)
         read_run(grad_output_, batch, plan.first_group() * rows_ + o, begin, points, grads + o * points);
-#if defined(DEFORMKIT_PAIRS)
-      if constexpr (std::is_same_v<A, float>) {
+      if constexpr (has_pairs<A>) {
         for (int64_t g = 0; paired_ && g < plan.groups(); ++g) {
           const A* const from = grads + g * rows_ * points;
           pair_rows(from, rows_, points, points, scratch.pairs_of_rows.get() + g * pair_rows_ * points, points);
@@ -166,7 +165,6 @@ class Backward {
                        pair_pitch_);
         }
       }
-#endif
       return;
     }
     for (int64_t r = 0; r < rows_; ++r)
@@ -186,8 +184,7 @@ class Backward {
       const Product& product = plan.products[p];
       const A* const grads = scratch.grads.get() + (product.group - plan.first_group()) * rows_ * points;
       A* const to = scratch.grad_columns.get() + product.column;
-#if defined(DEFORMKIT_PAIRS)
-      if constexpr (std::is_same_v<A, float>) {
+      if constexpr (has_pairs<A>) {
         if (paired_) {
           const Pair* const left =
               scratch.pairs_of_rows.get() + (product.group - plan.first_group()) * pair_rows_ * points;
@@ -196,7 +193,6 @@ class Backward {
           continue;
         }
       }
-#endif
       multiply(points, product.depth, rows_, Left<A>{grads, 1, points}, weights.template of<A>(p), to, widest_, false);
     }
   }
@@ -247,8 +243,7 @@ class Backward {
       const A* const grads = scratch.grads.get() + (product.group - plan.first_group()) * rows_ * points;
       const A* const columns = scratch.columns.get() + product.column;
       A* const to = scratch.weight_sum + sums.of(p);
-#if defined(DEFORMKIT_PAIRS)
-      if constexpr (std::is_same_v<A, float>) {
+      if constexpr (has_pairs<A>) {
         if (paired_) {
           const int64_t depth = ceil_div(points, 2);
           const Pair* const left =
@@ -259,7 +254,6 @@ class Backward {
           continue;
         }
       }
-#endif
       multiply(rows_, product.depth, points, Left<A>{grads, points, 1}, Panels<A>::of_matrix(columns, widest_), to,
                whole_vectors<A>(product.depth), true);
     }

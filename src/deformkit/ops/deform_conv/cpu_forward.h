@@ -124,8 +124,7 @@ class Forward {
       const Product& product = plan_.products[p];
       const A* const columns = scratch.columns.get() + product.column;
       A* const sums = scratch.sums.get() + (product.group - plan_.first_group()) * points * pitch_;
-#if defined(DEFORMKIT_PAIRS)
-      if constexpr (std::is_same_v<A, float>) {
+      if constexpr (has_pairs<A>) {
         if (paired_) {
           const int64_t depth = ceil_div(product.depth, 2);
           pair_columns(columns, points, product.depth, scratch.pitch, scratch.pairs.get(), scratch.pitch / 2);
@@ -134,7 +133,6 @@ class Forward {
           continue;
         }
       }
-#endif
       deformkit::multiply(points, rows_, product.depth, Left<A>{columns, scratch.pitch, 1}, weights_.template of<A>(p),
                           sums, pitch_, true);
     }

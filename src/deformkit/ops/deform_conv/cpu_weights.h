@@ -67,11 +67,9 @@ class Weights {
         pack_panels(source);
       }
     });
-#if defined(DEFORMKIT_PAIRS)
-    if constexpr (std::is_same_v<A, float>) {
+    if constexpr (has_pairs<A>) {
       if (is_paired(problem, weight.scalar_type())) pair(turned);
     }
-#endif
   }
 
   // The panels of a product, with or without pairs.
@@ -91,7 +89,6 @@ class Weights {
  private:
   static constexpr int64_t tile = Tile<A>::columns;
 
-#if defined(DEFORMKIT_PAIRS)
   void pair(bool turned) {
     int64_t size = 0;
     for (size_t p = 0; p < depth_.size(); ++p) {
@@ -107,7 +104,6 @@ class Weights {
     });
     data_ = {};
   }
-#endif
 
   template <typename T>
   void pack_rows(const T* source) {
