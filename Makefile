@@ -14,7 +14,7 @@ SITE := import sysconfig; print(sysconfig.get_path("purelib"))
 # Triton comes with a torch for CUDA; for one that is for CPUs alone there is a Triton too, on Linux.
 NO_TRITON := import sys, importlib.util as u; sys.exit(sys.platform == "linux" and not u.find_spec("triton"))
 
-.PHONY: help build demo test check format bench headers wheel sdist docs sanitize clean
+.PHONY: help build demo test check format bench headers wheel sdist docs sanitize sanitize-threads clean
 .NOTPARALLEL:
 
 help:
@@ -29,6 +29,7 @@ help:
 	@echo "make headers  fetch the headers of the oldest torch that is served (79 MB); a test compiles against them"
 	@echo "make docs     build the documentation into build/docs/ (GALLERY=1 runs the examples)"
 	@echo "make sanitize make $(CALLS) random calls of kernels built with AddressSanitizer and UndefinedBehaviorSanitizer"
+	@echo "make sanitize-threads  make $(CALLS) random calls of kernels built with ThreadSanitizer"
 	@echo "make clean    remove what was built; $(VENV) stays"
 
 build: $(VENV)/.build
@@ -81,13 +82,22 @@ docs: $(VENV)/.docs
 
 # The sanitizers' own libraries have to be in the process first, and libstdc++ with them, whose exceptions they watch.
 CALLS := 10000
-LOADED_FIRST := $(foreach name,libasan.so libubsan.so libstdc++.so,$$($${CXX:-g++} -print-file-name=$(name)))
+SANITIZED = $(VENV)/bin/cmake -S . -B build/sanitize-$(1) -G Ninja -DCMAKE_MAKE_PROGRAM=$(abspath $(VENV)/bin/ninja) \
+  -DPython_EXECUTABLE=$(abspath $(PY)) -DDEFORMKIT_SANITIZE=$(1) && $(VENV)/bin/cmake --build build/sanitize-$(1)
+LIBRARY = $$($${CXX:-g++} -print-file-name=$(1))
+FUZZ = $(PY) tests/fuzz.py --calls $(CALLS) --library build/sanitize-$(1)/deformkit_baseline.so
+
 sanitize: $(VENV)/.dev
-	$(VENV)/bin/cmake -S . -B build/sanitize -G Ninja -DCMAKE_MAKE_PROGRAM=$(abspath $(VENV)/bin/ninja) \
-	  -DPython_EXECUTABLE=$(abspath $(PY)) -DDEFORMKIT_SANITIZE=ON -DCMAKE_CXX_FLAGS=-fsanitize=float-cast-overflow
-	$(VENV)/bin/cmake --build build/sanitize
-	LD_PRELOAD="$(LOADED_FIRST)" ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=halt_on_error=1:print_stacktrace=1 \
-	  $(PY) tests/fuzz.py --calls $(CALLS) --library build/sanitize/deformkit_baseline.so
+	$(call SANITIZED,memory)
+	LD_PRELOAD="$(call LIBRARY,libasan.so) $(call LIBRARY,libubsan.so) $(call LIBRARY,libstdc++.so)" \
+	  ASAN_OPTIONS=detect_leaks=0:allocator_may_return_null=1 UBSAN_OPTIONS=halt_on_error=1:print_stacktrace=1 $(call FUZZ,memory)
+
+# Of torch, which is not compiled for it, ThreadSanitizer sees only what openmp_order.cpp reports. It needs fixed addresses.
+sanitize-threads: $(VENV)/.dev
+	$(call SANITIZED,threads)
+	$${CXX:-g++} -std=c++20 -O2 -shared -fPIC tests/native/openmp_order.cpp -o build/sanitize-threads/openmp_order.so -ldl
+	LD_PRELOAD="$(call LIBRARY,libtsan.so) $(call LIBRARY,libstdc++.so) $(abspath build/sanitize-threads/openmp_order.so)" \
+	  TSAN_OPTIONS=ignore_noninstrumented_modules=1:allocator_may_return_null=1:halt_on_error=1 setarch -R $(call FUZZ,threads)
 
 clean:
 	rm -rf build dist .hypothesis .mypy_cache .pytest_cache .ruff_cache

@@ -1,7 +1,7 @@
 """Random calls of the operators: shapes, steps, dtypes, layouts, wild offsets, forward and backward.
 
-``python tests/fuzz.py --calls 10000 --library build/sanitize/deformkit_baseline.so`` runs them on that library instead
-of the one that deformkit would load. After a failure ``--seed N --calls 1`` repeats its call alone.
+``python tests/fuzz.py --calls 10000 --library build/sanitize-memory/deformkit_baseline.so`` runs them on that library
+instead of the one that deformkit would load. After a failure ``--seed N --calls 1`` repeats its call alone.
 """
 
 import argparse

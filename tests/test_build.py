@@ -64,6 +64,18 @@ def test_without_a_compiler_the_message_says_how_to_get_one(tmp_path: Path) -> N
     assert "CMAKE_CXX_COMPILER could be found" not in said
 
 
+@pytest.mark.skipif(shutil.which("make") is None, reason="needs make")
+def test_make_asks_for_a_compiler_before_anything_is_fetched(tmp_path: Path) -> None:
+    for tool in ("sh", "echo", "uname"):
+        (tmp_path / tool).symlink_to(str(shutil.which(tool)))
+    command = [str(shutil.which("make")), "build", f"VENV={tmp_path / 'venv'}", f"PYTHON={sys.executable}"]
+    kept = {name: value for name, value in os.environ.items() if name != "CXX"}
+    done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, env={**kept, "PATH": str(tmp_path)})
+    assert done.returncode != 0
+    assert done.stderr.startswith("deformkit needs a C++ compiler, g++ 12 or newer or clang++ 15 or newer")
+    assert not (tmp_path / "venv").exists()
+
+
 @pytest.mark.parametrize(
     ("compiler", "version"), [("GNU", "11.4"), ("Clang", "14.0"), ("AppleClang", "13.1"), ("MSVC", "19.44")]
 )

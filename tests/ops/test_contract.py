@@ -404,6 +404,35 @@ def test_a_cotangent_on_another_device_raises(call: Call) -> None:
 
 
 @one_each
+@pytest.mark.parametrize("number", [2**62, 2**63 - 1], ids=["2^62", "2^63-1"])
+def test_a_number_beyond_any_size_raises(call: Call, number: int) -> None:
+    """Sums of sizes and steps could exceed the range of int64."""
+    args = call.arguments()
+    backward = call.backward_arguments(args)
+    for i, value in enumerate(args):
+        if isinstance(value, list):
+            name, wrong = call.operator.arguments[i], [number, *value[1:]]
+            with pytest.raises((ValueError, RuntimeError), match=name):
+                call.operator.overload(*args[:i], wrong, *args[i + 1 :])
+            with pytest.raises((ValueError, RuntimeError), match=name):
+                call.backward_operator.overload(*backward[: i + 1], wrong, *backward[i + 2 :])
+
+
+@one_each
+@pytest.mark.parametrize("dtype", [torch.int16, torch.uint8, torch.complex64], ids=str)
+def test_the_bare_operator_names_a_wrong_dtype(call: Call, dtype: torch.dtype) -> None:
+    args = call.arguments()
+    backward = call.backward_arguments(args)
+    for i in call.operator.tensors:
+        if args[i] is not None:
+            wrong = args[i].to(dtype)
+            with pytest.raises((TypeError, RuntimeError), match=call.operator.arguments[i]):
+                call.operator.overload(*args[:i], wrong, *args[i + 1 :])
+            with pytest.raises((TypeError, RuntimeError), match=call.operator.arguments[i]):
+                call.backward_operator.overload(*backward[: i + 1], wrong, *backward[i + 2 :])
+
+
+@one_each
 def test_the_fallback_checks(call: Call) -> None:
     """On a device without a kernel the reference is used, also if the operator itself is called."""
     args = call.arguments()

@@ -16,6 +16,9 @@ Mode = Literal["linear", "nearest"]
 # freed.
 CHOICES = {"boundary": ("zeros", "border", "reflect"), "mode": ("linear", "nearest")}
 
+# Sums of steps and sizes up to this stay far below the range of int64.
+FARTHEST = 2**40
+
 FLOATING = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 
@@ -256,6 +259,8 @@ def check_window(name: str, size: Sequence[int], **window: Sequence[int]) -> Non
         least = 0 if "padding" in what else 1
         if len(values) != len(size) or min(values) < least:
             raise ValueError(f"{what} is {list(values)}; it needs {len(size)} values of at least {least}")
+        if max(values) > FARTHEST:
+            raise ValueError(f"{what} is {list(values)}; each value must be at most 2^40")
     if min(size) < 1:
         raise ValueError(f"{name} has spatial size {times(size)}; every axis must have at least one element")
 
@@ -267,6 +272,7 @@ def compute_dtype(dtype: torch.dtype) -> torch.dtype:
 
 __all__ = [
     "CHOICES",
+    "FARTHEST",
     "FLOATING",
     "Boundary",
     "Mode",

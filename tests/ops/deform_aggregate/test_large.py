@@ -1,5 +1,6 @@
 """Deformable aggregation at sizes where a kernel divides its work, and where an index needs 64 bits."""
 
+import numpy as np
 import pytest
 import torch
 from peak import Peak
@@ -91,6 +92,23 @@ def test_more_than_2_to_the_31_elements(
     for head in weight.grad.reshape(count, heads).T:
         assert head.tolist() == [content * channels] * (count - 1) + [content * channels / 2]
     assert peak.so_far() < 300, "memory that grows with the value"
+
+
+def test_outside_of_a_field_of_more_than_2_to_the_29_elements() -> None:
+    """An index of 32 bits suffices, and what is outside does not become a position. The zeros are never touched."""
+    side = 6000
+    value = torch.from_numpy(np.zeros((1, side, side, 1, 16), np.float16))
+    assert 2**29 < value.numel() < 2**31
+    value[:, :300] = 1
+    offset = torch.zeros(1, 3, 1, 1, 1, 2)
+    offset[0, :, 0, 0, 0, 0] = torch.tensor([-2.0, float(side), 2.0 * side])
+    offset.requires_grad_()
+    weight = torch.ones(1, 3, 1, 1, 1, dtype=torch.float16, requires_grad=True)
+    output = dk.deform_aggregate(value, offset, weight, 1, (2500, side))
+    assert_equal(output, torch.zeros_like(output))
+    output.sum().backward()
+    assert offset.grad is not None and weight.grad is not None
+    assert not offset.grad.any() and not weight.grad.any()
 
 
 def test_workspace_does_not_grow_with_the_image() -> None:

@@ -192,3 +192,13 @@ def test_a_far_offset_costs_its_own_time_alone() -> None:
     assert peak.so_far() < of_near + 8
     same = (near == far)[0].all(0)
     assert same.sum() == same.numel() - 1 and not same[100, 100]
+
+
+@pytest.mark.parametrize(("channels", "groups"), [(16, 1), (8, 2), (3, 3)], ids=["dense", "narrow", "depthwise"])
+def test_gradient_of_the_weight_over_many_positions(channels: int, groups: int) -> None:
+    """The parts of a million positions are not added up one by one: digits would be lost."""
+    input, offset = torch.rand(1, channels, 1000, 1000), torch.zeros(1, 2, 1000, 1000)
+    weight = torch.ones(channels, channels // groups, 1, 1, requires_grad=True)
+    [found] = torch.autograd.grad(dk.deform_conv2d(input, offset, weight).sum(), weight)
+    truth = input.double().sum((0, 2, 3)).reshape(groups, 1, -1).expand(-1, channels // groups, -1)
+    assert (found.reshape(truth.shape) / truth - 1).abs().max() < 1e-6

@@ -1,5 +1,6 @@
 """Deformable RoI pooling at sizes where a kernel divides its work, and where an index needs 64 bits."""
 
+import numpy as np
 import pytest
 import torch
 from peak import Peak
@@ -71,6 +72,23 @@ def test_more_than_2_to_the_31_elements(channels: int, size: tuple[int, ...]) ->
     output.sum().backward()
     assert offset.grad is not None and not offset.grad.any()
     assert peak.so_far() < 300, "memory that grows with the input"
+
+
+@needs_kernel("deform_roi_pool")
+def test_outside_of_channels_last_of_more_than_2_to_the_29_elements() -> None:
+    """An index of 32 bits suffices, and what is outside does not become a position. The zeros are never touched."""
+    side = 6000
+    field = torch.from_numpy(np.zeros((1, side, side, 16), np.float16))
+    assert 2**29 < field.numel() < 2**31
+    field[:, :300] = 1
+    rois = torch.tensor(
+        [[0.0, 10.0, side + 5.0, 200.0, side + 90.0], [0.0, 10.0, -90.0, 200.0, -20.0], [0.0, 10.0, 10.0, 200.0, 100.0]]
+    )
+    offset = torch.zeros(3, 2, 1, 1, requires_grad=True)
+    output = dk.deform_roi_pool(field.movedim(-1, 1), rois, offset, output_size=1, sampling_ratio=2)
+    assert output[:, :, 0, 0].tolist() == [[0.0] * 16, [0.0] * 16, [1.0] * 16]
+    output.sum().backward()
+    assert offset.grad is not None and not offset.grad.any()
 
 
 @needs_kernel("deform_roi_pool")

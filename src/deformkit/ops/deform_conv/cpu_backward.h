@@ -16,6 +16,10 @@ constexpr int64_t weight_sum_bytes = 16 * mib;  // of all these sums
 // a core's second-level cache. `benchmarks/run.py conv --rivals plain` measures them again.
 constexpr int64_t backward_block = 144, backward_depth = 64;
 
+// Blocks whose part of the weight's gradient is summed before it is added to the rest: one sum over the blocks of a
+// large image would lose digits.
+constexpr int64_t blocks_of_part = 64;
+
 // The width of a slice, which depends on the shape only; few channels still give work to two threads.
 template <int N>
 int64_t backward_width(const Problem<N>& problem) {
@@ -53,6 +57,7 @@ class Backward {
       channels_ = std::max(channels_, plan.channels());
       grads_ = std::max(grads_, problem_.is_narrow() ? plan.channels() : plan.groups());
       sums_.push_back(WeightSums<A, N>(problem_, plan));
+      if (gradients.weight) part_ = std::max(part_, sums_.back().size());
     }
     for (const Unit<N>& unit : units_) window_ = std::max(window_, unit.window.positions() + 1);
   }
@@ -71,7 +76,7 @@ class Backward {
           const int64_t share = item / slices(), per_sample = static_cast<int64_t>(units_.size()) / problem_.batch;
           const int64_t last = problem_.batch * (share + 1) / shares_ * per_sample;
           scratch.slice = item % slices();
-          scratch.weight_sum = gradients_.weight ? weight_sums[item].get() : nullptr;
+          A* const total = gradients_.weight ? weight_sums[item].get() : nullptr;
           int64_t step = 0;
           for (int64_t u = problem_.batch * share / shares_ * per_sample; u < last; ++u) {
             open(scratch, units_[u]);
@@ -79,9 +84,11 @@ class Backward {
               if (follows(scratch)) turns.wait(item, step);
               block(scratch, units_[u], begin, std::min(block_, units_[u].end - begin));
               turns.finish(item, step);
+              if ((step + 1) % blocks_of_part == 0) add_part(scratch, total);
             }
             close(scratch, units_[u]);
           }
+          add_part(scratch, total);
         },
         &turns);
     if (gradients_.weight) write_weight(weight_sums);
@@ -92,8 +99,8 @@ class Backward {
     Samples<A, N> samples;
     Buffer<A> field, grad_field, columns, grad_columns, grads, line, narrow_sum, by_point, more_by_point;
     Buffer<Pair> pairs, pairs_of_rows, pairs_of_points;
+    Buffer<A> weight_part;
     int64_t slice = 0;
-    A* weight_sum = nullptr;
 
     explicit Scratch(const Backward& b)
         : samples(b.call_, b.cut_, b.block_, b.channels_, true),
@@ -108,7 +115,10 @@ class Backward {
           more_by_point((N + 1) * b.block_),
           pairs(b.paired_ ? b.block_ * b.widest_ : 0),
           pairs_of_rows(b.paired_ ? b.pair_rows_ * b.grads_ * b.block_ + Tile<A>::lanes : 0),
-          pairs_of_points(b.paired_ ? b.rows_ * b.grads_ * b.pair_pitch_ : 0) {}
+          pairs_of_points(b.paired_ ? b.rows_ * b.grads_ * b.pair_pitch_ : 0),
+          weight_part(b.part_) {
+      std::fill_n(weight_part.get(), b.part_, A(0));
+    }
   };
 
   int64_t slices() const { return static_cast<int64_t>(plans_.size()); }
@@ -242,7 +252,7 @@ class Backward {
       const Product& product = plan.products[p];
       const A* const grads = scratch.grads.get() + (product.group - plan.first_group()) * rows_ * points;
       const A* const columns = scratch.columns.get() + product.column;
-      A* const to = scratch.weight_sum + sums.of(p);
+      A* const to = scratch.weight_part.get() + sums.of(p);
       if constexpr (has_pairs<A>) {
         if (paired_) {
           const int64_t depth = ceil_div(points, 2);
@@ -271,9 +281,15 @@ class Backward {
 #pragma omp simd
         for (int64_t c = 0; c < segment.channels; ++c) sum[c] += grad[c] * column[c];
       }
-      A* const to = scratch.weight_sum + sums_[scratch.slice].narrow(r, segment);
+      A* const to = scratch.weight_part.get() + sums_[scratch.slice].narrow(r, segment);
       for (int64_t c = 0; c < segment.channels; ++c) to[c] += sum[c];
     }
+  }
+
+  // Adds the part of the last blocks to the sum of an item, and starts the next part.
+  void add_part(Scratch& scratch, A* total) const {
+    A* const part = scratch.weight_part.get();
+    for (int64_t i = 0; total && i < sums_[scratch.slice].size(); ++i) total[i] += part[i], part[i] = 0;
   }
 
   void write_weight(const std::vector<Buffer<A>>& weight_sums) const {
@@ -292,7 +308,7 @@ class Backward {
   const Map& grad_output_;
   const Gradients& gradients_;
   std::vector<Unit<N>> units_;
-  int64_t rows_, block_, shares_ = 1, widest_ = 0, channels_ = 0, grads_ = 0, window_ = 0;
+  int64_t rows_, block_, shares_ = 1, widest_ = 0, channels_ = 0, grads_ = 0, window_ = 0, part_ = 0;
   bool by_columns_, paired_;
   int64_t pair_rows_, pair_pitch_;
   std::vector<Plan<N>> plans_;

@@ -101,7 +101,8 @@ class PlanarBackward {
 
   void run() {
     const int64_t items = ceil_div(problem_.channels, width_), shares = std::min(problem_.batch, planar_shares);
-    std::vector<A> sums(shares * weight_.size(), A(0));
+    // In double, because one sum over the blocks of a large image would lose digits.
+    std::vector<double> sums(shares * weight_.size(), 0.0);
     each(
         shares * items, [&] { return Scratch(*this); },
         [&](Scratch& scratch, int64_t item) {
@@ -113,7 +114,8 @@ class PlanarBackward {
         });
     for (int64_t share = 1; share < shares; ++share)
       for (size_t i = 0; i < weight_.size(); ++i) sums[i] += sums[share * weight_.size() + i];
-    if (gradients_.weight) gradients_.weight->write(0, sums.data(), static_cast<int64_t>(weight_.size()));
+    const std::vector<A> total(sums.begin(), sums.begin() + static_cast<int64_t>(weight_.size()));
+    if (gradients_.weight) gradients_.weight->write(0, total.data(), static_cast<int64_t>(total.size()));
   }
 
  private:
@@ -122,7 +124,7 @@ class PlanarBackward {
   // grads: [rows, block]; by_point: [taps, N + 1, block], summed over the channels that share their offsets.
   struct Scratch : PlanarScratch<A, N> {
     Buffer<A> grads, grad_samples{block}, samples{block}, by_point, more_by_point{(N + 1) * block};
-    A* weight_sum = nullptr;
+    double* weight_sum = nullptr;
 
     explicit Scratch(const PlanarBackward& b)
         : PlanarScratch<A, N>{Points<A, N, int32_t>(block),
