@@ -1,6 +1,8 @@
 """The formulas of host libraries that cannot be installed, in their own layouts, one tap after the other."""
 
 from collections.abc import Sequence
+from itertools import product
+from math import prod
 
 import torch
 from torch import Tensor
@@ -9,11 +11,14 @@ from torch.nn import functional as F
 Pair = Sequence[int]
 
 
-def bilinear(field: Tensor, y: Tensor, x: Tensor) -> Tensor:
-    """The channels of ``field [B, C, H, W]`` at the points ``y, x [B, Hout, Wout]`` in pixels, zero outside."""
-    height, width = field.shape[2:]
-    grid = torch.stack([(2 * x + 1) / width - 1, (2 * y + 1) / height - 1], -1)
+def linear(field: Tensor, *coordinates: Tensor) -> Tensor:
+    """The channels of ``field [B, C, *S]`` at points ``[B, *out]`` in pixels, in tensor-axis order, zero outside."""
+    sizes = field.shape[2:]
+    grid = torch.stack([(2 * x + 1) / size - 1 for x, size in zip(coordinates, sizes, strict=True)][::-1], -1)
     return F.grid_sample(field, grid, align_corners=False)
+
+
+bilinear = linear
 
 
 def modulated_conv(
@@ -28,25 +33,28 @@ def modulated_conv(
     groups: int,
     deform_groups: int,
 ) -> Tensor:
-    """The formula of mmcv and DCNv2: channel ``2 * (group * taps + tap)`` of the offsets is y, the next one x."""
-    kernel_h, kernel_w = weight.shape[2:]
-    taps = kernel_h * kernel_w
-    rows, columns = offset.shape[2:]
-    base_y = (torch.arange(rows) * stride[0] - padding[0]).to(offset).reshape(-1, 1)
-    base_x = (torch.arange(columns) * stride[1] - padding[1]).to(offset)
-    output = torch.zeros(input.shape[0], weight.shape[0], rows, columns, dtype=input.dtype)
+    """The formula of mmcv and DCNv2, for images and volumes.
+
+    For images, channel ``2 * (group * taps + tap)`` of the offsets is y, the next one x.
+    """
+    kernel, out = weight.shape[2:], offset.shape[2:]
+    axes, convolve = len(kernel), {2: F.conv2d, 3: F.conv3d}[weight.dim() - 2]
+    bases = torch.meshgrid(
+        *((torch.arange(n) * s - p).to(offset) for n, s, p in zip(out, stride, padding, strict=True)), indexing="ij"
+    )
+    output = torch.zeros(input.shape[0], weight.shape[0], *out, dtype=input.dtype)
     by_group = input.chunk(deform_groups, 1)
-    for i in range(kernel_h):
-        for j in range(kernel_w):
-            samples = []
-            for group, field in enumerate(by_group):
-                number = group * taps + i * kernel_w + j
-                y = base_y + i * dilation[0] + offset[:, 2 * number]
-                x = base_x + j * dilation[1] + offset[:, 2 * number + 1]
-                value = bilinear(field, y, x)
-                samples.append(value if mask is None else value * mask[:, number].unsqueeze(1))
-            output = output + F.conv2d(torch.cat(samples, 1), weight[:, :, i, j, None, None], groups=groups)
-    return output if bias is None else output + bias.reshape(-1, 1, 1)
+    for tap, index in enumerate(product(*map(range, kernel))):
+        samples = []
+        for group, field in enumerate(by_group):
+            number = group * prod(kernel) + tap
+            shifts = offset[:, axes * number : axes * (number + 1)].unbind(1)
+            places = [b + i * d + s for b, i, d, s in zip(bases, index, dilation, shifts, strict=True)]
+            value = linear(field, *places)
+            samples.append(value if mask is None else value * mask[:, number].unsqueeze(1))
+        by_tap = weight[(slice(None), slice(None), *index)].reshape(*weight.shape[:2], *[1] * axes)
+        output = output + convolve(torch.cat(samples, 1), by_tap, groups=groups)
+    return output if bias is None else output + bias.reshape(-1, *[1] * axes)
 
 
 def aggregate(
