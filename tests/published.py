@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 from itertools import product
 from math import prod
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -90,3 +91,45 @@ def aggregate(
                 tap += 1
         outputs.append(total)
     return torch.cat(outputs, 1).permute(0, 2, 3, 1)
+
+
+def deformable_attention(layer: Any, x: Tensor, vgrid: Tensor) -> Tensor:
+    """The output of a layer of the package deformable-attention for a moved grid ``[B*G, N, *grid]``.
+
+    It is normalised, sampled, and attended to with the position bias.
+    """
+    size, grid, axes = list(x.shape[2:]), list(vgrid.shape[2:]), vgrid.shape[1]
+    groups, heads = layer.offset_groups, layer.heads
+    # For images the first coordinate is x, and is divided by the height.
+    keys = torch.stack([2 * vgrid[:, i] / max(grid[i] - 1, 1) - 1 for i in range(axes)], -1)
+    along = torch.meshgrid(*(torch.arange(n).to(x) for n in size), indexing="ij")
+    along = along[::-1] if axes == 2 else along
+    places = torch.stack([2 * p / max(size[i] - 1, 1) - 1 for i, p in enumerate(along)], -1)
+
+    fields = x.unflatten(1, (groups, -1)).flatten(0, 1)
+    if axes == 1:
+        rows = torch.cat([torch.zeros_like(keys), keys], -1).unsqueeze(2)
+        read = F.grid_sample(fields.unsqueeze(-1), rows, align_corners=False).squeeze(-1)
+    else:
+        read = F.grid_sample(fields, keys if axes == 2 else keys.flip(-1), align_corners=False)
+    read = read.unflatten(0, (-1, groups)).flatten(1, 2)
+
+    distance = places.flatten(0, -2).unsqueeze(1) - keys.flatten(1, -2).unsqueeze(1)
+    bias = distance.sign() * (distance.abs() + 1).log() if layer.rel_pos_bias.log_distance else distance
+    for part in layer.rel_pos_bias.mlp:
+        bias = part(bias)
+    bias = bias.unflatten(0, (-1, groups)).movedim(-1, 2).flatten(1, 2)
+    q, k, v = (
+        t.flatten(2).unflatten(1, (heads, -1)).transpose(2, 3)
+        for t in (layer.to_q(x), layer.to_k(read), layer.to_v(read))
+    )
+    attention = (q @ k.transpose(2, 3) / q.shape[-1] ** 0.5 + bias).softmax(-1)
+    return layer.to_out((attention @ v).transpose(2, 3).flatten(1, 2).unflatten(2, size))
+
+
+def normalised(displacement: Tensor) -> Tensor:
+    """The grid of MONAI and voxelmorph for a displacement in pixels: -1 to 1 over the image, x first."""
+    size = displacement.shape[2:]
+    along = torch.meshgrid(*(torch.arange(n, dtype=displacement.dtype) for n in size), indexing="ij")
+    moved = [d + p for d, p in zip(displacement.unbind(1), along, strict=True)]
+    return torch.stack([2 * m / max(n - 1, 1) - 1 for m, n in zip(moved, size, strict=True)][::-1], -1)

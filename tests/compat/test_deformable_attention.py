@@ -2,10 +2,10 @@
 
 from typing import Any
 
+import published
 import pytest
 import torch
-from torch import Tensor, nn
-from torch.nn import functional as F
+from torch import nn
 
 from deformkit._testing import assert_close
 from deformkit.compat import deformable_attention as compat
@@ -23,37 +23,6 @@ OPTIONS: list[dict[str, Any]] = [
 ]
 
 
-def published(layer: nn.Module, x: Tensor, vgrid: Tensor) -> Tensor:
-    """The output for a moved grid ``[B*G, N, *grid]``: normalised, sampled, and attended to with the position bias."""
-    size, grid, axes = list(x.shape[2:]), list(vgrid.shape[2:]), vgrid.shape[1]
-    groups, heads = layer.offset_groups, layer.heads
-    # For images the first coordinate is x, and is divided by the height.
-    keys = torch.stack([2 * vgrid[:, i] / max(grid[i] - 1, 1) - 1 for i in range(axes)], -1)
-    along = torch.meshgrid(*(torch.arange(n).to(x) for n in size), indexing="ij")
-    along = along[::-1] if axes == 2 else along
-    places = torch.stack([2 * p / max(size[i] - 1, 1) - 1 for i, p in enumerate(along)], -1)
-
-    fields = x.unflatten(1, (groups, -1)).flatten(0, 1)
-    if axes == 1:
-        rows = torch.cat([torch.zeros_like(keys), keys], -1).unsqueeze(2)
-        read = F.grid_sample(fields.unsqueeze(-1), rows, align_corners=False).squeeze(-1)
-    else:
-        read = F.grid_sample(fields, keys if axes == 2 else keys.flip(-1), align_corners=False)
-    read = read.unflatten(0, (-1, groups)).flatten(1, 2)
-
-    distance = places.flatten(0, -2).unsqueeze(1) - keys.flatten(1, -2).unsqueeze(1)
-    bias = distance.sign() * (distance.abs() + 1).log() if layer.rel_pos_bias.log_distance else distance
-    for part in layer.rel_pos_bias.mlp:
-        bias = part(bias)
-    bias = bias.unflatten(0, (-1, groups)).movedim(-1, 2).flatten(1, 2)
-    q, k, v = (
-        t.flatten(2).unflatten(1, (heads, -1)).transpose(2, 3)
-        for t in (layer.to_q(x), layer.to_k(read), layer.to_v(read))
-    )
-    attention = (q @ k.transpose(2, 3) / q.shape[-1] ** 0.5 + bias).softmax(-1)
-    return layer.to_out((attention @ v).transpose(2, 3).flatten(1, 2).unflatten(2, size))
-
-
 @pytest.mark.parametrize("options", OPTIONS, ids=["default", "groups", "keys"])
 @pytest.mark.parametrize("axes", [1, 2, 3])
 def test_formula(axes: int, options: dict[str, Any]) -> None:
@@ -68,7 +37,7 @@ def test_formula(axes: int, options: dict[str, Any]) -> None:
     still = torch.meshgrid(*(torch.arange(n).to(x) for n in vgrid.shape[2:]), indexing="ij")
     moved = layer.to_offsets(grouped) + torch.stack(still[::-1] if axes == 2 else still)
     assert_close(vgrid.detach(), moved.detach())
-    expected = published(layer, x, moved)
+    expected = published.deformable_attention(layer, x, moved)
     weight = torch.randn_like(expected)
     # A softmax does not change with a number added to all its arguments: the last bias has no gradient but rounding.
     given = [x, *(value for name, value in layer.named_parameters() if name != "rel_pos_bias.mlp.2.bias")]
@@ -93,7 +62,10 @@ def test_distances_without_logarithm() -> None:
     layer = compat.DeformableAttention1D(dim=8, dim_head=4, heads=2, cpb_log_distance=False)
     x = torch.randn(1, 8, 16)
     output, vgrid = layer(x, return_vgrid=True)
-    assert_close(output.detach(), published(layer.double(), x.double(), vgrid.double().unsqueeze(1)).detach())
+    assert_close(
+        output.detach(),
+        published.deformable_attention(layer.double(), x.double(), vgrid.double().unsqueeze(1)).detach(),
+    )
 
 
 def test_errors() -> None:

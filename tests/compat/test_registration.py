@@ -1,5 +1,6 @@
 """compat.monai.Warp and compat.voxelmorph.SpatialTransformer: the formulas of these libraries, by grid_sample."""
 
+import published
 import pytest
 import torch
 from torch import Tensor
@@ -7,14 +8,6 @@ from torch.nn import functional as F
 
 from deformkit._testing import assert_close, assert_equal, evaluate
 from deformkit.compat import monai, voxelmorph
-
-
-def normalised(displacement: Tensor) -> Tensor:
-    """Moved positions from -1 to 1 over the image, as both libraries compute them, x first."""
-    size = displacement.shape[2:]
-    along = torch.meshgrid(*(torch.arange(n, dtype=displacement.dtype) for n in size), indexing="ij")
-    moved = [d + p for d, p in zip(displacement.unbind(1), along, strict=True)]
-    return torch.stack([2 * m / max(n - 1, 1) - 1 for m, n in zip(moved, size, strict=True)][::-1], -1)
 
 
 def compare(layer: torch.nn.Module, theirs: object, tensors: list[Tensor]) -> None:
@@ -34,7 +27,7 @@ def test_warp_of_monai(size: tuple[int, ...], mode: str, padding_mode: str) -> N
     layer = monai.Warp(mode, padding_mode)
 
     def theirs(image: Tensor, ddf: Tensor) -> Tensor:
-        return F.grid_sample(image, normalised(ddf), mode, padding_mode, align_corners=True)
+        return F.grid_sample(image, published.normalised(ddf), mode, padding_mode, align_corners=True)
 
     compare(layer, theirs, tensors)
 
@@ -58,7 +51,7 @@ def test_spatial_transformer_of_voxelmorph(size: tuple[int, ...], mode: str, ali
 
     def theirs(image: Tensor, field: Tensor) -> Tensor:
         how = "nearest" if mode == "nearest" else "bilinear"
-        return F.grid_sample(image, normalised(field), how, align_corners=align_corners)
+        return F.grid_sample(image, published.normalised(field), how, align_corners=align_corners)
 
     compare(layer, theirs, tensors)
 
