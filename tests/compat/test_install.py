@@ -3,66 +3,37 @@
 import importlib
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import drawn
 import published
 import pytest
 import torch
+from shims import as_function, compare, found
 from torch import Tensor, nn
 
 from deformkit import compat
 from deformkit import nn as layers
-from deformkit._testing import assert_close, assert_equal, evaluate
+from deformkit._testing import assert_close, assert_equal
 
-NAMES = ("MultiScaleDeformableAttention", "groundingdino._C", "DCNv3", "DCNv4", "_ext", "dcn_v2")
-
-
-@pytest.fixture(autouse=True)
-def _clean() -> Iterator[None]:
-    """Check that no shim is installed before and after."""
-    compat.uninstall()
-    before = set(sys.modules)
-    yield
-    compat.uninstall()
-    for name in set(sys.modules) - before:
-        if name.split(".")[0] in {entry.split(".")[0] for entry in NAMES}:
-            del sys.modules[name]
-
-
-def found(name: str) -> ModuleType:
-    """The module that deformkit installs under a name."""
-    assert compat.install(name) == (name,)
-    return importlib.import_module(name)
-
-
-def as_function(forward: Callable[..., Tensor], backward: Callable[..., Any]) -> Any:
-    """Old programs use such a module like this: its two functions in an autograd.Function, called with tensors only."""
-
-    class Function(torch.autograd.Function):
-        @staticmethod
-        def forward(ctx: Any, *tensors: Tensor) -> Tensor:
-            ctx.save_for_backward(*tensors)
-            return forward(*tensors)
-
-        @staticmethod
-        @torch.autograd.function.once_differentiable
-        def backward(ctx: Any, grad: Tensor) -> Any:
-            return tuple(backward(grad, *ctx.saved_tensors))
-
-    return Function.apply
-
-
-def compare(ours: Any, theirs: Any, tensors: list[Tensor]) -> None:
-    """Compare the value and every gradient."""
-    results = [evaluate(function, tensors, range(len(tensors)), torch.float64) for function in (ours, theirs)]
-    for number, pair in enumerate(zip(*results, strict=True)):
-        assert pair[1].any()
-        assert_close(*pair, name=f"gradient {number}" if number else "output")
+NAMES = (
+    "MultiScaleDeformableAttention",
+    "groundingdino._C",
+    "DCNv3",
+    "DCNv4",
+    "mmcv._ext",
+    "_ext",
+    "dcn_v2",
+    "DCN",
+    "D3D",
+    "deformable_aggregation_ext",
+    "deformable_aggregation_with_depth_ext",
+    "deform_attn",
+    "alt_cuda_corr",
+    "corr_sampler",
+)
 
 
 @pytest.mark.parametrize("name", ["MultiScaleDeformableAttention", "groundingdino._C"])
@@ -281,6 +252,7 @@ def test_every_name() -> None:
     with pytest.raises(ModuleNotFoundError):
         importlib.import_module("DCNv4.functions")
     assert compat.uninstall() == tuple(name for name in NAMES if not name.startswith("DCNv"))
+    assert compat.uninstall() == ()
     for name in NAMES:
         with pytest.raises(ModuleNotFoundError):
             importlib.import_module(name)
@@ -288,8 +260,8 @@ def test_every_name() -> None:
 
 def test_unknown_names() -> None:
     for function in (compat.install, compat.uninstall):
-        with pytest.raises(ValueError, match=r"'mmcv\._ext' cannot be installed; there are 'MultiScale"):
-            function("DCNv3", "mmcv._ext")
+        with pytest.raises(ValueError, match=r"'mmcv\.ops' cannot be installed; there are 'MultiScale"):
+            function("DCNv3", "mmcv.ops")
     assert "DCNv3" not in sys.modules
 
 

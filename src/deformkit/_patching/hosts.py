@@ -17,7 +17,16 @@ from ..ops._shape import Mode, compute_dtype
 from ..ops.deform_roi_pool.op import deform_roi_pool
 from ..ops.ms_deform_attn.op import ms_deform_attn
 
-PACKAGES = ("transformers", "torchvision", "mmcv", "ultralytics", "rfdetr")
+PACKAGES = (
+    "transformers",
+    "torchvision",
+    "mmcv",
+    "ultralytics",
+    "rfdetr",
+    "deformable_attention",
+    "monai",
+    "voxelmorph",
+)
 HOSTS = f"{', '.join(PACKAGES)} or Deformable DETR"
 
 _METHODS: dict[str, Mode] = {"default": "linear", "discrete": "nearest"}
@@ -36,6 +45,8 @@ class Part:
     operator: str
     core: str | None = None
     """An attribute of the layer that must be a part too; otherwise the layer is not replaced."""
+    only: Callable[[Any], bool] | None = None
+    """Whether a layer has options that the replacement supports."""
 
     def function(self) -> Callable[..., Any]:
         """The replacement."""
@@ -216,9 +227,16 @@ def _mmcv_roi_layer(self: Any, input: Tensor, rois: Tensor, offset: Tensor | Non
     )
 
 
+def _native_warp(layer: Any) -> bool:
+    """Whether MONAI computes the layer in torch: its compiled part, if it is there, gets numbers and differs."""
+    return layer._interp_mode in ("bilinear", "nearest") and isinstance(layer._padding_mode, str)
+
+
 _TRANSFORMERS = r"transformers\.models\..*"
 _TORCHVISION = r"torchvision\.ops\.deform_conv"
 _MMCV = r"mmcv\.ops\..*"
+_DEFORMABLE_ATTENTION = "deformable_attention:DeformableAttention2D.forward"
+_VOXELMORPH = r"voxelmorph\.nn\.modules"
 _DETR = r"(.*\.)?ms_deform_attn_func"
 _DETR_FUNCTION = "deformable_detr:ms_deform_attn_core_pytorch"
 _DETR_APPLY = "deformable_detr:MSDeformAttnFunction.apply"
@@ -240,6 +258,9 @@ LAYERS = (
     Part(_MMCV, "ModulatedDeformConv2d", "mmcv:ModulatedDeformConv2d.forward", "deform_conv2d"),
     Part(_MMCV, "ModulatedDeformConv2dPack", "mmcv:ModulatedDeformConv2dPack.forward", "deform_conv2d"),
     Part(_MMCV, "DeformRoIPool", _mmcv_roi_layer, "deform_roi_pool"),
+    Part(r"deformable_attention\..*", "DeformableAttention[12]D", _DEFORMABLE_ATTENTION, "deform_sample"),
+    Part(r"monai\.networks\.blocks\.warp", "Warp", "monai:Warp.forward", "deform_sample", only=_native_warp),
+    Part(_VOXELMORPH, "SpatialTransformer", "voxelmorph:SpatialTransformer.forward", "deform_sample"),
 )
 """Layers, which are replaced one by one in the given model alone."""
 

@@ -96,8 +96,8 @@ def patch(model: nn.Module, strict: bool = True) -> Patch:
     host library is imported.
 
     Args:
-        model: a module that is, or contains, modules of transformers, torchvision, mmcv, ultralytics, rfdetr or
-            Deformable DETR.
+        model: a module that is, or contains, modules of transformers, torchvision, mmcv, ultralytics, rfdetr,
+            Deformable DETR, deformable-attention, MONAI or voxelmorph.
         strict: whether to raise an error if there is nothing to replace.
 
     Returns:
@@ -254,7 +254,9 @@ def _replaceable(module: Any) -> bool:
     """Whether this is a layer of a host whose forward and core are those of its class."""
     plain = isinstance(module, nn.Module) and "forward" not in vars(module)
     part = _layer(type(module)) if plain else None
-    return part is not None and (part.core is None or _replaceable(getattr(module, part.core, None)))
+    if part is None or (part.only is not None and not part.only(module)):
+        return False
+    return part.core is None or _replaceable(getattr(module, part.core, None))
 
 
 def _layer(cls: type) -> Part | None:

@@ -17,17 +17,31 @@ from ._install import install, uninstall
 __all__ = [
     "convert",
     "dc1d",
+    "deformable_attention",
     "deformable_detr",
     "deformops",
     "grid_sample",
     "install",
     "mmcv",
+    "monai",
     "torchvision",
     "tvdcn",
     "uninstall",
+    "voxelmorph",
 ]
 
-_MODULES = ("convert", "dc1d", "deformable_detr", "deformops", "mmcv", "torchvision", "tvdcn")
+_MODULES = (
+    "convert",
+    "dc1d",
+    "deformable_attention",
+    "deformable_detr",
+    "deformops",
+    "mmcv",
+    "monai",
+    "torchvision",
+    "tvdcn",
+    "voxelmorph",
+)
 
 
 def __getattr__(name: str) -> ModuleType:

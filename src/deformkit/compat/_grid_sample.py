@@ -55,6 +55,11 @@ def grid_sample(
             f"[{input.shape[0]}, *out, {axes}]"
         )
     points = _pixels(grid.to(compute_dtype(input.dtype)), input, bool(align_corners))
+    return sample_pixels(input, points, mode, padding_mode, bool(align_corners))
+
+
+def sample_pixels(input: Tensor, points: Tensor, mode: str, padding_mode: str, align_corners: bool) -> Tensor:
+    """:func:`grid_sample` at points ``[B, *out, N]`` in pixels, in tensor-axis order; the arguments are checked."""
     boundary: Boundary = "border" if padding_mode == "border" else "zeros"
     if padding_mode == "reflection":
         # Mirrored at the outer edges by the operator, but at the centres of the end pixels here.

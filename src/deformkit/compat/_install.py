@@ -9,14 +9,33 @@ _SHIMS: dict[str, tuple[str, tuple[str, ...]]] = {
     "MultiScaleDeformableAttention": ("ms_deform_attn", ()),
     "groundingdino._C": ("ms_deform_attn", ()),
     "DCNv3": ("dcnv3", ()),
-    "DCNv4": ("dcnv4", ("ext", "functions", "functions.dcnv4_func", "modules", "modules.dcnv4")),
+    "DCNv4": (
+        "dcnv4",
+        (
+            "ext",
+            "functions",
+            "functions.dcnv4_func",
+            "functions.flash_deform_attn_func",
+            "modules",
+            "modules.dcnv4",
+            "modules.flash_deform_attn",
+        ),
+    ),
+    "mmcv._ext": ("mmcv_ext", ()),
     # Before dcn_v2: where that is found as a file of the program itself, it imports _ext.
     "_ext": ("dcn_v2", ()),
     "dcn_v2": ("dcn_v2", ()),
+    "DCN": ("dcn", ()),
+    "D3D": ("dcn", ()),
+    "deformable_aggregation_ext": ("deformable_aggregation", ()),
+    "deformable_aggregation_with_depth_ext": ("deformable_aggregation", ()),
+    "deform_attn": ("deform_attn", ()),
+    "alt_cuda_corr": ("alt_cuda_corr", ()),
+    "corr_sampler": ("corr_sampler", ()),
 }
 
-# The module that a shim replaced, by its full name; None if there was none.
-_replaced: dict[str, ModuleType | None] = {}
+# For each installed name, the modules that the shim replaced, by their full names; None if there was none.
+_replaced: dict[str, dict[str, ModuleType | None]] = {}
 
 
 def install(*names: str, force: bool = False) -> tuple[str, ...]:
@@ -27,8 +46,16 @@ def install(*names: str, force: bool = False) -> tuple[str, ...]:
     * ``"MultiScaleDeformableAttention"``: the extension of Deformable DETR, DINO, Mask2Former and others;
     * ``"groundingdino._C"``: the extension of Grounding DINO;
     * ``"DCNv3"``: the extension of InternImage;
-    * ``"DCNv4"``: that package, without its attention;
-    * ``"_ext"`` and ``"dcn_v2"``: the extension of DCNv2 (CenterNet and others), and its layers.
+    * ``"DCNv4"``: that package;
+    * ``"mmcv._ext"``: the extension of mmcv, so that ``import mmcv.ops`` works with mmcv-lite;
+    * ``"_ext"`` and ``"dcn_v2"``: the extension of DCNv2 (CenterNet and others), and its layers;
+    * ``"DCN"`` and ``"D3D"``: the extensions of other DCNv2 projects, of NLSPN and of D3D;
+    * ``"deformable_aggregation_ext"`` and ``"deformable_aggregation_with_depth_ext"``: those of Sparse4D and its
+      descendants;
+    * ``"deform_attn"``: the extension of RVRT;
+    * ``"alt_cuda_corr"`` and ``"corr_sampler"``: the extensions of RAFT and RAFT-Stereo.
+
+    Any of them may lie in a package of the program: ``"projects.mmdet3d_plugin.ops.deformable_aggregation_ext"``.
 
     A module that can be imported is not replaced; it is imported to find this out. A module whose import fails, because
     it was built for another torch or needs a GPU, is replaced.
@@ -54,15 +81,16 @@ def install(*names: str, force: bool = False) -> tuple[str, ...]:
         ('MultiScaleDeformableAttention',)
     """
     installed = []
-    for name in _known(names):
+    for name in _known(names) if names else list(_SHIMS):
         if name not in _replaced:
             if not force and _importable(name):
                 continue
-            shim, submodules = _SHIMS[name]
+            shim, submodules = _entry(name)
             module = import_module(f"{__package__}._shims.{shim}")
-            for path in (name, *(f"{name}.{submodule}" for submodule in submodules)):
-                _replaced[path] = sys.modules.get(path)
-                _put(path, module)
+            paths = (name, *(f"{name}.{submodule}" for submodule in submodules))
+            _replaced[name] = {path: sys.modules.get(path) for path in paths}
+            for path in paths:
+                _put(path, module, name)
         installed.append(name)
     return tuple(installed)
 
@@ -81,19 +109,25 @@ def uninstall(*names: str) -> tuple[str, ...]:
     Raises:
         ValueError: a name that :func:`install` does not know; then nothing is taken out.
     """
-    removed = [name for name in _known(names) if name in _replaced]
+    removed = [name for name in (_known(names) if names else list(_replaced)) if name in _replaced]
     for name in removed:
-        for path in [path for path in _replaced if path == name or path.startswith(f"{name}.")]:
-            _put(path, _replaced.pop(path))
+        for path, module in _replaced.pop(name).items():
+            _put(path, module, name)
     return tuple(removed)
 
 
+def _entry(name: str) -> tuple[str, tuple[str, ...]]:
+    """The shim and the submodules of a name, which may lie in a package of the program."""
+    return _SHIMS[name if name in _SHIMS else name.rpartition(".")[2]]
+
+
 def _known(names: tuple[str, ...]) -> list[str]:
-    """The names to install, in the order of the table; a ValueError if one is unknown."""
+    """The names in the order of the table; a ValueError if one is unknown."""
+    order = list(_SHIMS)
     for name in names:
-        if name not in _SHIMS:
+        if name not in _SHIMS and name.rpartition(".")[2] not in _SHIMS:
             raise ValueError(f"{name!r} cannot be installed; there are {', '.join(map(repr, _SHIMS))}")
-    return [name for name in _SHIMS if not names or name in names]
+    return sorted(set(names), key=lambda name: (order.index(name if name in _SHIMS else name.rpartition(".")[2]), name))
 
 
 def _importable(name: str) -> bool:
@@ -105,15 +139,15 @@ def _importable(name: str) -> bool:
     return True
 
 
-def _put(path: str, module: ModuleType | None) -> None:
-    """Let ``import path`` find ``module``, or nothing if it is None."""
+def _put(path: str, module: ModuleType | None, name: str) -> None:
+    """Let ``import path`` find ``module``, or nothing if it is None; ``path`` is ``name`` or a submodule of it."""
     sys.modules.pop(path, None)
     if module is not None:
         sys.modules[path] = module
     # "from groundingdino import _C" asks the package first, if that was imported already.
     parent, _, child = path.rpartition(".")
     package = sys.modules.get(parent)
-    if package is not None and parent.split(".")[0] not in _SHIMS:
+    if package is not None and path == name:
         if module is not None:
             setattr(package, child, module)
         else:

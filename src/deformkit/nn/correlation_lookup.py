@@ -1,5 +1,6 @@
 """The lookup of RAFT: local correlation in windows of a pyramid, without a volume of all pairs."""
 
+from collections.abc import Sequence
 from math import sqrt
 
 import torch
@@ -13,6 +14,25 @@ from ._field import check_field, positions
 _POOLS = {1: F.avg_pool1d, 2: F.avg_pool2d, 3: F.avg_pool3d}
 
 Pyramid = tuple[Tensor, list[tuple[int, ...]]]
+
+
+def window_locations(places: Tensor, sizes: Sequence[Sequence[int]], radius: int) -> Tensor:
+    """The normalised windows ``[B, Q, *, L, P, N]`` around ``places [B, Q, *, N]``, x first.
+
+    Args:
+        places: in pixels of the first level, in tensor-axis order; * is an axis of heads, or of windows of a query.
+        sizes: of the levels, each half as large as the one before.
+        radius: of the windows, in pixels of each level; their points are in row-major order.
+    """
+    axes = places.shape[-1]
+    window = [2 * radius + 1] * axes
+    shift = (positions(window, places.dtype, places.device) - radius).flatten(0, -2)
+    levels = []
+    for level, size in enumerate(sizes):
+        pixel = places.unsqueeze(-2) / 2**level + shift
+        levels.append((pixel + 0.5) / pixel.new_tensor(size))
+    # What is farther away is outside all the same, in a single level of one pixel too.
+    return torch.stack(levels, -3).clamp(-1, 2).flip(-1)
 
 
 class CorrelationLookup(nn.Module):
@@ -94,7 +114,7 @@ class CorrelationLookup(nn.Module):
                 f"{key.shape[3]} channels"
             )
         vectors = queries.flatten(2).transpose(1, 2).unsqueeze(2) / sqrt(queries.shape[1])
-        products = deform_correlate(vectors, key, sizes, self._locations(places, sizes))
+        products = deform_correlate(vectors, key, sizes, window_locations(places.unsqueeze(2), sizes, self.radius))
         output = products.flatten(2).transpose(1, 2).unflatten(2, size)
         if query.dim() > axes + 2:
             output = output.unflatten(0, (query.shape[0], -1)).movedim(1, 2)
@@ -107,17 +127,6 @@ class CorrelationLookup(nn.Module):
     def _rows(self, field: Tensor) -> Tensor:
         """``field [B, C, H, W]`` as ``[B*H, C, W]`` where rows are looked up; otherwise ``field``."""
         return field.movedim(2, 1).flatten(0, 1) if field.dim() > self.spatial_dims + 2 else field
-
-    def _locations(self, places: Tensor, sizes: list[tuple[int, ...]]) -> Tensor:
-        """The normalised windows ``[B, Q, 1, L, P, N]`` around ``places [B, Q, N]``, x first."""
-        window = [2 * self.radius + 1] * self.spatial_dims
-        shift = (positions(window, places.dtype, places.device) - self.radius).flatten(0, -2)
-        levels = []
-        for level, size in enumerate(sizes):
-            pixel = places.unsqueeze(2) / 2**level + shift
-            levels.append((pixel + 0.5) / pixel.new_tensor(size))
-        # What is farther away is outside all the same, in a single level of one pixel too.
-        return torch.stack(levels, 2).clamp(-1, 2).flip(-1).unsqueeze(2)
 
     def _check_points(self, query: Tensor, points: Tensor) -> None:
         check_floating("points", points)

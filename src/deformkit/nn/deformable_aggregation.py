@@ -10,6 +10,28 @@ from ..ops.ms_deform_attn.op import ms_deform_attn
 from ._linear import linear
 
 
+def aggregate_views(value: Tensor, sizes: SpatialShapes, points: Tensor, weights: Tensor) -> Tensor:
+    """Read the maps of all views at key points, with a weight for each view, scale, point and group.
+
+    Args:
+        value: ``[B, S, G, D]``, the maps one after the other: all scales of the first camera, then of the second.
+        sizes: the size (h, w) of each map.
+        points: ``[B, Q, P, V, 2]``, x first, 0 to 1; a point with a coordinate outside is not read.
+        weights: ``[B, Q, V, scales, P, G]``.
+
+    Returns:
+        ``[B, Q, G*D]``.
+    """
+    seen = ((points > 0) & (points < 1)).all(-1).transpose(2, 3)[:, :, :, None, :, None]
+    # To [B, Q, G, V*scales, P].
+    weights = (weights * seen).permute(0, 1, 5, 2, 3, 4).flatten(3, 4).to(value.dtype)
+    # A camera may see a key point at infinity, or nowhere: such a point is not read.
+    inside = points.transpose(2, 3).masked_fill(~seen[:, :, :, 0], -1.0)
+    scales = len(sizes) // points.shape[3]
+    locations = inside.unsqueeze(3).expand(-1, -1, -1, scales, -1, -1).flatten(2, 3).unsqueeze(2)
+    return ms_deform_attn(value, sizes, locations, weights)
+
+
 class DeformableAggregation(nn.Module):
     """Deformable aggregation of several views: each query reads its key points in every camera and scale.
 
@@ -72,15 +94,8 @@ class DeformableAggregation(nn.Module):
     def forward(self, query: Tensor, value: Tensor, spatial_shapes: SpatialShapes, points: Tensor) -> Tensor:
         """Read ``value`` at ``points`` with weights predicted from ``query``."""
         sizes = self._check(query, value, spatial_shapes, points)
-        weights = self.weights(query)
-        seen = ((points > 0) & (points < 1)).all(-1).transpose(2, 3)[:, :, :, None, :, None]
-        # From [B, Q, V, scales, P, G].
-        weights = (weights * seen).permute(0, 1, 5, 2, 3, 4).flatten(3, 4).to(value.dtype)
-        # A camera may see a key point at infinity, or nowhere: such a point is not read.
-        inside = points.transpose(2, 3).masked_fill(~seen[:, :, :, 0], -1.0)
-        locations = inside.unsqueeze(3).expand(-1, -1, -1, self.num_scales, -1, -1).flatten(2, 3).unsqueeze(2)
         maps = value.unflatten(-1, (self.groups, -1))
-        return linear(self.output_proj, ms_deform_attn(maps, sizes, locations, weights))
+        return linear(self.output_proj, aggregate_views(maps, sizes, points, self.weights(query)))
 
     def weights(self, query: Tensor) -> Tensor:
         """The weights ``w``, ``[B, Q, V, scales, P, G]``."""

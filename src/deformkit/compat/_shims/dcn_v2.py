@@ -6,13 +6,11 @@ position-sensitive RoI pooling of the original.
 
 from collections.abc import Sequence
 
-import torch
 from torch import Tensor
 from torch.nn import Conv2d
 
 from ... import __version__ as _version
-from ...ops._shape import code_of
-from .._gradient import checked_gradient
+from .._convolution import convolve_backward
 from ..mmcv.conv import ModulatedDeformConv2d, modulated_deform_conv2d, offset_head, split_head, zero_head
 
 __all__ = ["DCN", "DCNv2", "dcn_v2_backward", "dcn_v2_conv", "dcn_v2_forward"]
@@ -59,18 +57,8 @@ def dcn_v2_backward(
 ) -> list[Tensor]:
     """The gradients by ``input``, ``offset``, ``mask``, ``weight`` and ``bias`` for that of the output."""
     steps = ([stride_h, stride_w], [pad_h, pad_w], [dilation_h, dilation_w])
-
-    def forward(input: Tensor, offset: Tensor, weight: Tensor, bias: Tensor, mask: Tensor) -> Tensor:
-        return modulated_deform_conv2d(input, offset, mask, weight, bias, *steps, 1, deformable_group)
-
-    given = (input, offset, weight, bias, mask)
-    grad_output = checked_gradient(forward, given, grad_output)
-    *tensors, factors = (tensor.to(offset.dtype) for tensor in given)
-    zeros = code_of("boundary", "zeros")
-    grads = torch.ops.deformkit.deform_conv_backward(grad_output, *tensors, *steps, factors, zeros, [True] * 5)
-    by_input, by_offset, by_weight, by_bias, by_mask = (
-        grad.to(tensor.dtype) for grad, tensor in zip(grads, given, strict=True)
-    )
+    grads = convolve_backward(grad_output, input, offset, weight, bias, steps, mask, 1, deformable_group)
+    by_input, by_offset, by_weight, by_bias, by_mask = grads
     return [by_input, by_offset, by_mask, by_weight, by_bias]
 
 

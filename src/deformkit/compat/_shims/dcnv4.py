@@ -1,7 +1,6 @@
-"""Stands in for the package ``DCNv4``: its layer of that name, its function and its compiled part ``DCNv4.ext``.
+"""Stands in for the package ``DCNv4``: its layers ``DCNv4`` and ``FlashDeformAttn``, its functions and ``DCNv4.ext``.
 
-This module is part of deformkit; :func:`deformkit.compat.install` puts it in that place. It does not contain the
-attention of that package, ``FlashDeformAttn``: see :class:`deformkit.nn.MSDeformAttn`.
+This module is part of deformkit; :func:`deformkit.compat.install` puts it in that place.
 """
 
 import sys
@@ -15,9 +14,23 @@ from torch import Tensor
 from ... import __version__ as _version
 from ... import nn
 from ...nn._convert import _transposed_taps
+from ...ops._levels import SpatialShapes
+from ...ops._shape import check_tensor, compute_dtype
+from .. import deformable_detr
+from .._attention import attend
 from ._published import Window, backward, check_packed, in_our_order
+from ._recomputed import recomputed
 
-__all__ = ["DCNv4", "DCNv4Function", "dcnv4_backward", "dcnv4_forward"]
+__all__ = [
+    "DCNv4",
+    "DCNv4Function",
+    "FlashDeformAttn",
+    "FlashDeformAttnFunction",
+    "dcnv4_backward",
+    "dcnv4_forward",
+    "flash_deform_attn_backward",
+    "flash_deform_attn_forward",
+]
 __version__ = f"deformkit {_version}"
 
 
@@ -77,6 +90,58 @@ def dcnv4_backward(
     numbers = (kernel_h, kernel_w, stride_h, stride_w, pad_h, pad_w, dilation_h, dilation_w)
     window = Window.of(numbers, group, group_channels, offset_scale, remove_center)
     return backward(window, partial(_unpack, window, softmax), (value, p_offset), grad_output)
+
+
+def flash_deform_attn_forward(
+    value: Tensor,
+    spatial_shapes: SpatialShapes,
+    level_start_index: Any,
+    sampling_loc_attn: Tensor,
+    im2col_step: int = 64,
+    K: int = 8,
+    d_stride: int = 8,
+    block_thread: int = 0,
+) -> Tensor:
+    """Multi-scale deformable attention with the softmax inside, see :func:`deformkit.ms_deform_attn`.
+
+    ``sampling_loc_attn [B, Q, H, L*K*3]`` holds for each head the locations of its points, (x, y), level by level, and
+    behind them the logits of its weights; the softmax is over all levels and points. The output is ``[B, Q, H*D]``.
+    """
+    locations, logits = _split_attention(value, spatial_shapes, sampling_loc_attn, K)
+    weights = logits.softmax(-1).view(locations.shape[:-1])
+    return attend(value, spatial_shapes, level_start_index, locations, weights)
+
+
+def flash_deform_attn_backward(
+    value: Tensor,
+    spatial_shapes: SpatialShapes,
+    level_start_index: Any,
+    sampling_loc_attn: Tensor,
+    grad_output: Tensor,
+    im2col_step: int = 64,
+    K: int = 8,
+    d_stride: int = 2,
+    block_thread: int = 0,
+) -> list[Tensor]:
+    """The gradients by ``value`` and ``sampling_loc_attn`` for that of the output."""
+
+    def forward(value: Tensor, sampling_loc_attn: Tensor) -> Tensor:
+        return flash_deform_attn_forward(value, spatial_shapes, level_start_index, sampling_loc_attn, K=K)
+
+    return recomputed(forward, (value, sampling_loc_attn), grad_output)
+
+
+class FlashDeformAttnFunction:
+    """The ``autograd.Function`` of the package: only ``apply``, which is differentiable through the operator."""
+
+    apply = staticmethod(flash_deform_attn_forward)
+
+
+class FlashDeformAttn(deformable_detr.MSDeformAttn):
+    """The layer of that name: :class:`deformkit.compat.deformable_detr.MSDeformAttn`, whose state-dict it has.
+
+    Locations are float32, where the package rounds them to half precision.
+    """
 
 
 class DCNv4Function:
@@ -140,5 +205,24 @@ def _unpack(window: Window, softmax: bool, value: Tensor, p_offset: Tensor) -> t
     return heads, *in_our_order(window, offset, weight.softmax(-1) if softmax else weight)
 
 
+def _split_attention(
+    value: Tensor, spatial_shapes: SpatialShapes, sampling_loc_attn: Tensor, points: int
+) -> tuple[Tensor, Tensor]:
+    """Locations ``[B, Q, H, L, K, 2]``, in at least float32, and logits ``[B, Q, H, L*K]``."""
+    check_tensor("value", value)
+    check_tensor("sampling_loc_attn", sampling_loc_attn)
+    levels = len(spatial_shapes)
+    if sampling_loc_attn.dim() != 4 or sampling_loc_attn.shape[-1] != levels * points * 3:
+        raise ValueError(
+            f"sampling_loc_attn has shape {list(sampling_loc_attn.shape)}; with {levels} levels and K={points} it must "
+            f"be [B, Q, H, {levels * points * 3}]"
+        )
+    locations, logits = sampling_loc_attn.to(compute_dtype(value.dtype)).split(
+        [levels * points * 2, levels * points], -1
+    )
+    return locations.unflatten(-1, (levels, points, 2)), logits
+
+
 # The submodules of the package: all that it has lies here.
-ext = functions = dcnv4_func = modules = dcnv4 = sys.modules[__name__]
+ext = functions = dcnv4_func = flash_deform_attn_func = sys.modules[__name__]
+modules = dcnv4 = flash_deform_attn = ext

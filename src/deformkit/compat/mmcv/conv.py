@@ -9,9 +9,8 @@ from torch.nn import Conv2d, init
 from torch.nn import functional as F
 
 from ... import nn
-from ...ops import deform_conv2d as _deform_conv2d
-from ...ops._shape import check_floating, check_tensor, ntuple, prod, times
-from .._autocast import without_autocast
+from ...ops._shape import check_tensor, ntuple, prod
+from .._convolution import convolve
 
 
 def deform_conv2d(
@@ -55,7 +54,7 @@ def deform_conv2d(
     """
     if bias is not False:
         raise ValueError(f"bias is {bias!r}; deform_conv2d has none: it must be False")
-    return _conv(input, offset, None, weight, None, stride, padding, dilation, groups, deform_groups)
+    return convolve(input, offset, weight, None, stride, padding, dilation, None, groups, deform_groups)
 
 
 def modulated_deform_conv2d(
@@ -99,7 +98,7 @@ def modulated_deform_conv2d(
         torch.Size([2, 16, 20, 30])
     """
     check_tensor("mask", mask)
-    return _conv(input, offset, mask, weight, bias, stride, padding, dilation, groups, deform_groups)
+    return convolve(input, offset, weight, bias, stride, padding, dilation, mask, groups, deform_groups)
 
 
 class DeformConv2d(nn.DeformConv2d):
@@ -368,45 +367,3 @@ def _forward(layer: Any, x: Tensor, offset: Tensor) -> Tensor:
 def _modulated_forward(layer: Any, x: Tensor, offset: Tensor, mask: Tensor) -> Tensor:
     steps = (layer.stride, layer.padding, layer.dilation, layer.groups, layer.deform_groups)
     return modulated_deform_conv2d(x, offset, mask, layer.weight, layer.bias, *steps)
-
-
-def _conv(
-    input: Tensor,
-    offset: Tensor,
-    mask: Tensor | None,
-    weight: Tensor,
-    bias: Tensor | None,
-    stride: int | Sequence[int],
-    padding: int | Sequence[int],
-    dilation: int | Sequence[int],
-    groups: int,
-    deform_groups: int,
-) -> Tensor:
-    for name, value, axes in (("input", input, 4), ("offset", offset, 4), ("weight", weight, 4)):
-        check_floating(name, value)
-        if value.dim() != axes:
-            raise ValueError(f"{name} has shape {list(value.shape)}; it must have {axes} axes")
-    # The operator derives both numbers from the shapes and would accept others.
-    channels, per_group, kernel = input.shape[1], weight.shape[1], weight.shape[2:]
-    if channels != groups * per_group:
-        raise ValueError(
-            f"groups is {groups}; input has {channels} channels and weight {per_group} for each group"
-            + _needed(channels, per_group)
-        )
-    needed = 2 * prod(kernel)
-    if offset.shape[1] != deform_groups * needed:
-        raise ValueError(
-            f"deform_groups is {deform_groups}; offset has {offset.shape[1]} channels, and a {times(kernel)} kernel "
-            f"needs {needed} for each group" + _needed(offset.shape[1], needed)
-        )
-    tensors = [value if value is None else value.to(offset.dtype) for value in (input, weight, bias, mask)]
-    input, weight, bias, mask = tensors  # type: ignore[assignment]  # only the last two may be None
-    with without_autocast(input):
-        return _deform_conv2d(input, offset, weight, bias, stride, padding, dilation, mask)
-
-
-def _needed(channels: int, per_group: int) -> str:
-    """How many groups there are, if so many channels for each add up to ``channels``."""
-    if channels < 1 or per_group < 1 or channels % per_group:
-        return ", of which it is no multiple"
-    return f", so that it must be {channels // per_group}"
