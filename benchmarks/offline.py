@@ -56,7 +56,7 @@ ONCE = {
     "deform_conv": ("2d 64x128x128", "1d k5 L1024", "3d 32x16x32x32"),
     "deform_aggregate": ("1d 256x2048", "3d 64x16x32x32"),
     "ms_deform_attn": ("2d decoder", "1d", "3d"),
-    "deform_roi_pool": ("2d 100 RoIs adaptive", "1d 200 segments", "3d 50 cuboids"),
+    "deform_roi_pool": ("2d 100 RoIs adaptive", "2d 300 RoIs of 49 groups", "1d 200 segments", "3d 50 cuboids"),
     "deform_sample": ("1d 64x4096", "3d 16x64x64x64"),
 }
 """The cases compiled in one dtype: other numbers of axes, other sizes of blocks."""

@@ -194,6 +194,7 @@ def deform_roi_pool(draw: random.Random) -> Call:
         with_offset=draw.random() < 0.8,
         bin_size=draw.choice((1.0, 2.5, 4.0)),
         spread=draw.choice((-0.5, 0.0, 0.5, 1.5)),
+        group_size=each(1, 3) if channels < 18 and draw.random() < 0.3 else (),
     )
     dtype = draw.choice(DTYPES)
     named = case.arguments(dtype, seed=draw.getrandbits(30))

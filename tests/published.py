@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 from itertools import product
-from math import prod
+from math import ceil, floor, prod
 from typing import Any
 
 import torch
@@ -133,3 +133,54 @@ def normalised(displacement: Tensor) -> Tensor:
     along = torch.meshgrid(*(torch.arange(n, dtype=displacement.dtype) for n in size), indexing="ij")
     moved = [d + p for d, p in zip(displacement.unbind(1), along, strict=True)]
     return torch.stack([2 * m / max(n - 1, 1) - 1 for m, n in zip(moved, size, strict=True)][::-1], -1)
+
+
+def position_sensitive_pool(
+    input: Tensor,
+    rois: Tensor,
+    trans: Tensor | None,
+    spatial_scale: float,
+    pooled_size: int,
+    output_dim: int,
+    group_size: int,
+    part_size: int,
+    sample_per_part: int,
+    trans_std: float,
+) -> Tensor:
+    """The formula of the DCN papers' position-sensitive RoI pooling as DCNv2 computes it, sample by sample.
+
+    ``trans [R, 2 * classes, part_size, part_size]`` are (x, y); corners are rounded, and their last pixel is included.
+    """
+
+    def rounded(corner: float) -> int:
+        return floor(abs(corner) + 0.5) * (-1 if corner < 0 else 1)
+
+    height, width = input.shape[2:]
+    classes = 1 if trans is None else trans.shape[1] // 2
+    output = input.new_zeros(len(rois), output_dim, pooled_size, pooled_size)
+    for n, (image, x1, y1, x2, y2) in enumerate(rois.tolist()):
+        start = [rounded(v) * spatial_scale - 0.5 for v in (y1, x1)]
+        side = [max((rounded(v) + 1) * spatial_scale - 0.5 - s, 0.1) for v, s in zip((y2, x2), start, strict=True)]
+        for c, i, j in product(range(output_dim), range(pooled_size), range(pooled_size)):
+            part = [floor(place / pooled_size * part_size) for place in (i, j)]
+            cell = [floor(place * group_size / pooled_size) for place in (i, j)]
+            field = input[int(image), (c * group_size + cell[0]) * group_size + cell[1]]
+            first = c // (output_dim // classes) * 2
+            total, count = input.new_zeros(()), 0
+            for sub in product(range(sample_per_part), repeat=2):
+                at = []
+                for axis, place in enumerate((i, j)):
+                    bin_side = side[axis] / pooled_size
+                    shift = input.new_zeros(()) if trans is None else trans[n, first + 1 - axis, part[0], part[1]]
+                    point = place * bin_side + start[axis] + shift * trans_std * side[axis]
+                    at.append(point + sub[axis] * bin_side / sample_per_part)
+                h, w = at
+                if h < -0.5 or w < -0.5 or h > height - 0.5 or w > width - 0.5:
+                    continue
+                h, w = h.clamp(0, height - 1), w.clamp(0, width - 1)
+                top, left, bottom, right = floor(h.item()), floor(w.item()), ceil(h.item()), ceil(w.item())
+                upper = field[top, left] * (1 - (w - left)) + field[top, right] * (w - left)
+                lower = field[bottom, left] * (1 - (w - left)) + field[bottom, right] * (w - left)
+                total, count = total + upper * (1 - (h - top)) + lower * (h - top), count + 1
+            output[n, c, i, j] = total / max(count, 1)
+    return output

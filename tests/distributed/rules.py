@@ -47,6 +47,7 @@ def cases() -> Iterator[Any]:
         yield splat.Case(f"{axes}d", 5, 7, small, size)
         yield splat.Case(f"{axes}d groups", 3, 8, small, size, groups=4)
         yield roi.Case(f"{axes}d", 2, 7, size, 9, small)
+        yield roi.Case(f"{axes}d cells", 2, 4, size, 9, small, group_size=(2,) * axes)
 
 
 def rules(op: Operator, args: list[Any], ranks: int) -> Iterator[tuple[Rule, bool]]:

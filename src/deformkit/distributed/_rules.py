@@ -5,6 +5,7 @@ where every rank has the whole argument, each computes a summand of its gradient
 """
 
 from collections.abc import Callable, Mapping
+from math import prod
 from typing import Any, NamedTuple
 
 
@@ -106,8 +107,9 @@ def deform_splat(of: Shapes) -> list[Rule]:
 
 
 def deform_roi_pool(of: Shapes) -> list[Rule]:
-    """RoIs; channels."""
-    return [Rule({"rois": 0, "offset": 0}, 0), Rule({"input": 1}, 1)]
+    """RoIs; channels, each with those of all cells of a RoI."""
+    channels = of["input"][1] // prod(of["group_size"])
+    return [Rule({"rois": 0, "offset": 0}, 0), Rule({"input": 1}, 1, (channels,) if of["group_size"] else ())]
 
 
 RULES: dict[str, Callable[[Shapes], list[Rule]]] = {
@@ -127,10 +129,7 @@ RULES: dict[str, Callable[[Shapes], list[Rule]]] = {
 
 def _offset_groups(offset: Any, weight: Any) -> int:
     axes = len(weight) - 2
-    taps = 1
-    for length in weight[2:]:
-        taps *= length
-    return int(offset[1] // (taps * axes))
+    return int(offset[1] // (prod(weight[2:]) * axes))
 
 
 def _by_channels(places: dict[str, int], output: int | None, length: int, offset_groups: int, *counts: int) -> Rule:

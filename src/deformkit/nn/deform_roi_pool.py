@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from ..ops._shape import check_count, check_tensor, ntuple
-from ..ops.deform_roi_pool.op import check_numbers, deform_roi_pool
+from ..ops.deform_roi_pool.op import check_numbers, deform_roi_pool, grid_of
 from ._public import named_elsewhere
 
 
@@ -25,6 +25,9 @@ class DeformRoIPool(nn.Module):
             up.
         gamma: distance by which an offset of 1 moves a bin, relative to the length of its RoI.
         spatial_dims: N, the number of axes of a RoI: 1, 2 or 3.
+        group_size: the number of cells along each axis of a RoI that have channels of their own, for position-sensitive
+            pooling: ``input`` has ``prod(group_size)`` times as many channels as the output. None: not
+            position-sensitive.
 
     Shapes of ``forward(input, rois, offset=None)``:
         ``input [B, C, *S]``; ``rois [R, 1 + 2N]``: the index of the image, then the corners, **x first**, float32
@@ -52,6 +55,7 @@ class DeformRoIPool(nn.Module):
         gamma: float = 0.1,
         *,
         spatial_dims: int = 2,
+        group_size: int | Sequence[int] | None = None,
     ) -> None:
         if spatial_dims not in (1, 2, 3):
             raise ValueError(f"spatial_dims is {spatial_dims!r}; it must be 1, 2 or 3")
@@ -62,16 +66,19 @@ class DeformRoIPool(nn.Module):
         self.sampling_ratio = sampling_ratio
         self.gamma = gamma
         self.spatial_dims = spatial_dims
+        self.group_size = grid_of(group_size, spatial_dims) or None
 
     def forward(self, input: Tensor, rois: Tensor, offset: Tensor | None = None) -> Tensor:
         """Compute the means over the bins of each RoI, which ``offset`` moves."""
         return self._pool(input, rois, offset)
 
     def extra_repr(self) -> str:
-        """The arguments; ``spatial_dims`` only if it is not 2."""
+        """The arguments; ``spatial_dims`` only if it is not 2, and ``group_size`` only if there is one."""
         names = ["output_size", "spatial_scale", "sampling_ratio", "gamma"]
         if self.spatial_dims != 2:
             names.append("spatial_dims")
+        if self.group_size is not None:
+            names.append("group_size")
         return ", ".join(f"{name}={getattr(self, name)}" for name in names)
 
     def _pool(self, input: Tensor, rois: Tensor, offset: Tensor | None) -> Tensor:
@@ -87,6 +94,7 @@ class DeformRoIPool(nn.Module):
             spatial_scale=self.spatial_scale,
             sampling_ratio=self.sampling_ratio,
             gamma=self.gamma,
+            group_size=self.group_size,
         )
 
 
@@ -98,11 +106,12 @@ class PackedDeformRoIPool(DeformRoIPool):
     Each RoI is pooled once without offsets. Fully connected layers predict its offsets and its mask from all of its
     bins and channels. The last layer of both is initialised to zero: a new layer computes plain pooling, or half of it
     if modulated, because the mask is ``sigmoid(0) = 1/2``. The parameters have the names and the order of mmcv's
-    ``DeformRoIPoolPack`` and ``ModulatedDeformRoIPoolPack``.
+    ``DeformRoIPoolPack`` and ``ModulatedDeformRoIPoolPack``. With ``modulated=True`` and a ``group_size`` it is the
+    ``DCNPooling`` of DCNv2.
 
     Args:
         output_size: number of bins. Parameters that are not described here are as in :class:`DeformRoIPool`.
-        output_channels: C, channels of the input and of the output.
+        output_channels: C, channels of the output; of the input, too, unless pooling is position-sensitive.
         deform_fc_channels: width of the fully connected layers.
         modulated: whether to multiply each bin by a predicted mask between 0 and 1.
         device: the device of the parameters.
@@ -137,10 +146,13 @@ class PackedDeformRoIPool(DeformRoIPool):
         *,
         modulated: bool = False,
         spatial_dims: int = 2,
+        group_size: int | Sequence[int] | None = None,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
-        super().__init__(output_size, spatial_scale, sampling_ratio, gamma, spatial_dims=spatial_dims)
+        super().__init__(
+            output_size, spatial_scale, sampling_ratio, gamma, spatial_dims=spatial_dims, group_size=group_size
+        )
         for name, count in (("output_channels", output_channels), ("deform_fc_channels", deform_fc_channels)):
             check_count(name, count)
         self.output_channels = output_channels
@@ -176,7 +188,8 @@ class PackedDeformRoIPool(DeformRoIPool):
         plain = self._pool(input, rois, None)
         if plain.shape[1] != self.output_channels:
             raise ValueError(
-                f"input has {plain.shape[1]} channels; this layer has output_channels={self.output_channels}"
+                f"input has {input.shape[1]} channels; this layer has output_channels={self.output_channels}"
+                + (f" and group_size={tuple(self.group_size)}" if self.group_size else "")
             )
         flat = plain.flatten(1)
         offset = self.offset_fc(flat).unflatten(1, (self.spatial_dims, *self.output_size))

@@ -276,9 +276,16 @@ def deform_roi_pool(
     spatial_scale: float = 1.0,
     sampling_ratio: int = 0,
     gamma: float = 0.1,
+    group_size: list[int] | None = None,
 ) -> Tensor:
-    """See :func:`deformkit.deform_roi_pool`; ``output_size`` has as many numbers as there are spatial axes."""
-    return torch.ops.deformkit.deform_roi_pool(input, rois, offset, output_size, spatial_scale, sampling_ratio, gamma)
+    """See :func:`deformkit.deform_roi_pool`; sizes have as many numbers as there are spatial axes.
+
+    There is one offset group.
+    """
+    groups: list[int] = [] if group_size is None else group_size
+    return torch.ops.deformkit.deform_roi_pool(
+        input, rois, offset, output_size, spatial_scale, sampling_ratio, gamma, groups
+    )
 
 
 def deform_sample(input: Tensor, points: Tensor, boundary: str = "zeros", mode: str = "linear") -> Tensor:

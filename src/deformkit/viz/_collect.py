@@ -278,6 +278,7 @@ def _pooling(
     spatial_scale: float,
     sampling_ratio: int,
     gamma: float,
+    group_size: Sequence[int],
 ) -> Layer:
     moved = None if offset is None else _kept(offset)
     points = roi_points(_kept(rois), moved, output_size, spatial_scale, sampling_ratio, gamma)

@@ -23,9 +23,9 @@ def named(case: Case) -> dict[str, Any]:
 
 
 def test_names_and_places_of_arguments(named: dict[str, Any]) -> None:
-    """The arguments are in the order of mmcv; those after the offset are keyword-only."""
+    """The arguments are in the order of mmcv, and then our own; those after the offset are keyword-only."""
     tensors = [named.pop(name) for name in ("input", "rois", "offset")]
-    assert list(named) == ["output_size", "spatial_scale", "sampling_ratio", "gamma"]
+    assert list(named) == ["output_size", "spatial_scale", "sampling_ratio", "gamma", "group_size"]
     dk.deform_roi_pool(*tensors, **named)
     with pytest.raises(TypeError):
         dk.deform_roi_pool(*tensors, *named.values())

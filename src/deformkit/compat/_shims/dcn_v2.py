@@ -1,7 +1,7 @@
 """Stands in for ``dcn_v2`` and its compiled part ``_ext``, the DCNv2 of CenterNet and many others.
 
-This module is part of deformkit; :func:`deformkit.compat.install` puts it in their place. It does not contain the
-position-sensitive RoI pooling of the original.
+This module is part of deformkit; :func:`deformkit.compat.install` puts it in their place. The position-sensitive RoI
+pooling is in the layers and in ``dcn_v2_pooling``, not in the functions of ``_ext``.
 """
 
 from collections.abc import Sequence
@@ -12,8 +12,18 @@ from torch.nn import Conv2d
 from ... import __version__ as _version
 from .._convolution import convolve_backward
 from ..mmcv.conv import ModulatedDeformConv2d, modulated_deform_conv2d, offset_head, split_head, zero_head
+from ._pooling import DCNPooling, DCNv2Pooling, dcn_v2_pooling
 
-__all__ = ["DCN", "DCNv2", "dcn_v2_backward", "dcn_v2_conv", "dcn_v2_forward"]
+__all__ = [
+    "DCN",
+    "DCNPooling",
+    "DCNv2",
+    "DCNv2Pooling",
+    "dcn_v2_backward",
+    "dcn_v2_conv",
+    "dcn_v2_forward",
+    "dcn_v2_pooling",
+]
 __version__ = f"deformkit {_version}"
 
 

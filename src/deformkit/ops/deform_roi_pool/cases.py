@@ -1,6 +1,7 @@
 """Named inputs of deformable RoI pooling for tests, benchmarks and documentation."""
 
 from dataclasses import dataclass
+from math import prod
 from typing import Any
 
 import torch
@@ -15,7 +16,8 @@ class Case:
     """The sizes of one call; :meth:`arguments` creates its tensors.
 
     ``bin_size`` is the length of the longest bin, in pixels of the input. ``spread`` limits how far RoIs stick out, in
-    multiples of their length: 0 not at all, 0.5 by half; above 1 they may lie completely outside.
+    multiples of their length: 0 not at all, 0.5 by half; above 1 they may lie completely outside. ``channels`` is their
+    number in the output.
     """
 
     name: str
@@ -30,6 +32,7 @@ class Case:
     with_offset: bool = True
     bin_size: float = 2.0
     spread: float = 0.25
+    group_size: tuple[int, ...] = ()
 
     @property
     def axes(self) -> int:
@@ -71,15 +74,16 @@ class Case:
             normal = torch.randn(self.rois, self.axes, *self.output_size, generator=generator, dtype=torch.float64)
             offset = ((normal * reach * 16).round() / 16 / reach).to(device, dtype)
         return {
-            "input": torch.randn(self.batch, self.channels, *self.size, generator=generator, dtype=torch.float64).to(
-                device, dtype
-            ),
+            "input": torch.randn(
+                self.batch, self.channels * prod(self.group_size), *self.size, generator=generator, dtype=torch.float64
+            ).to(device, dtype),
             "rois": rois.to(device, compute_dtype(dtype)),
             "offset": offset,
             "output_size": list(self.output_size),
             "spatial_scale": self.spatial_scale,
             "sampling_ratio": self.sampling_ratio,
             "gamma": self.gamma,
+            "group_size": list(self.group_size),
         }
 
     def __str__(self) -> str:
@@ -98,7 +102,8 @@ def of_shape(shape: list[int], **settings: Any) -> Case:
     batch, channels, *size = shape
     output_size = tuple(ntuple(settings.pop("output_size", 7), len(size), "output_size", 1))
     settings.setdefault("rois", 100)
-    return Case(times(shape), batch, channels, tuple(size), output_size=output_size, **settings)
+    groups = settings.get("group_size", ())
+    return Case(times(shape), batch, channels // prod(groups), tuple(size), output_size=output_size, **settings)
 
 
 CASES = [
@@ -113,6 +118,11 @@ CASES = [
     Case("2d-plain", 4, 16, (8, 7), 3, (3, 3), 1 / 16, sampling_ratio=1, with_offset=False),
     Case("2d-outside", 2, 1, (5, 6), 9, (2, 1), sampling_ratio=3, gamma=0.5, spread=1.5),
     Case("2d-wide", 1, 40, (12, 14), 3, (3, 4), gamma=0.2),
+    Case("1d-groups", 2, 3, (11,), 5, (5,), 0.5, spread=0.5, group_size=(2,)),
+    Case("2d-groups", 2, 2, (7, 9), 5, (3, 4), sampling_ratio=3, spread=0.5, group_size=(3, 2)),
+    Case("2d-groups-adaptive", 3, 1, (8, 6), 6, (2, 3), 0.25, 0, gamma=0.5, spread=1.0, group_size=(2, 3)),
+    Case("2d-one-group", 1, 17, (9, 8), 4, (2, 2), sampling_ratio=1, with_offset=False, spread=1.5, group_size=(1, 1)),
+    Case("3d-groups", 1, 2, (4, 5, 6), 3, (2, 1, 2), spread=0.5, group_size=(2, 1, 3)),
     Case("2d-row", 2, 3, (1, 9), 4, (1, 5), sampling_ratio=1, bin_size=1.0),
     Case("3d", 2, 3, (4, 5, 6), 3, (2, 1, 2)),
     Case("3d-adaptive", 2, 2, (6, 5, 7), 4, (1, 2, 3), 0.5, sampling_ratio=0, spread=0.5),
@@ -123,5 +133,6 @@ BENCHMARKS = [
     Case("2d 500 RoIs", 2, 256, (100, 167), 500, (7, 7), 1 / 8, bin_size=6.0),
     Case("2d 100 RoIs adaptive", 1, 256, (100, 167), 100, (7, 7), 1 / 8, sampling_ratio=0, bin_size=3.0),
     Case("1d 200 segments", 4, 256, (2048,), 200, (16,), 1 / 4, bin_size=12.0),
+    Case("2d 300 RoIs of 49 groups", 1, 24, (38, 63), 300, (7, 7), 1 / 16, 4, bin_size=3.0, group_size=(7, 7)),
     Case("3d 50 cuboids", 1, 64, (16, 50, 84), 50, (3, 7, 7), 1 / 4, bin_size=3.0),
 ]

@@ -94,8 +94,8 @@ void forward(const Pooling<A, N>& problem, const Map& input, int64_t first_image
     rows = Buffer<A>((last_image - first_image) * plane);
     each((last_image - first_image) * runs, [&](int64_t item) {
       const int64_t image = item / runs, begin = item % runs * run;
-      pack(input, first_image + image, channel, width, Window<N>{problem.size, 0, problem.size[0]}, begin,
-           std::min(begin + run, positions), rows.get() + image * plane);
+      pack(input, first_image + image, channel, width, problem.fields(), begin, std::min(begin + run, positions),
+           rows.get() + image * plane);
     });
   }
   std::vector<int64_t> image_of;
@@ -203,8 +203,6 @@ class Backward {
           by_bin(N * work.problem_.bins) {}
   };
 
-  Window<N> window() const { return {problem_.size, 0, problem_.size[0]}; }
-
   // The storage of the channels of a slice and of their gradient.
   Walk<A, N, LaidOut> open(Scratch& scratch, const Held<A>& held) const {
     const int64_t elements = (problem_.positions() + 1) * held.width;
@@ -219,7 +217,8 @@ class Backward {
       return walk;
     }
     if (gradients_.offset && problem_.first_of[held.image] < problem_.first_of[held.image + 1])
-      pack(input_, held.image, held.channel, held.width, window(), 0, problem_.positions(), scratch.rows.get());
+      pack(input_, held.image, held.channel, held.width, problem_.fields(), 0, problem_.positions(),
+           scratch.rows.get());
     if (gradients_.input) {
       std::fill_n(scratch.grad_rows.get(), elements, A(0));
       walk.grad_field.first = scratch.grad_rows.get();
@@ -263,7 +262,8 @@ class Backward {
   void write_by_input(Scratch& scratch, const Held<A>& held) const {
     const int64_t positions = problem_.positions();
     const int64_t place = (held.image * problem_.channels + held.channel) * positions;
-    if (!held.corners) return unpack(scratch.grad_rows.get(), held.width, window(), *gradients_.input, place, false);
+    if (!held.corners)
+      return unpack(scratch.grad_rows.get(), held.width, problem_.fields(), *gradients_.input, place, false);
     dispatch_dtype(gradients_.input->dtype(), [&]<typename T>() {
       T* const to = gradients_.input->template data<T>() + place;
       std::fill_n(to, held.width * positions, T(0));
@@ -304,18 +304,19 @@ void forward(const Pooling<A, N>& problem, const Map& input, const Sink& output)
 
 Tensor deform_roi_pool(const Tensor& input, const Tensor& rois, const std::optional<Tensor>& offset,
                        const std::vector<int64_t>& output_size, double spatial_scale, int64_t sampling_ratio,
-                       double gamma) {
+                       double gamma, const std::vector<int64_t>& group_size) {
   check_tensor("input", input);
   check_tensor("rois", rois);
   check_tensor("offset", offset);
   Tensor output;
   dispatch_sums(input.scalar_type(), input.dim() - 2, [&]<typename A, int N>() {
-    const Pooling<A, N> problem(input, rois, offset, output_size, spatial_scale, sampling_ratio, gamma);
+    const Pooling<A, N> problem(input, rois, offset, output_size, spatial_scale, sampling_ratio, gamma, group_size);
     std::vector<int64_t> shape{static_cast<int64_t>(problem.rois.size()), problem.channels};
     shape.insert(shape.end(), output_size.begin(), output_size.end());
     output = torch::stable::new_empty(input, shape);
-    problem.is_wide() ? forward<A, N, int64_t>(problem, Map(input), Sink(output))
-                      : forward<A, N, int32_t>(problem, Map(input), Sink(output));
+    const Map map = problem.map(input);
+    problem.is_wide() ? forward<A, N, int64_t>(problem, map, Sink(output))
+                      : forward<A, N, int32_t>(problem, map, Sink(output));
   });
   return output;
 }
@@ -324,6 +325,7 @@ std::tuple<Tensor, Tensor> deform_roi_pool_backward(const Tensor& grad_output, c
                                                     const std::optional<Tensor>& offset,
                                                     const std::vector<int64_t>& output_size, double spatial_scale,
                                                     int64_t sampling_ratio, double gamma,
+                                                    const std::vector<int64_t>& group_size,
                                                     const std::vector<bool>& output_mask) {
   check_tensor("grad_output", grad_output);
   check_tensor("input", input);
@@ -332,7 +334,7 @@ std::tuple<Tensor, Tensor> deform_roi_pool_backward(const Tensor& grad_output, c
   STD_TORCH_CHECK(output_mask.size() == 2, "output_mask must have 2 values");
   Tensor grad_input, grad_offset;
   dispatch_sums(input.scalar_type(), input.dim() - 2, [&]<typename A, int N>() {
-    const Pooling<A, N> problem(input, rois, offset, output_size, spatial_scale, sampling_ratio, gamma);
+    const Pooling<A, N> problem(input, rois, offset, output_size, spatial_scale, sampling_ratio, gamma, group_size);
     std::vector<int64_t> shape{static_cast<int64_t>(problem.rois.size()), problem.channels};
     shape.insert(shape.end(), output_size.begin(), output_size.end());
     STD_TORCH_CHECK(sizes_of(grad_output) == shape && grad_output.scalar_type() == input.scalar_type(),
@@ -349,7 +351,7 @@ std::tuple<Tensor, Tensor> deform_roi_pool_backward(const Tensor& grad_output, c
     if (by_input) gradients.input.emplace(grad_input);
     if (by_offset) gradients.offset.emplace(grad_offset);
     const Tensor grad = torch::stable::contiguous(grad_output);
-    const Map map(input);
+    const Map map = problem.map(input);
     if (by_input || by_offset)
       problem.is_wide() ? Backward<A, N, int64_t>(problem, map, grad, slices, gradients).run()
                         : Backward<A, N, int32_t>(problem, map, grad, slices, gradients).run();

@@ -26,16 +26,18 @@ struct Roi {
 
 template <typename A, int N>
 struct Pooling {
-  int64_t batch, channels, bins;
-  Axes<N> size, output_size;
+  int64_t batch, channels, bins, groups = 1;  // channels: of the output
+  Axes<N> size, output_size, group_size{};
+  bool sensitive;  // to position: a bin reads its group of channels, and samples outside are left out of its mean
   std::vector<Roi<A, N>> rois;    // image by image
   std::vector<int64_t> first_of;  // of each image among them, and their number
   std::optional<Tensor> offset;   // [R, N, *output_size]
   A gamma;
 
   Pooling(const Tensor& input, const Tensor& rois_, const std::optional<Tensor>& offset_,
-          const std::vector<int64_t>& output_size_, double spatial_scale, int64_t sampling_ratio, double gamma_)
-      : gamma(static_cast<A>(gamma_)) {
+          const std::vector<int64_t>& output_size_, double spatial_scale, int64_t sampling_ratio, double gamma_,
+          const std::vector<int64_t>& group_size_)
+      : sensitive(!group_size_.empty()), gamma(static_cast<A>(gamma_)) {
     const auto sizes = sizes_of(input), shape = sizes_of(rois_);
     STD_TORCH_CHECK(shape.size() == 2 && shape[1] == 1 + 2 * N, "rois must be [R, ", 1 + 2 * N, "]");
     STD_TORCH_CHECK(rois_.scalar_type() == sum_dtype(input.scalar_type()),
@@ -44,7 +46,8 @@ struct Pooling {
     STD_TORCH_CHECK(spatial_scale > 0 && std::isfinite(spatial_scale) && std::isfinite(gamma_) && sampling_ratio >= 0 &&
                         sampling_ratio <= most_samples,
                     "spatial_scale, sampling_ratio or gamma is out of range");
-    batch = sizes[0], channels = sizes[1], bins = 1;
+    if (sensitive) read_groups(group_size_, sizes[1]);
+    batch = sizes[0], channels = sizes[1] / groups, bins = 1;
     std::vector<int64_t> expected{shape[0], N};
     for (int axis = 0; axis < N; ++axis) {
       size[axis] = sizes[axis + 2], output_size[axis] = output_size_[axis];
@@ -62,7 +65,21 @@ struct Pooling {
     read_rois(torch::stable::contiguous(rois_), shape[0], static_cast<A>(spatial_scale), sampling_ratio);
   }
 
-  int64_t positions() const { return count<N>(size); }
+  // The fields of an image, of one channel of the output: one for each group, one after the other along the first axis.
+  Window<N> fields() const {
+    Axes<N> all = size;
+    all[0] *= groups;
+    return {all, 0, all[0]};
+  }
+  int64_t positions() const { return groups * count<N>(size); }
+  // The input as these fields.
+  Map map(const Tensor& input) const {
+    if (groups == 1) return Map(input);
+    Map all(torch::stable::contiguous(input));
+    all.positions *= groups, all.channel_stride = all.positions, all.position_stride = 1;
+    return all;
+  }
+
   bool is_wide() const { return positions() >= int64_t(1) << 29; }
 
   // The corners of the samples in an image, no more than are worth a count.
@@ -80,6 +97,17 @@ struct Pooling {
   }
 
  private:
+  void read_groups(const std::vector<int64_t>& given, int64_t input_channels) {
+    STD_TORCH_CHECK(given.size() == N, "group_size must have ", N, " values");
+    for (int axis = 0; axis < N; ++axis) {
+      group_size[axis] = given[axis];
+      STD_TORCH_CHECK(given[axis] > 0 && given[axis] <= most_bins / groups,
+                      "group_size must be positive, with at most ", most_bins, " groups");
+      groups *= given[axis];
+    }
+    STD_TORCH_CHECK(input_channels % groups == 0, "group_size must divide input's channels");
+  }
+
   void read_rois(const Tensor& tensor, int64_t number, A scale, int64_t sampling_ratio) {
     const A* const corners = static_cast<const A*>(tensor.data_ptr());
     std::vector<int64_t> image(number), order(number);
@@ -151,6 +179,7 @@ struct RoiPoints {
         const int64_t some = std::min(together, problem.bins - bin), each = std::min(run_points, roi.total - point);
         const int64_t filled = whole ? each : ceil_div(each, part_points) * part_points;
         place(problem, roi, bin, some, point, each);
+        if (problem.sensitive) leave_out(problem, roi, bin, some, each);
         const Index* origin[N] = {};
         const A* shift[N];
         for (int axis = 0; axis < N; ++axis) {
@@ -160,6 +189,7 @@ struct RoiPoints {
         }
         cells.locate(Window<N>{problem.size, 0, problem.size[0]}, Boundary::near, false, some * filled, origin, {},
                      shift, factors.get(), width, outside);
+        if (problem.groups > 1) enter_fields(problem, bin, some, filled, width, outside);
         f(bin, some, filled, point == 0);
       }
   }
@@ -176,12 +206,60 @@ struct RoiPoints {
     for (int64_t b = bin; b < bin + some; ++b) {
       split(point, samples, sample);
       for (int64_t i = 0; i < each; ++i) {
-        for (int axis = 0; axis < N; ++axis)
-          *to[axis]++ =
-              origins[axis * problem.bins + b] +
-              (static_cast<A>(at[axis]) + (static_cast<A>(sample[axis]) + A(0.5)) / static_cast<A>(roi.samples[axis])) *
-                  (roi.length[axis] / static_cast<A>(problem.output_size[axis]));
+        for (int axis = 0; axis < N; ++axis) *to[axis]++ = coordinate(problem, roi, axis, b, at[axis], sample[axis]);
         step(samples, sample);
+      }
+      step(problem.output_size, at);
+    }
+  }
+
+  A coordinate(const Pooling<A, N>& problem, const Roi<A, N>& roi, int axis, int64_t bin, int64_t at,
+               int64_t sample) const {
+    return origins[axis * problem.bins + bin] +
+           (static_cast<A>(at) + (static_cast<A>(sample) + A(0.5)) / static_cast<A>(roi.samples[axis])) *
+               (roi.length[axis] / static_cast<A>(problem.output_size[axis]));
+  }
+
+  // Whether a sample is left out. A NaN is not.
+  static bool is_beyond(const Pooling<A, N>& problem, int axis, A coordinate) {
+    return coordinate < A(-0.5) || coordinate > static_cast<A>(problem.size[axis]) - A(0.5);
+  }
+
+  // Moves the points that are left out of the mean away, and sets the factors of the others.
+  void leave_out(const Pooling<A, N>& problem, const Roi<A, N>& roi, int64_t bin, int64_t some, int64_t each) {
+    Axes<N> at;
+    split(bin, problem.output_size, at);
+    for (int64_t b = 0; b < some; ++b) {
+      int64_t inside = 1;
+      for (int axis = 0; axis < N; ++axis) {
+        int64_t along = 0;
+        for (int64_t i = 0; i < roi.samples[axis]; ++i)
+          along += !is_beyond(problem, axis, coordinate(problem, roi, axis, bin + b, at[axis], i));
+        inside *= along;
+      }
+      std::fill_n(factors.get() + b * each, each, 1 / static_cast<A>(std::max<int64_t>(inside, 1)));
+      for (int axis = 0; axis < N; ++axis) {
+        A* const along = shifts.get() + axis * run_points;
+        for (int64_t i = b * each; i < (b + 1) * each; ++i)
+          if (is_beyond(problem, axis, along[i])) along[i] = -std::numeric_limits<A>::infinity();
+      }
+      step(problem.output_size, at);
+    }
+  }
+
+  // Moves the cells of each bin to the field of its group.
+  void enter_fields(const Pooling<A, N>& problem, int64_t bin, int64_t some, int64_t each, int64_t width,
+                    Index outside) const {
+    Axes<N> at;
+    split(bin, problem.output_size, at);
+    for (int64_t b = 0; b < some; ++b) {
+      int64_t group = 0;
+      for (int axis = 0; axis < N; ++axis)
+        group = group * problem.group_size[axis] + at[axis] * problem.group_size[axis] / problem.output_size[axis];
+      const auto first = static_cast<Index>(group * count<N>(problem.size) * width);
+      for (int corner = 0; corner < 1 << N; ++corner) {
+        Index* const index = cells.index(corner) + b * each;
+        for (int64_t i = 0; i < each; ++i) index[i] += index[i] == outside ? 0 : first;
       }
       step(problem.output_size, at);
     }

@@ -6,6 +6,9 @@ In the kernels, the rows of a tile are bins of one RoI and its columns are chann
     origin    start of each bin if it were the first of its RoI, as (z, y, x)
     length    of the RoI, in pixels, as (z, y, x)
     samples   number of samples in a bin, as (z, y, x)
+    groups    cells of a RoI that have channels of their own, packed, or None if pooling is not position-sensitive
+
+The fields of the groups follow one another in memory; an image has one field otherwise.
 """
 
 from collections.abc import Sequence
@@ -123,20 +126,68 @@ def shift_along(origin, place, sample, samples, length, bins):
 
 
 @triton.jit
-def near(shift, size, RULE: tl.constexpr):
-    """The rows at most one pixel outside the field."""
-    z, y, x = shift
-    result = (x >= -1) & (x <= size[2])
-    if RULE.axes > 1:
-        result &= (y >= -1) & (y <= size[1])
-    if RULE.axes > 2:
-        result &= (z >= -1) & (z <= size[0])
+def near_along(place, length, groups):
+    """The rows whose samples count along one axis."""
+    if groups is None:
+        result = (place >= -1) & (place <= length)
+    else:
+        result = (place >= -0.5) & (place <= length - 0.5)
     return result
+
+
+@triton.jit
+def near(shift, size, groups, RULE: tl.constexpr):
+    """The rows whose samples are at most one pixel outside the field, or half a pixel if there are groups."""
+    z, y, x = shift
+    result = near_along(x, size[2], groups)
+    if RULE.axes > 1:
+        result &= near_along(y, size[1], groups)
+    if RULE.axes > 2:
+        result &= near_along(z, size[0], groups)
+    return result
+
+
+@triton.jit
+def count_along(origin, place, samples, length, bins, size, groups):
+    """The number of samples of each bin that count along one axis."""
+    count = tl.zeros_like(origin)
+    for sample in range(0, samples):
+        count += near_along(shift_along(origin, place, sample, samples, length, bins), size, groups).to(tl.float32)
+    return count
+
+
+@triton.jit
+def samples_in_mean(place, out_size, origin, length, samples, size, groups, RULE: tl.constexpr):
+    """The number of samples of each bin over which the mean is taken."""
+    if groups is None:
+        result = positions_of(samples)
+    else:
+        bz, by, bx = unravel(place, out_size, RULE)
+        zero = tl.zeros(place.shape, tl.float32)
+        result = count_along(origin[2] + zero, bx, samples[2], length[2], out_size[2], size[2], groups)
+        if RULE.axes > 1:
+            result *= count_along(origin[1] + zero, by, samples[1], length[1], out_size[1], size[1], groups)
+        if RULE.axes > 2:
+            result *= count_along(origin[0] + zero, bz, samples[0], length[0], out_size[0], size[0], groups)
+        result = tl.where(result > 1, result, 1.0)
+    return result
+
+
+@triton.jit
+def field_of_bin(place, out_size, image, groups, RULE: tl.constexpr):
+    """The number of the field that each bin reads."""
+    field = image
+    if groups is not None:
+        cells = read_size(groups, RULE)
+        bz, by, bx = unravel(place, out_size, RULE)
+        cell = bz * cells[0] // out_size[0] * cells[1] + by * cells[1] // out_size[1]
+        field = image * positions_of(cells) + cell * cells[2] + bx * cells[2] // out_size[2]
+    return field
 
 
 @triton.jit(do_not_specialize=["depth", "height", "width", "images", "sampling_ratio"])
 def deform_roi_pool_forward(
-    input, rois, offset, output, depth, height, width, out_size, images, scale, sampling_ratio, gamma,
+    input, rois, offset, output, depth, height, width, out_size, images, scale, sampling_ratio, gamma, groups,
     CHANNELS: tl.constexpr, RULE: tl.constexpr,
     ROWS: tl.constexpr, COLUMNS: tl.constexpr, PARTS: tl.constexpr, UNROLL: tl.constexpr,
 ):  # fmt: skip
@@ -151,14 +202,15 @@ def deform_roi_pool_forward(
         rois, offset, roi, place, exists, images, out_size, scale, sampling_ratio, gamma, RULE
     )  # fmt: skip
 
-    field = Field(input.data + image * input.strides[0], input.strides[1], size)
-    count = positions_of(samples)
+    index = field_of_bin(place, out_size, image, groups, RULE)
+    field = Field(input.data + index * input.strides[0], input.strides[1], size)
+    count, mean = positions_of(samples), samples_in_mean(place, out_size, origin, length, samples, size, groups, RULE)
     result = zeros(ROWS, COLUMNS, PARTS)
     for sample in tl.range(0, count, loop_unroll_factor=UNROLL):
         shift = sample_shift(sample, place, out_size, origin, length, samples, RULE)
         result = interpolate(
             result, field, Columns(columns, input.strides[2], END), locate((0, 0, 0), shift, size, RULE),
-            tl.where(defined(shift), 1.0 / count, float("nan")), near(shift, size, RULE) & exists, RULE,
+            tl.where(defined(shift), 1.0 / mean, float("nan")), near(shift, size, groups, RULE) & exists, RULE,
         )  # fmt: skip
     # Bins are adjacent in the output, so the parts of a tile are written channel by channel.
     store_parts(output + (roi * CHANNELS * bins + place), Columns(columns, bins.to(tl.int64), END), result, exists)
@@ -167,7 +219,7 @@ def deform_roi_pool_forward(
 @triton.jit(do_not_specialize=["depth", "height", "width", "images", "sampling_ratio", "bin_stride"])
 def deform_roi_pool_backward(
     grad_output, bin_stride, input, rois, offset, grad_input, grad_offset,
-    depth, height, width, out_size, images, scale, sampling_ratio, gamma,
+    depth, height, width, out_size, images, scale, sampling_ratio, gamma, groups,
     CHANNELS: tl.constexpr, RULE: tl.constexpr,
     ROWS: tl.constexpr, COLUMNS: tl.constexpr, PARTS: tl.constexpr, UNROLL: tl.constexpr,
 ):  # fmt: skip
@@ -180,11 +232,12 @@ def deform_roi_pool_backward(
         rois, offset, roi, place, exists, images, out_size, scale, sampling_ratio, gamma, RULE
     )  # fmt: skip
 
-    field = Field(input.data + image * input.strides[0], input.strides[1], size)
-    first = image * (size[0].to(tl.int64) * size[1] * size[2]) * CHANNELS
+    index = field_of_bin(place, out_size, image, groups, RULE)
+    field = Field(input.data + index * input.strides[0], input.strides[1], size)
+    first = index * (size[0].to(tl.int64) * size[1] * size[2]) * CHANNELS
     # If the compiler knew that bins are adjacent, it would load them so and transpose the amounts of every corner.
     rows = grad_output.data + (roi * grad_output.strides[0] + place.to(tl.int64) * bin_stride)
-    count = positions_of(samples)
+    count, mean = positions_of(samples), samples_in_mean(place, out_size, origin, length, samples, size, groups, RULE)
     z = tl.zeros((ROWS,), tl.float32)
     y, x = z, z
     for start in range(0, CHANNELS, COLUMNS * PARTS):
@@ -194,26 +247,28 @@ def deform_roi_pool_backward(
             shift = sample_shift(sample, place, out_size, origin, length, samples, RULE)
             _, by_z, by_y, by_x = differentiate(
                 cotangent, field, Gradient(grad_input, first, CHANNELS), Columns(columns, input.strides[2], END),
-                locate((0, 0, 0), shift, size, RULE), 1.0 / count, near(shift, size, RULE) & exists, RULE, BY_POINT,
+                locate((0, 0, 0), shift, size, RULE), 1.0 / mean, near(shift, size, groups, RULE) & exists,
+                RULE, BY_POINT,
             )  # fmt: skip
             undefined = tl.where(defined(shift), 0.0, float("nan"))
             z += by_z * follows(0, shift[0], size[0], RULE) + undefined
             y += by_y * follows(0, shift[1], size[1], RULE) + undefined
             x += by_x * follows(0, shift[2], size[2], RULE) + undefined
     if BY_POINT:
-        factor = gamma / tl.where(count > 0, count, 1)
+        factor = gamma / tl.where(mean > 0, mean, 1)
         slopes = (z * (factor * length[0]), y * (factor * length[1]), x * (factor * length[2]))
         store_coordinates(grad_offset + roi * RULE.axes * bins + place, bins, slopes, exists, RULE, True)
 
 
-def extent(input: Tensor, rois: Tensor, offset: Tensor | None, output_size: Sequence[int], *_: object) -> int:
+def extent(input: Tensor, rois: Tensor, offset: Tensor | None, output_size: Sequence[int], *how: Any) -> int:
     """The largest number that kernels have to store in 32 bits."""
-    return largest_index(input.shape[2:], output_size)
+    bins = [length * groups for length, groups in zip(output_size, how[-1], strict=True)] if how[-1] else []
+    return max(largest_index(input.shape[2:], output_size), prod(how[-1]), *bins, 0)
 
 
 def forward(input: Tensor, rois: Tensor, offset: Tensor | None, *how: Any) -> Tensor:
     """Launch the kernel; arguments as in the schema."""
-    output_size, channels = how[0], input.shape[1]
+    output_size, channels = how[0], input.shape[1] // prod(how[-1])
     output = input.new_empty(len(rois), channels, *output_size)
     launch(
         deform_roi_pool_forward,
@@ -229,12 +284,12 @@ def forward(input: Tensor, rois: Tensor, offset: Tensor | None, *how: Any) -> Te
 def backward(grad_output: Tensor, input: Tensor, rois: Tensor, offset: Tensor | None, *how: Any) -> tuple[Tensor, ...]:
     """Launch the kernel; arguments as in the schema."""
     *how, output_mask = how
-    bins = prod(grad_output.shape[2:])
+    bins, field = prod(grad_output.shape[2:]), _fields(input, how[-1])
 
     def most() -> Tensor:
         return largest(grad_output) * max(len(rois) * bins, 1)
 
-    grad_input = FieldGradient(input, input.movedim(1, -1).shape, output_mask[0], most)
+    grad_input = FieldGradient(input, field.shape, output_mask[0], most)
     grad_offset = offset.new_empty(offset.shape) if output_mask[1] and offset is not None else None
     if grad_input.sums is not None or grad_offset is not None:
         rows = grad_output.flatten(2)
@@ -242,7 +297,7 @@ def backward(grad_output: Tensor, input: Tensor, rois: Tensor, offset: Tensor | 
             deform_roi_pool_backward,
             input.device,
             lambda blocks: _tiles(grad_output, blocks),
-            row_configs(bins, len(rois), input.shape[1], grad_input.vector, most_parts=4),
+            row_configs(bins, len(rois), field.shape[-1], grad_input.vector, most_parts=4),
             grad_output=strided(rows),
             bin_stride=rows.stride(2),
             grad_input=grad_input.sums,
@@ -251,8 +306,16 @@ def backward(grad_output: Tensor, input: Tensor, rois: Tensor, offset: Tensor | 
         )
     by_input = grad_input.result()
     if by_input is not None:
-        by_input = by_input.movedim(-1, 1).contiguous()
+        by_input = by_input.movedim(-1, 1).reshape(input.shape).contiguous()
     return asked_for([by_input, grad_offset], output_mask, input)
+
+
+def _fields(input: Tensor, group_size: Sequence[int]) -> Tensor:
+    """The fields of all images with channels last: ``[B, *S, C]``, or ``[B, groups, *S, C]``."""
+    if not group_size:
+        return input.movedim(1, -1)
+    groups = prod(group_size)
+    return input.unflatten(1, (input.shape[1] // groups, groups)).movedim(1, -1)
 
 
 def _tiles(output: Tensor, blocks: Blocks) -> int:
@@ -267,13 +330,14 @@ def _arguments(
     spatial_scale: float,
     sampling_ratio: int,
     gamma: float,
+    group_size: Sequence[int],
 ) -> dict[str, Any]:
     """The arguments of both kernels."""
-    field = input.movedim(1, -1)
-    if field.stride(-1) != 1:
+    field = _fields(input, group_size)
+    if field.stride(-1) != 1 or group_size:
         field = field.contiguous()
     return {
-        "input": strided(field.flatten(1, -2)),
+        "input": strided(field.flatten(0, 1).flatten(1, -2) if group_size else field.flatten(1, -2)),
         "rois": strided(rois),
         "offset": None if offset is None else strided(offset.flatten(2)),
         # Separate arguments take no registers, unlike a packed size, and the loop over samples has none to spare.
@@ -283,6 +347,7 @@ def _arguments(
         "scale": spatial_scale,
         "sampling_ratio": sampling_ratio,
         "gamma": gamma,
-        "CHANNELS": input.shape[1],
+        "groups": packed(group_size) if group_size else None,
+        "CHANNELS": field.shape[-1],
         "RULE": Rule(input.dim() - 2, border=True),
     }

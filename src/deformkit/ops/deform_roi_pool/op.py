@@ -1,7 +1,7 @@
 """Deformable RoI pooling: the public function, its checks, and the registration."""
 
 from collections.abc import Sequence
-from math import inf
+from math import inf, prod
 from typing import Any
 
 import torch
@@ -25,6 +25,7 @@ def deform_roi_pool(
     spatial_scale: float = 1.0,
     sampling_ratio: int = 0,
     gamma: float = 0.1,
+    group_size: int | Sequence[int] | None = None,
 ) -> Tensor:
     """Deformable RoI pooling: the mean of the input over each bin of each region, where offsets move the bins.
 
@@ -40,20 +41,34 @@ def deform_roi_pool(
     into it; a point farther out counts as 0. As in mmcv, samples are averaged and regions are aligned (shifted by half
     a pixel). The original RoI pooling takes a maximum instead.
 
+    With ``group_size`` the pooling is position-sensitive, as in R-FCN and the DCN papers: a grid of
+    G = prod(``group_size``) cells lies over each RoI, each channel of the output has one channel of the input for each
+    cell, and
+
+    ``output[r, c, bin] = mean over i of sample(input[b_r, c * G + cell(bin)], p[r, bin, i])``, where ``cell`` is the
+    row-major number of the cell that along each axis is ``bin * group_size // output_size``
+
+    A sample more than half a pixel outside the input is then left out of the mean, which is 0 if all are.
+
     Args:
-        input: ``[B, C, *S]`` with N = 1, 2 or 3 spatial axes; float16, bfloat16, float32 or float64.
+        input: ``[B, C, *S]`` with N = 1, 2 or 3 spatial axes, or ``[B, C * G, *S]`` if position-sensitive; float16,
+            bfloat16, float32 or float64.
         rois: ``[R, 1 + 2N]``: the index of the image in the batch, then the corners, **x first**: ``x1, x2`` of a
             segment, ``x1, y1, x2, y2`` of a box, ``x1, y1, z1, x2, y2, z2`` of a cuboid; x is along the last axis of
             ``input``. In units of ``1 / spatial_scale`` pixels: 0 is the outer edge of the first pixel. float64 if
             ``input`` is float64, else float32, even if ``input`` is in half precision. It gets no gradient; a warning
             says so if it requires one.
-        offset: ``[R, N, *output_size]`` or None, **x first**, in units of ``gamma`` times the length of the RoI along
-            the axis. Any floating dtype, but float64 if and only if ``input`` is float64.
+        offset: ``[R, og * N, *output_size]`` or None, **x first**, in units of ``gamma`` times the length of the RoI
+            along the axis. Each of the og offset groups moves ``C / og`` channels of the output, in order; og is 1 for
+            most networks, or the number of classes. Any floating dtype, but float64 if and only if ``input`` is
+            float64.
         output_size: number of bins along each axis of ``input``, one int for all axes or N ints.
         spatial_scale: number of pixels of ``input`` in one unit of ``rois``, such as 1/16.
         sampling_ratio: n, the number of samples in a bin along each axis, at most 1024. 0: the length of the bin in
             pixels, rounded up, ``ceil(length / output_size)``, at most 1024.
         gamma: distance by which an offset of 1 moves a bin, relative to the length of its RoI.
+        group_size: the number of cells along each axis of a RoI that have channels of their own, one int for all axes
+            or N ints; with 1, only the rule for samples outside differs. None: not position-sensitive.
 
     Returns:
         ``[R, C, *output_size]`` in the dtype of ``input``, accumulated in float32, or float64 for a float64 input.
@@ -78,17 +93,54 @@ def deform_roi_pool(
         torch.Size([2, 8, 7, 7])
 
     Papers: Deformable Convolutional Networks, https://arxiv.org/abs/1703.06211; with a mask upon the result,
-    Deformable ConvNets v2, https://arxiv.org/abs/1811.11168.
+    Deformable ConvNets v2, https://arxiv.org/abs/1811.11168; R-FCN, https://arxiv.org/abs/1605.06409.
     """
     axes = _check_input(input)
     sizes = ntuple(output_size, axes, "output_size", 1)
-    args = (input, rois, offset, sizes, spatial_scale, sampling_ratio, gamma)
+    groups = grid_of(group_size, axes)
+    shared, offset_groups = rois, _offset_groups(offset, input, groups)
+    if offset_groups > 1 and offset is not None:
+        _check(input, rois, offset[:, :axes], sizes, spatial_scale, sampling_ratio, gamma, groups)
+        if readable(rois):
+            _check_batch_index(rois, input.shape[0])
+        input, rois, offset = _of_groups(input, rois, offset, offset_groups)
+    args = (input, rois, offset, sizes, spatial_scale, sampling_ratio, gamma, groups)
     _check(*args)
-    warn_of_gradient("rois", rois)
+    warn_of_gradient("rois", shared)
     if readable(rois):
         _check_batch_index(rois, input.shape[0])
-    warn_of_inverted_rois(rois)
-    return _operator(*args)
+    warn_of_inverted_rois(shared)
+    output = _operator(*args)
+    return output if offset_groups == 1 else output.reshape(len(shared), -1, *sizes)
+
+
+def grid_of(group_size: int | Sequence[int] | None, axes: int) -> list[int]:
+    """``group_size`` with one number for each axis; empty if pooling is not position-sensitive."""
+    if group_size is None or (isinstance(group_size, list) and not group_size):
+        return []
+    return ntuple(group_size, axes, "group_size", 1)
+
+
+def _offset_groups(offset: Any, input: Tensor, groups: list[int]) -> int:
+    """The number of offset groups; 1 if the offset's channels are not a multiple that fits, for the check to say so."""
+    axes = input.dim() - 2
+    if not isinstance(offset, Tensor) or offset.dim() != axes + 2 or offset.shape[1] % axes:
+        return 1
+    count = max(offset.shape[1] // axes, 1)
+    return count if input.shape[1] % (prod(groups) * count) == 0 else 1
+
+
+def _of_groups(input: Tensor, rois: Tensor, offset: Tensor, count: int) -> tuple[Tensor, Tensor, Tensor]:
+    """The channels of each offset group as an image of its own, and the RoIs in all of them."""
+    axes = input.dim() - 2
+    number = torch.arange(count, device=rois.device, dtype=rois.dtype)
+    image = rois[:, :1] * count + number
+    corners = rois[:, None, 1:].expand(-1, count, -1)
+    return (
+        input.reshape(input.shape[0] * count, input.shape[1] // count, *input.shape[2:]),
+        torch.cat([image.unsqueeze(2), corners], 2).flatten(0, 1),
+        offset.reshape(offset.shape[0] * count, axes, *offset.shape[2:]),
+    )
 
 
 def _check_input(input: Tensor) -> int:
@@ -109,6 +161,7 @@ def _check(
     spatial_scale: float,
     sampling_ratio: int,
     gamma: float,
+    group_size: list[int],
 ) -> list[int]:
     """Check every argument; return the shape of the output."""
     axes = _check_input(input)
@@ -134,7 +187,13 @@ def _check(
                 f"{rois.shape[0]} RoIs, {axes} coordinates, {times(output_size)} bins"
             )
     check_numbers(spatial_scale, sampling_ratio, gamma)
-    return [rois.shape[0], input.shape[1], *output_size]
+    groups = prod(group_size)
+    if input.shape[1] % groups:
+        raise ValueError(
+            f"input has {input.shape[1]} channels; with a group_size of {times(group_size)} they must be a multiple "
+            f"of {groups}"
+        )
+    return [rois.shape[0], input.shape[1] // groups, *output_size]
 
 
 def check_numbers(spatial_scale: float, sampling_ratio: int, gamma: float) -> None:
@@ -170,7 +229,7 @@ def _check_batch_index(rois: Tensor, batch: int) -> None:
 
 _operator = define(
     "deform_roi_pool(Tensor input, Tensor rois, Tensor? offset, int[] output_size, float spatial_scale, "
-    "int sampling_ratio, float gamma) -> Tensor",
+    "int sampling_ratio, float gamma, int[] group_size) -> Tensor",
     gpu=f"{__package__}.gpu",
     reference=reference.deform_roi_pool,
     check=_check,

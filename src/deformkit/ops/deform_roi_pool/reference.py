@@ -22,6 +22,7 @@ def deform_roi_pool(
     spatial_scale: float,
     sampling_ratio: int,
     gamma: float,
+    group_size: Sequence[int],
 ) -> Tensor:
     """Deformable RoI pooling; see :func:`deformkit.deform_roi_pool` for the formula and the shapes."""
     axes, dtype = input.dim() - 2, compute_dtype(input.dtype)
@@ -31,7 +32,7 @@ def deform_roi_pool(
     image = _image_index(rois[:, 0], input.shape[0])
 
     if sampling_ratio > 0 or rois.shape[0] == 0:
-        output = _pool(input, image, start, length, moved, output_size, [sampling_ratio] * axes)
+        output = _pool(input, image, start, length, moved, output_size, [sampling_ratio] * axes, group_size)
     else:
         counts = adaptive_samples(length, output_size).tolist()
         order = sorted(range(len(counts)), key=counts.__getitem__)
@@ -39,7 +40,7 @@ def deform_roi_pool(
         for samples, group in groupby(order, key=counts.__getitem__):
             rows = torch.tensor(list(group), device=input.device)
             shift = None if moved is None else moved[rows]
-            parts.append(_pool(input, image[rows], start[rows], length[rows], shift, output_size, samples))
+            parts.append(_pool(input, image[rows], start[rows], length[rows], shift, output_size, samples, group_size))
         output = torch.cat(parts)[torch.tensor(order, device=input.device).argsort()]
     return output.to(input.dtype)
 
@@ -100,26 +101,43 @@ def _pool(
     moved: Tensor | None,
     output_size: Sequence[int],
     samples: Sequence[int],
+    group_size: Sequence[int],
 ) -> Tensor:
     """The means over ``samples`` points along each axis of each bin, ``[R, C, *output_size]``."""
-    size = input.shape[2:]
+    size, groups = input.shape[2:], prod(group_size)
     count, axes = length.shape
     points = _points(start, length, moved, output_size, samples)
 
     undefined = points.isnan().any(-1, keepdim=True)
-    beyond = torch.stack([points[..., axis] > size[axis] for axis in range(axes)], -1)
-    outside = (points < -1).logical_or(beyond).any(-1, keepdim=True) & ~undefined
+    margin = 0.5 if group_size else 1.0
+    beyond = torch.stack([points[..., axis] > size[axis] - 1 + margin for axis in range(axes)], -1)
+    outside = (points < -margin).logical_or(beyond).any(-1, keepdim=True) & ~undefined
     points = points.masked_fill(outside, 0.0)
 
-    # One field of all images, one after the other along the first axis; each ends in its last row twice, so that
-    # the cell of a point on that row does not reach into the next image.
-    field = torch.cat([input, input[:, :, -1:]], 2).transpose(0, 1).flatten(1, 2).unsqueeze(0)
-    base = F.pad((image * (size[0] + 1)).unsqueeze(1), (0, axes - 1)).reshape(count, *[1] * 2 * axes, axes)
+    # One field of all images and groups, one after the other along the first axis; each ends in its last row twice, so
+    # that the cell of a point on that row does not reach into the next one.
+    field = input.unflatten(1, (input.shape[1] // groups, groups))
+    field = torch.cat([field, field[:, :, :, -1:]], 3).transpose(0, 1).flatten(1, 3).unsqueeze(0)
+    place = image.reshape(count, *[1] * axes) * groups + group_of_bins(output_size, group_size, image.device)
+    base = F.pad((place * (size[0] + 1)).unsqueeze(-1), (0, axes - 1))
+    base = base.reshape(*base.shape[:-1], *[1] * axes, axes)
     first = torch.where(undefined[..., 0], points[..., 0], points[..., 0].clamp(0, size[0] - 1))
     points = torch.cat([first.unsqueeze(-1), points[..., 1:]], -1)
     values = sample(field, base, points.unsqueeze(0), "border")[0]
     values = values.masked_fill(outside.squeeze(-1), 0.0).transpose(0, 1)
-    return values.sum(list(range(-axes, 0))) / max(prod(samples), 1)
+    sums, over = values.sum(list(range(-axes, 0))), list(range(-axes - 1, 0))
+    if group_size:
+        return sums / (~outside).sum(over).clamp(1).unsqueeze(1)
+    return sums / max(prod(samples), 1)
+
+
+def group_of_bins(output_size: Sequence[int], group_size: Sequence[int], device: torch.device) -> Tensor:
+    """The group of channels that each bin reads, ``[*output_size]``; without groups there is one for all."""
+    group = torch.zeros([1] * len(output_size), dtype=torch.int64, device=device)
+    for axis, groups in enumerate(group_size):
+        bins = torch.arange(output_size[axis], device=device) * groups // output_size[axis]
+        group = group * groups + bins.reshape([-1 if a == axis else 1 for a in range(len(output_size))])
+    return group
 
 
 def _points(
