@@ -7,12 +7,16 @@ from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_module, distribute_tensor
 from torch.distributed.tensor.parallel import ParallelStyle
+from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
 
 from .. import nn as layers
 
 _COLUMNS, _ROWS = {"weight": 0, "bias": 0}, {"weight": 1}
+
+# Every rank computes them alike. DTensor has a rule for them that torch 2.10 gets wrong.
+_CONVOLUTIONS = (F.conv1d, F.conv2d, F.conv3d, F.conv_transpose1d, F.conv_transpose2d, F.conv_transpose3d)
 
 DIVIDED: dict[type[nn.Module], Mapping[str, Mapping[str, int]]] = {
     layers.MSDeformAttn: {
@@ -117,7 +121,14 @@ class _Everywhere(TorchFunctionMode):
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         everything = (args, kwargs or {})
-        if any(isinstance(value, DTensor) for value in pytree.tree_leaves(everything)):
+        divided = any(isinstance(value, DTensor) for value in pytree.tree_leaves(everything))
+        if divided and func in _CONVOLUTIONS:
+            args, kwargs = pytree.tree_map_only(DTensor, self._whole, everything)
+            return _everywhere(func(*args, **kwargs), self.mesh)
+        if divided:
             everything = pytree.tree_map_only(Tensor, lambda t: _everywhere(t, self.mesh), everything)
         args, kwargs = everything
         return func(*args, **kwargs)
+
+    def _whole(self, tensor: DTensor) -> Tensor:
+        return tensor.redistribute(placements=[Replicate()] * self.mesh.ndim).to_local()
