@@ -293,12 +293,15 @@ class Cells {
         write_lanes(fraction(axis) + i, side[axis].part[1]);
       }
       const Reals factors = factor ? read_some<Reals>(factor, i, points) : Reals{} + 1;
-      Indices touches = ~Indices{};
-#pragma GCC unroll 3
-      for (int axis = 0; axis < N; ++axis) touches &= side[axis].counts[0] | side[axis].counts[1];
       // The factor times 0: a NaN, of the factor or of a coordinate, does not hide, and neither does an infinite
       // factor, which stays away from a corner outside only if another one is inside.
-      const Reals nothing = factors - factors, without = masks(touches) & (factors == factors) ? Reals{} : nothing;
+      Reals without{};
+      if (factor) {
+        Indices touches = ~Indices{};
+#pragma GCC unroll 3
+        for (int axis = 0; axis < N; ++axis) touches &= side[axis].counts[0] | side[axis].counts[1];
+        without = masks(touches) & (factors == factors) ? Reals{} : factors - factors;
+      }
 #pragma GCC unroll 8
       for (int corner = 0; corner < corners; ++corner) {
         Reals product = side[0].part[is_upper(corner, 0)];
