@@ -99,12 +99,17 @@ def matched(features: list[dict[str, Tensor]]) -> tuple[Any, Any]:
     return tuple(one["keypoints"][0][index].numpy() for one, index in zip(features, pairs, strict=True))
 
 
-for side, one, other in zip(("left", "right"), found["before"], found["after"], strict=True):
+def found_again(one: dict[str, Tensor], other: dict[str, Tensor]) -> str:
+    """How many key points of ``one`` are also in ``other``."""
     nearest = torch.cdist(one["keypoints"][0].double(), other["keypoints"][0].double()).min(1).values
-    print(
-        f"{side}: {len(nearest)} key points, {(nearest < 0.01).sum()} of them found again within 0.01 pixels, "
+    return (
+        f"{len(nearest)} key points, {(nearest < 0.01).sum()} of them found again within 0.01 pixels, "
         f"the farthest at {nearest.max():.1e}"
     )
+
+
+for side, one, other in zip(("left", "right"), found["before"], found["after"], strict=True):
+    print(f"{side}: {found_again(one, other)}")
 matches = {name: matched(features) for name, features in found.items()}
 rounded = {name: {tuple(row) for row in np.hstack(ends).round(1)} for name, ends in matches.items()}
 shared = len(rounded["before"] & rounded["after"])
@@ -128,6 +133,18 @@ axis.add_collection(LineCollection(list(lines), colors=list(colors), linewidths=
 axis.set_title(f"{len(shown)} of {known.sum()} matches; red: more than 3 pixels from the truth", fontsize=9)
 axis.axis("off")
 figure.savefig("keypoints_2d_matches.png", dpi=150)
+
+# %%
+# The other networks
+# ------------------
+#
+# The package has three more, of which one reads twice as many points for each descriptor.
+
+for name in ("aliked-t16", "aliked-n16rot", "aliked-n32") if RUNS > 1 else ():
+    network = ALIKED(model_name=name, max_num_keypoints=KEY_POINTS).eval()
+    before = network.extract(images[0], resize=None)
+    dk.patch(network)
+    print(f"{name}: {found_again(before, network.extract(images[0], resize=None))}", flush=True)
 
 # %%
 # Seconds
