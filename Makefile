@@ -87,7 +87,7 @@ sanitize: $(VENV)/.dev
 	  -DPython_EXECUTABLE=$(abspath $(PY)) -DDEFORMKIT_SANITIZE=ON -DCMAKE_CXX_FLAGS=-fsanitize=float-cast-overflow
 	$(VENV)/bin/cmake --build build/sanitize
 	LD_PRELOAD="$(LOADED_FIRST)" ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=halt_on_error=1:print_stacktrace=1 \
-	  $(PY) tests/fuzz.py --calls $(CALLS) --library build/sanitize/deformkit_baseline.so
+	  $(PY) tests/fuzz.py --calls $(CALLS) --libraries build/sanitize
 
 clean:
 	rm -rf build dist .hypothesis .mypy_cache .pytest_cache .ruff_cache

@@ -16,6 +16,7 @@ else:
     from . import _kernels as _kernels
     from . import nn as nn
     from . import reference as reference
+    from ._kernels import library_path as library_path
     from ._monitor import monitor as monitor
     from ._param_groups import param_groups as param_groups
     from ._patching import patch as patch

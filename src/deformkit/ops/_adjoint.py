@@ -16,7 +16,8 @@ from typing import Any
 from torch import Tensor
 
 from . import _torch
-from ._library import Adjoint, Operator, argument_names, operators, register
+from ._library import Adjoint, Operator, operators, register
+from ._schema import argument_names
 
 RESULT = "the result"
 """The place of x among the arguments of F."""

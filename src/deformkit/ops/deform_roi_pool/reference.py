@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from .._shape import compute_dtype
-from ..sample.reference import sample
+from ..sample.reference import sample, tap_grid
 
 MOST_SAMPLES = 1024
 
@@ -25,7 +25,7 @@ def deform_roi_pool(
 ) -> Tensor:
     """Deformable RoI pooling; see :func:`deformkit.deform_roi_pool` for the formula and the shapes."""
     axes, dtype = input.dim() - 2, compute_dtype(input.dtype)
-    rois = rois.detach().to(dtype)
+    rois = (rois.detach() if rois.requires_grad else rois).to(dtype)
     offset = None if offset is None else offset.to(dtype)
     start, length, moved = _placed(rois, offset, spatial_scale, gamma)
     image = _image_index(rois[:, 0], input.shape[0])
@@ -61,7 +61,7 @@ def sampling_points(
         samples = [sampling_ratio] * axes if sampling_ratio > 0 else adaptive
         shift = None if moved is None else moved[row : row + 1]
         points = _points(start[row : row + 1], length[row : row + 1], shift, output_size, samples)
-        found.append(points[0].flatten(axes, -2))
+        found.append(points[0].unflatten(0, list(output_size)))
     return found
 
 
@@ -114,12 +114,12 @@ def _pool(
     # One field of all images, one after the other along the first axis; each ends in its last row twice, so that
     # the cell of a point on that row does not reach into the next image.
     field = torch.cat([input, input[:, :, -1:]], 2).transpose(0, 1).flatten(1, 2).unsqueeze(0)
-    base = F.pad((image * (size[0] + 1)).unsqueeze(1), (0, axes - 1)).reshape(count, *[1] * 2 * axes, axes)
+    base = F.pad((image * (size[0] + 1)).unsqueeze(1), (0, axes - 1)).reshape(count, 1, 1, axes)
     first = torch.where(undefined[..., 0], points[..., 0], points[..., 0].clamp(0, size[0] - 1))
     points = torch.cat([first.unsqueeze(-1), points[..., 1:]], -1)
     values = sample(field, base, points.unsqueeze(0), "border")[0]
-    values = values.masked_fill(outside.squeeze(-1), 0.0).transpose(0, 1)
-    return values.sum(list(range(-axes, 0))) / max(prod(samples), 1)
+    values = values.masked_fill(outside.squeeze(-1), 0.0).transpose(0, 1).sum(-1) / max(prod(samples), 1)
+    return values.reshape(count, values.shape[1], *output_size)
 
 
 def _points(
@@ -129,16 +129,18 @@ def _points(
     output_size: Sequence[int],
     samples: Sequence[int],
 ) -> Tensor:
-    """The points of each bin, ``[R, *output_size, *samples, N]``."""
+    """The points of each bin, ``[R, bins, samples of a bin, N]``."""
     count, axes = length.shape
+    ones, none = [1] * axes, [0] * axes
+    bin, number = (
+        tap_grid(ones, grid, ones, none, ones, length.device).reshape(-1, axes).to(length.dtype)
+        for grid in (output_size, samples)
+    )
     coordinates = []
     for axis, (bins, n) in enumerate(zip(output_size, samples, strict=True)):
-        place = torch.arange(bins, dtype=length.dtype, device=length.device).unsqueeze(1)
-        place = place + (torch.arange(n, dtype=length.dtype, device=length.device) + 0.5) / n
-        along = [bins if a == axis else 1 for a in range(axes)] + [n if a == axis else 1 for a in range(axes)]
-        origin = start[:, axis].reshape(count, *[1] * 2 * axes)
+        place = bin[:, axis].unsqueeze(1) + (number[:, axis] + 0.5) / n
+        origin = start[:, axis].reshape(count, 1, 1)
         if moved is not None:
-            origin = origin + moved[:, axis].reshape(count, *output_size, *[1] * axes)
-        step = place * (length[:, axis] / bins).reshape(count, 1, 1)
-        coordinates.append(origin + step.reshape(count, *along))
-    return torch.stack(torch.broadcast_tensors(*coordinates), -1).expand(count, *output_size, *samples, axes)
+            origin = origin + moved[:, axis].reshape(count, prod(output_size), 1)
+        coordinates.append(origin + place * (length[:, axis] / bins).reshape(count, 1, 1))
+    return torch.stack(coordinates, -1)

@@ -2,6 +2,9 @@
 
 A point is kept as ``base + shift``: an integer and a real number. Its cell is ``base + floor(shift)`` and its fraction
 ``shift - floor(shift)``, so that a small shift keeps its precision however far from the origin it is applied.
+
+The references are also what a model computes that is exported without its deformable operators. Hence no tensor that
+they make has more than five axes, and they use only operations that other runtimes have.
 """
 
 from collections.abc import Iterator, Sequence
@@ -104,10 +107,10 @@ def _corners(
         # Where a reflected shift is clamped, both corners are the same.
         follows = (distance >= low) & (distance <= high)
         step.append(follows.to(torch.int64) if boundary == "reflect" else 1)
-        distance = torch.where(distance < low, low, torch.where(distance > high, high, distance))
+        distance = distance.clamp(low, high)
         if mode == "nearest":
-            distance = (distance.detach() + 0.5).floor()
-        whole = distance.detach().floor()
+            distance = (distance + 0.5).floor()
+        whole = distance.floor()
         lower.append(first + whole.to(torch.int64))
         fraction.append(distance - whole)
 
@@ -148,7 +151,7 @@ def level_samples(
     for size, field, location in zip(sizes, fields, locations, strict=True):
         point = torch.stack([location[..., axis] * size[axis] for axis in range(axes)], -1)
         # A large number minus half a pixel may round to the same number, so its integer part is kept apart.
-        whole = torch.stack([point[..., axis].detach().clamp(0, size[axis]) for axis in range(axes)], -1).floor()
+        whole = torch.stack([point[..., axis].clamp(0, size[axis]) for axis in range(axes)], -1).floor()
         base, shift = whole.nan_to_num(0.0).to(torch.int64), point - whole
         field = field.unflatten(-1, size)
         if mode == "nearest":
