@@ -52,6 +52,18 @@ class Everything(nn.Module):
         return torch.cat([part.flatten(1) for part in (sampled, splat, attended, aggregated, pooled)], 1)
 
 
+class Scripted(nn.Module):
+    """What TorchScript compiles of the public functions."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.randn(4, 3, 3, 3))
+
+    def forward(self, input: Tensor, offset: Tensor) -> Tensor:
+        field = dk.deform_conv2d(input, offset, self.weight, padding=1)
+        return dk.deform_conv_transpose2d(field, offset, self.weight, padding=1)
+
+
 def run(program: str, *arguments: Any, **environment: str) -> str:
     """What a Python without deformkit prints, which must not have imported it unless the program has."""
     command = [sys.executable, "-W", "ignore", "-c", program, *map(str, arguments)]
@@ -138,10 +150,10 @@ def exported(tmp_path_factory: pytest.TempPathFactory) -> Path:
         batch = torch.export.Dim("batch", min=1, max=64)
         program = torch.export.export(model, (torch.randn(2, 3, 8, 9),), dynamic_shapes=({0: batch},))
         torch.export.save(program, folder / "model.ep.pt2")
-        torch.jit.script(nn.Sequential(model.conv, model.up)).save(folder / "script.pt")
-        input = torch.randn(3, 3, 8, 9)
+        input, offset, scripted = torch.randn(3, 3, 8, 9), torch.randn(3, 18, 8, 9), Scripted()
+        torch.jit.script(scripted).save(folder / "script.pt")
+        torch.save([input, offset, scripted(input, offset)], folder / "script_values.pt")
         torch.save([input, model(input)], folder / "values.pt")
-        torch.save([input, model.up(model.conv(input))], folder / "script_values.pt")
         torch._inductor.aoti_compile_and_package(program, package_path=str(folder / "model.pt2"))
     return folder
 

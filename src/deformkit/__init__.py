@@ -37,8 +37,8 @@ else:
 
 
 def __getattr__(name: str) -> _ModuleType:
-    # compat stands in for whole libraries, viz draws: imported when they are first asked for.
-    if name in ("compat", "viz"):
+    # compat stands in for whole libraries, viz draws, others export: imported when they are first asked for.
+    if name in ("compat", "export", "onnx", "viz"):
         from importlib import import_module
 
         return import_module(f"{__name__}.{name}")

@@ -19,7 +19,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from . import _torch
+from . import _form, _torch
 from ._schema import argument_names, backward_schema
 from ._shape import CHOICES, check_alike, check_stored, code_of, name_of
 
@@ -78,9 +78,11 @@ class Operator:
 
     def __call__(self, *args: Any) -> Any:
         """Run the operator through the dispatcher, or in another way if a transform or an exporter needs it."""
+        if (form := _form.current()) and not self._stays(form, args):
+            return self.reference(*args)
         if torch.compiler.is_compiling() or _torch.tracing():
-            # The compiler rejects a Function with a forward-mode rule, and other runtimes do not have our operators.
-            return (self.reference if _torch.differentiating() or _torch.exporting_to_onnx() else self.overload)(*args)
+            # The compiler rejects a Function with a forward-mode rule.
+            return (self.reference if _torch.differentiating() else self.overload)(*args)
         if _torch.transforming():
             levels = _torch.levels()
             if levels["Jvp"] > 1 or levels["Functionalize"]:
@@ -89,6 +91,12 @@ class Operator:
             # A custom operator raises under torch.func.grad and returns zeros under torch.func.jvp.
             return self._function.apply(*args)
         return self.overload(*args)
+
+    def _stays(self, form: str, args: Sequence[Any]) -> bool:
+        """Whether this call stays an operator in an exported model of this form."""
+        if form == "plain" or "boundary" not in self.arguments:
+            return False
+        return _form.is_standard(self.name, args[0].dim() - 2, args[self.arguments.index("boundary")])
 
     def ordered(self, named: Mapping[str, Any]) -> list[Any]:
         """The arguments of the public function in the order of the operator, with codes in place of names."""

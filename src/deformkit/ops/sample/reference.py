@@ -14,7 +14,9 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
+from .. import _form
 from .._shape import compute_dtype
 
 
@@ -40,6 +42,8 @@ def sample(field: Tensor, base: Tensor, shift: Tensor, boundary: str, mode: str 
     """
     groups, channels, *size = field.shape
     points = shift.shape[1:-1]
+    if _form.current() == "gridsample" and len(size) == 2 and mode == "linear":
+        return _grid_sample(field, base, shift, boundary).reshape(groups, channels, *points)
     flat = field.flatten(2).to(shift.dtype)
 
     result = _undefined(shift).unsqueeze(1)
@@ -48,6 +52,15 @@ def sample(field: Tensor, base: Tensor, shift: Tensor, boundary: str, mode: str 
         value = flat.gather(2, where).reshape(groups, channels, *points)
         result = result + value.masked_fill(~inside.unsqueeze(1), 0.0) * weight.unsqueeze(1)
     return result
+
+
+def _grid_sample(field: Tensor, base: Tensor, shift: Tensor, boundary: str) -> Tensor:
+    """:func:`sample` in two dimensions by torch's own function; undefined where a coordinate is not finite."""
+    size = field.shape[2:]
+    point = (base + shift).flatten(1, -2)
+    grid = torch.stack([(point[..., axis] * 2 + 1) / size[axis] - 1 for axis in (1, 0)], -1).unsqueeze(2)
+    padding = {"reflect": "reflection"}.get(boundary, boundary)
+    return F.grid_sample(field.to(shift.dtype), grid, padding_mode=padding, align_corners=False)
 
 
 def splat(
