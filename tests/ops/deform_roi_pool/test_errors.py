@@ -10,6 +10,7 @@ from torch import Tensor
 
 import deformkit as dk
 from deformkit.ops import _suspect
+from deformkit.ops import _suspect
 from deformkit.ops._library import operators
 from deformkit.ops.deform_roi_pool.cases import Case
 

@@ -28,13 +28,13 @@ def deform_aggregate(
     out_size = offset.shape[1:-3]
     # Per sample and head: [B*H, D, *S], [B*H, P, K, N] and [B*H, 1, P, K] for P output positions.
     field = value.flatten(1, axes).permute(0, 2, 3, 1).reshape(batch * heads, channels, *size)
-    moved = offset.to(dtype).flatten(1, axes).transpose(1, 2).flatten(0, 1)
-    factor = weight.to(dtype).flatten(1, axes).transpose(1, 2).flatten(0, 1).unsqueeze(1)
+    moved = offset.flatten(1, axes).to(dtype).transpose(1, 2).flatten(0, 1)
+    factor = weight.flatten(1, axes).to(dtype).transpose(1, 2).flatten(0, 1).unsqueeze(1)
     base = _positions(out_size, kernel_size, stride, padding, dilation, offset.device).reshape(-1, 1, axes)
     shift = offset_scale * (_from_centre(kernel_size, dilation, remove_center, offset.device) + moved)
     output = (sample(field, base, shift, boundary) * factor).sum(-1)
     output = output.reshape(batch, heads, channels, prod(out_size)).permute(0, 3, 1, 2)
-    return output.reshape(batch, *out_size, heads, channels).to(value.dtype)
+    return output.to(value.dtype).reshape(batch, *out_size, heads, channels)
 
 
 def points(

@@ -1,6 +1,7 @@
 """The definition of deformable RoI pooling, in tensor operations."""
 
 from collections.abc import Sequence
+from functools import reduce
 from itertools import groupby
 from math import prod
 
@@ -9,7 +10,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from .._shape import compute_dtype
-from ..sample.reference import sample, tap_grid
+from ..sample.reference import has_nan, sample, tap_grid
 
 MOST_SAMPLES = 1024
 
@@ -87,7 +88,7 @@ def adaptive_samples(length: Tensor, output_size: Sequence[int]) -> Tensor:
 
 
 def _image_index(index: Tensor, batch: int) -> Tensor:
-    known = (index == index.floor()) & (index.abs() < 2**31)
+    known = (index == index.floor()).logical_and(index.abs() < 2**31)
     # gather rejects an index of -1; plain indexing would count it from the end.
     return torch.arange(batch, device=index.device).gather(0, index.masked_fill(~known, -1.0).to(torch.int64))
 
@@ -106,19 +107,19 @@ def _pool(
     count, axes = length.shape
     points = _points(start, length, moved, output_size, samples)
 
-    undefined = points.isnan().any(-1, keepdim=True)
-    beyond = torch.stack([points[..., axis] > size[axis] for axis in range(axes)], -1)
-    outside = (points < -1).logical_or(beyond).any(-1, keepdim=True) & ~undefined
-    points = points.masked_fill(outside, 0.0)
+    undefined = has_nan(points)
+    sides = ((points[..., axis] < -1).logical_or(points[..., axis] > size[axis]) for axis in range(axes))
+    outside = reduce(torch.logical_or, sides).logical_and(~undefined)
+    points = points.masked_fill(outside.unsqueeze(-1), 0.0)
 
     # One field of all images, one after the other along the first axis; each ends in its last row twice, so that
     # the cell of a point on that row does not reach into the next image.
     field = torch.cat([input, input[:, :, -1:]], 2).transpose(0, 1).flatten(1, 2).unsqueeze(0)
     base = F.pad((image * (size[0] + 1)).unsqueeze(1), (0, axes - 1)).reshape(count, 1, 1, axes)
-    first = torch.where(undefined[..., 0], points[..., 0], points[..., 0].clamp(0, size[0] - 1))
+    first = torch.where(undefined, points[..., 0], points[..., 0].clamp(0, size[0] - 1))
     points = torch.cat([first.unsqueeze(-1), points[..., 1:]], -1)
     values = sample(field, base, points.unsqueeze(0), "border")[0]
-    values = values.masked_fill(outside.squeeze(-1), 0.0).transpose(0, 1).sum(-1) / max(prod(samples), 1)
+    values = values.masked_fill(outside, 0.0).transpose(0, 1).sum(-1) / max(prod(samples), 1)
     return values.reshape(count, values.shape[1], *output_size)
 
 

@@ -8,6 +8,7 @@ they make has more than five axes, and they use only operations that other runti
 """
 
 from collections.abc import Iterator, Sequence
+from functools import reduce
 from itertools import product
 from math import prod
 from typing import Any
@@ -92,9 +93,14 @@ def splat(
     return result.unflatten(2, list(size))
 
 
+def has_nan(points: Tensor) -> Tensor:
+    """Whether a coordinate of ``points [..., N]`` is NaN, ``[...]``."""
+    return reduce(torch.logical_or, (coordinate.isnan() for coordinate in points.unbind(-1)))
+
+
 def _undefined(shift: Tensor) -> Tensor:
     """``[G, *points]``: NaN if a coordinate is NaN, else 0; the gradient is NaN by all coordinates of such a point."""
-    undefined = shift.isnan().any(-1)
+    undefined = has_nan(shift)
     mark = undefined.to(shift.dtype).masked_fill(undefined, torch.nan).unsqueeze(-1)
     return (shift.masked_fill(~undefined.unsqueeze(-1), 0.0) * mark).sum(-1)
 
@@ -103,7 +109,7 @@ def _corners(
     size: Sequence[int], base: Tensor, shift: Tensor, boundary: str, mode: str
 ) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
     """For each corner of the cells: its index in the flattened field, whether it is there, and its weight."""
-    undefined = shift.isnan().any(-1)
+    undefined = has_nan(shift)
     lower, fraction = [], []
     step: list[Any] = []
     for axis, length in enumerate(size):
@@ -118,7 +124,7 @@ def _corners(
             least, most = (0, length - 1) if boundary == "border" else (-2, length)
             low, high = (least - first).to(distance.dtype), (most - first).to(distance.dtype)
         # Where a reflected shift is clamped, both corners are the same.
-        follows = (distance >= low) & (distance <= high)
+        follows = (distance >= low).logical_and(distance <= high)
         step.append(follows.to(torch.int64) if boundary == "reflect" else 1)
         distance = distance.clamp(low, high)
         if mode == "nearest":
@@ -139,7 +145,7 @@ def _corners(
                 coordinate = coordinate.remainder(2 * length)
                 coordinate = torch.minimum(coordinate, 2 * length - 1 - coordinate)
             weight = weight * (fraction[axis] if upper else 1 - fraction[axis])
-            inside = inside & (coordinate >= 0) & (coordinate < length)
+            inside = inside.logical_and(coordinate >= 0).logical_and(coordinate < length)
             index = index * length + coordinate.clamp(0, length - 1)
         yield index, inside, weight
 
