@@ -42,17 +42,21 @@ def export(
         model: in eval mode.
         args: example arguments, a tuple.
         path: of the file.
-        form: how the operators of deformkit appear in it. ``"deformkit"``: as nodes of the domain ``deformkit``, for which
-            the file also contains functions of standard operators; a runtime without kernels for the nodes runs these.
-            ``"standard"``: convolutions of images as ``DeformConv``, all else as standard operators around
-            ``GatherElements``. ``"gridsample"``: likewise, but images are sampled by ``GridSample``, which is faster in
-            some runtimes and wrong in others; coordinates must be finite. ``"plain"``: without ``DeformConv``.
+        form: how the operators of deformkit appear in it.
+
+            - ``"deformkit"``: as nodes of the domain ``deformkit``, for which the file also contains functions of
+              standard operators; a runtime without kernels for the nodes runs these.
+            - ``"standard"``: two-dimensional convolutions without ``boundary`` as ``DeformConv``, all else as standard
+              operators such as ``GatherElements``.
+            - ``"gridsample"``: likewise, but images are sampled by ``GridSample``; coordinates must be finite.
+            - ``"plain"``: as ``"standard"``, without ``DeformConv``.
         kwargs: further example arguments, by name.
-        dynamic_shapes: as for :func:`torch.export.export`; by default all sizes are fixed. Batch, sizes, queries and the
-            sizes of levels may be dynamic.
+        dynamic_shapes: as for :func:`torch.export.export`; by default all sizes are fixed. Batch, sizes, queries and
+            the sizes of levels may be dynamic.
         input_names: of the inputs in the file.
         output_names: of the outputs in the file.
-        opset: the version of the standard operators, 18 to 23; ``DeformConv`` needs 19, and ``"gridsample"`` at most 19.
+        opset: the version of the standard operators, 18 to 23; ``DeformConv`` needs 19, and ``"gridsample"`` at most
+            19.
 
     Returns:
         A report of the operators in the file and of the runtimes that run it; ``print`` shows it.
@@ -147,5 +151,3 @@ def _value(argument: Any) -> Any:
     if isinstance(argument, list | tuple):
         return [_value(each) for each in argument]
     return argument.meta["val"] if isinstance(argument, torch.fx.Node) else argument
-
-

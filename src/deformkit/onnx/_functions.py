@@ -50,14 +50,18 @@ class _Reference(nn.Module):
         found: list[Any] = []
         for position, index in self.places:
             value = self.args[position] if index is None else self.args[position][index]
-            found.append(torch.zeros([_hint(s) for s in value.shape], dtype=value.dtype) if index is None else _hint(value))
+            found.append(
+                torch.zeros([_hint(s) for s in value.shape], dtype=value.dtype) if index is None else _hint(value)
+            )
         return tuple(found)
 
     def dynamic(self) -> tuple[Any, ...]:
         auto, found = torch.export.Dim.AUTO, []
         for position, index in self.places:
             value = self.args[position]
-            axes = {} if index is not None else {i: auto for i, s in enumerate(value.shape) if isinstance(s, torch.SymInt)}
+            axes = (
+                {} if index is not None else {i: auto for i, s in enumerate(value.shape) if isinstance(s, torch.SymInt)}
+            )
             found.append(axes if index is None else torch.export.Dim.DYNAMIC)
         return tuple(found)
 

@@ -32,7 +32,9 @@ class Report:
         found = {"ONNX Runtime": "1.25 or newer" if convolves else "1.20 or newer"}
         found["OpenVINO"], found["TensorRT"] = "yes", "yes"
         if ours:
-            found["ONNX Runtime"] = "1.20 or newer, by the functions in the file; fast if a library has kernels for the nodes"
+            found["ONNX Runtime"] = (
+                "1.20 or newer, by the functions in the file; fast if a library has kernels for the nodes"
+            )
             found["OpenVINO"] = found["TensorRT"] = "after onnx.inliner.inline_local_functions"
         if convolves:
             found["OpenVINO"] = "no: it has no rule for DeformConv"

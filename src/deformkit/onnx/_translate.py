@@ -16,9 +16,9 @@ FORWARD = [name for name in operators if not name.endswith("_backward")]
 def translation_table() -> dict[Callable[..., Any], Callable[..., Any]]:
     """For each operator, the function that translates its calls to nodes of the domain ``deformkit``.
 
-    The nodes have the name of the operator. Their inputs are its tensors, and its sizes that may be dynamic, in the order
-    of the schema; all other arguments are attributes. A runtime needs kernels for them; :func:`export` adds functions
-    that do without. The model has to be exported by :func:`torch.export.export` first, because ``torch.onnx.export``
+    The nodes have the name of the operator. Their inputs are its tensors, and its sizes that may be dynamic, in the
+    order of the schema; all other arguments are attributes. A runtime needs kernels for them; :func:`export` adds
+    functions that do without. Export the model by :func:`torch.export.export` first, because ``torch.onnx.export``
     replaces the operators of a module by tensor operations.
 
     Returns:
@@ -86,24 +86,22 @@ def _with_arguments(translate: Callable[..., Any], operator: Operator) -> Callab
 
 def _added(node: Any) -> Any:
     """The output of ``node``, which is added to the model that is being made."""
-    import onnxscript
+    from onnxscript import evaluator
 
-    onnxscript.evaluator.default().nodes.append(node)
+    evaluator.default().nodes.append(node)
     return node.outputs[0]
 
 
 def _vector(values: Sequence[Any]) -> Any:
     """A tensor of integers, some of which may be values of the model."""
     import onnx_ir as ir
-    import numpy
-    from onnxscript import opset18 as op
+    import onnxscript
 
-    parts = [
-        op.Reshape(value, op.Constant(value_ints=[1])) if isinstance(value, ir.Value) else op.Constant(value_ints=[value])
-        for value in values
-    ]
+    op: Any = onnxscript.opset18
     if not any(isinstance(value, ir.Value) for value in values):
-        return op.Constant(value=ir.tensor(numpy.array(values, dtype=numpy.int64)))
+        return op.Constant(value_ints=list(values))
+    one = op.Constant(value_ints=[1])
+    parts = [op.Reshape(v, one) if isinstance(v, ir.Value) else op.Constant(value_ints=[v]) for v in values]
     return op.Concat(*parts, axis=0)
 
 
@@ -119,8 +117,9 @@ def _deform_conv(
     boundary: int,
 ) -> Any:
     import onnx_ir as ir
-    from onnxscript import opset18 as op
+    import onnxscript
 
+    op: Any = onnxscript.opset18
     double = input.dtype == ir.DataType.DOUBLE
     wide = ir.DataType.DOUBLE if double else ir.DataType.FLOAT
 
@@ -129,7 +128,7 @@ def _deform_conv(
         return value if value is None or value.dtype == wide else op.Cast(value, to=int(wide))
 
     kernel, channels = [int(k) for k in weight.shape[2:]], int(weight.shape[1])
-    attributes = {
+    attributes: dict[str, Any] = {
         "kernel_shape": kernel,
         "strides": list(stride),
         "pads": [*padding, *padding],

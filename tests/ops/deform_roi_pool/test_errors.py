@@ -10,7 +10,6 @@ from torch import Tensor
 
 import deformkit as dk
 from deformkit.ops import _suspect
-from deformkit.ops import _suspect
 from deformkit.ops._library import operators
 from deformkit.ops.deform_roi_pool.cases import Case
 

@@ -7,7 +7,6 @@ from math import prod
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
 from .._shape import compute_dtype
 from ..sample.reference import has_nan, sample, tap_grid
@@ -114,8 +113,9 @@ def _pool(
 
     # One field of all images, one after the other along the first axis; each ends in its last row twice, so that
     # the cell of a point on that row does not reach into the next image.
+    rows = image * (size[0] + 1)
     field = torch.cat([input, input[:, :, -1:]], 2).transpose(0, 1).flatten(1, 2).unsqueeze(0)
-    base = F.pad((image * (size[0] + 1)).unsqueeze(1), (0, axes - 1)).reshape(count, 1, 1, axes)
+    base = torch.stack([rows, *[torch.zeros_like(rows)] * (axes - 1)], 1).reshape(count, 1, 1, axes)
     first = torch.where(undefined, points[..., 0], points[..., 0].clamp(0, size[0] - 1))
     points = torch.cat([first.unsqueeze(-1), points[..., 1:]], -1)
     values = sample(field, base, points.unsqueeze(0), "border")[0]

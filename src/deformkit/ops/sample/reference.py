@@ -115,18 +115,17 @@ def _corners(
     for axis, length in enumerate(size):
         first = base[..., axis]
         distance = shift[..., axis].masked_fill(undefined, 0.0)
-        low: Any
-        high: Any
         if boundary == "reflect":
-            low, high = -float(max(2**30, 2 * length)), float(max(2**30, 2 * length))
+            limit = float(max(2**30, 2 * length))
+            # Where a reflected shift is clamped, both corners are the same.
+            step.append((distance >= -limit).logical_and(distance <= limit).to(torch.int64))
+            distance = distance.clamp(-limit, limit)
         else:
+            step.append(1)
             # Points farther than two cells outside are equivalent; the clamp keeps infinity out of the arithmetic.
             least, most = (0, length - 1) if boundary == "border" else (-2, length)
             low, high = (least - first).to(distance.dtype), (most - first).to(distance.dtype)
-        # Where a reflected shift is clamped, both corners are the same.
-        follows = (distance >= low).logical_and(distance <= high)
-        step.append(follows.to(torch.int64) if boundary == "reflect" else 1)
-        distance = distance.clamp(low, high)
+            distance = torch.where(distance < low, low, torch.where(distance > high, high, distance))
         if mode == "nearest":
             distance = (distance + 0.5).floor()
         whole = distance.floor()
