@@ -13,7 +13,7 @@
 #define DEFORMKIT_EXPORT extern "C" __declspec(dllexport)
 #else
 #include <dlfcn.h>
-#include <sys/stat.h>
+#include <unistd.h>
 #define DEFORMKIT_EXPORT extern "C" __attribute__((visibility("default")))
 // torch 2.12 and later; null in an older one.
 extern "C" __attribute__((weak)) AOTITorchError torch_library_def_with_tags(TorchLibraryHandle library,
@@ -21,6 +21,18 @@ extern "C" __attribute__((weak)) AOTITorchError torch_library_def_with_tags(Torc
                                                                             int32_t count);
 extern "C" __attribute__((weak)) int32_t torch_tag_pt2_compliant_tag();
 extern "C" __attribute__((weak)) int32_t torch_tag_needs_fixed_stride_order();
+#endif
+
+// The C library moved these in 2.34, and would otherwise ask for that version where the library runs.
+#if defined(__GLIBC__) && defined(__x86_64__)
+#define DEFORMKIT_OLDEST_GLIBC "GLIBC_2.2.5"
+#elif defined(__GLIBC__) && defined(__aarch64__)
+#define DEFORMKIT_OLDEST_GLIBC "GLIBC_2.17"
+#endif
+#ifdef DEFORMKIT_OLDEST_GLIBC
+__asm__(".symver dlopen,dlopen@" DEFORMKIT_OLDEST_GLIBC);
+__asm__(".symver dlerror,dlerror@" DEFORMKIT_OLDEST_GLIBC);
+__asm__(".symver dladdr,dladdr@" DEFORMKIT_OLDEST_GLIBC);
 #endif
 
 DEFORMKIT_EXPORT const char* deformkit_isa();
@@ -106,8 +118,7 @@ std::string own_path() {
 }
 
 bool exists(const std::string& path) {
-  struct stat status;
-  return stat(path.c_str(), &status) == 0;
+  return access(path.c_str(), F_OK) == 0;
 }
 
 // Empty if the library loads, else the reason.
