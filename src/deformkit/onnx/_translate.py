@@ -88,7 +88,8 @@ def _added(node: Any) -> Any:
     """The output of ``node``, which is added to the model that is being made."""
     from onnxscript import evaluator
 
-    evaluator.default().nodes.append(node)
+    recorder: Any = evaluator.default()
+    recorder.nodes.append(node)
     return node.outputs[0]
 
 
