@@ -85,7 +85,7 @@ CALLS := 10000
 SANITIZED = $(VENV)/bin/cmake -S . -B build/sanitize-$(1) -G Ninja -DCMAKE_MAKE_PROGRAM=$(abspath $(VENV)/bin/ninja) \
   -DPython_EXECUTABLE=$(abspath $(PY)) -DDEFORMKIT_SANITIZE=$(1) && $(VENV)/bin/cmake --build build/sanitize-$(1)
 LIBRARY = $$($${CXX:-g++} -print-file-name=$(1))
-FUZZ = $(PY) tests/fuzz.py --calls $(CALLS) --library build/sanitize-$(1)/deformkit_baseline.so
+FUZZ = $(PY) tests/fuzz.py --calls $(CALLS) --libraries build/sanitize-$(1)
 
 sanitize: $(VENV)/.dev
 	$(call SANITIZED,memory)

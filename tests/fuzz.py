@@ -1,10 +1,11 @@
 """Random calls of the operators: shapes, steps, dtypes, layouts, wild offsets, forward and backward.
 
-``python tests/fuzz.py --calls 10000 --library build/sanitize-memory/deformkit_baseline.so`` runs them on that library
-instead of the one that deformkit would load. After a failure ``--seed N --calls 1`` repeats its call alone.
+``python tests/fuzz.py --calls 10000 --libraries build/sanitize-memory`` runs them on the libraries there instead
+of the one that deformkit would load. After a failure ``--seed N --calls 1`` repeats its call alone.
 """
 
 import argparse
+import importlib.util
 import random
 import sys
 import time
@@ -457,10 +458,13 @@ def run(
     return counts
 
 
-def redirect(library: Path) -> None:
-    """Let deformkit load ``library`` in place of its own, because two libraries would register the same kernels."""
-    load = torch.ops.load_library
-    torch.ops.load_library = lambda _: load(str(library))
+def redirect(folder: Path) -> None:
+    """Let deformkit load the libraries in ``folder / "lib"``: two of a kind would register the same kernels."""
+    spec = importlib.util.find_spec("deformkit")
+    assert spec is not None and spec.loader is not None and spec.submodule_search_locations is not None
+    spec.submodule_search_locations[:0] = [str(folder)]
+    sys.modules["deformkit"] = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(sys.modules["deformkit"])
 
 
 def main() -> None:
@@ -469,18 +473,17 @@ def main() -> None:
     parser.add_argument("--calls", type=int, default=10_000)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--compare-every", type=int, default=5, help="compare one in so many with the reference")
-    parser.add_argument("--library", type=Path, help="the library of kernels to run on")
+    parser.add_argument("--libraries", type=Path, help="a folder whose folder lib holds the libraries to run on")
     options = parser.parse_args()
-    if options.library:
-        redirect(options.library.resolve(strict=True))
+    if options.libraries:
+        redirect(options.libraries.resolve(strict=True))
     from deformkit import _kernels
     from deformkit.ops._library import operators
 
-    for name, operator in operators.items():
-        kernel = operator.partner or name
-        if not torch._C._dispatch_has_kernel_for_dispatch_key(f"deformkit::{kernel}", "CPU"):
+    for name in operators:
+        if not torch._C._dispatch_has_kernel_for_dispatch_key(f"deformkit::{name}", "CPU"):
             sys.exit(f"{name} has no CPU kernel: {_kernels.selection}")
-    print("on", options.library or _kernels.selection.path)
+    print("on", _kernels.selection.path)
     print(run(options.calls, options.seed, options.compare_every, progress=True))
 
 

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 import deformkit
 import deformkit.ops
@@ -119,6 +119,20 @@ def public(call: Call, args: Sequence[Any] | None = None) -> tuple[Any, dict[str
     if "query" in named:
         named["query"] = named["query"].unflatten(2, (case.heads, -1))
     return getattr(deformkit, f"{name}{axes}d" if "conv" in name else name), named
+
+
+class Of(nn.Module):
+    """The public function of a call, as a module whose arguments are its tensors, ``values``."""
+
+    def __init__(self, call: Call) -> None:
+        super().__init__()
+        self.function, named = public(call)
+        self.names = [name for name, value in named.items() if isinstance(value, Tensor)]
+        self.rest = {name: value for name, value in named.items() if name not in self.names}
+        self.values = tuple(named[name] for name in self.names)
+
+    def forward(self, *values: Tensor) -> Tensor:
+        return self.function(**dict(zip(self.names, values, strict=True)), **self.rest)
 
 
 def _transposed(t: Tensor) -> Tensor:

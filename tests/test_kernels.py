@@ -1,82 +1,132 @@
 """The loader of CPU kernels."""
 
+import json
 import os
 import platform
 import shutil
 import subprocess
 import sys
-import warnings
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
 import deformkit
-from deformkit._kernels import ISAS, load, selection
+from deformkit._kernels import ISAS, LIBRARY, selection
+
+LEVELS = ["DEFAULT", "AVX2", "AVX512"]
+BEST = next(i for i in reversed(range(3)) if LEVELS[i] in (torch.backends.cpu.get_cpu_capability(), "DEFAULT"))
+needs_kernels = pytest.mark.skipif(selection.path is None, reason="no library of kernels is built")
+# A process in which a library was loaded cannot unload it, but copies of it choose again.
+CHOOSE = """
+import json, os, pathlib, sys, warnings
+import torch
+with warnings.catch_warnings():
+    warnings.simplefilter("ignore")
+    from deformkit._kernels import load
+chosen = {}
+for name, (roots, capability) in json.loads(sys.argv[1]).items():
+    os.environ["ATEN_CPU_CAPABILITY"] = capability
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        found = load(roots, "")
+    chosen[name] = [found.isa, str(found.path), found.reasons, [str(w.message) for w in caught]]
+print(json.dumps(chosen))
+"""
 
 
-@pytest.fixture
-def loaded(monkeypatch: pytest.MonkeyPatch) -> list[str]:
-    """The names of the libraries that ``torch.ops.load_library`` loads; the content of a file can make it fail."""
-    names = []
+@pytest.fixture(scope="module")
+def chosen(tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[Any]]:
+    """For each situation the instruction set that is chosen, its path, the reasons, and the warnings."""
+    folder = tmp_path_factory.mktemp("libraries")
 
-    def load_library(path: Path) -> None:
-        names.append(path.name)
-        if path.read_text() == "broken":
-            raise OSError("undefined symbol: aoti_torch_something")
+    def root(name: str, isas: tuple[str, ...] = ISAS, broken: tuple[str, ...] = ()) -> str:
+        lib = folder / name / "lib"
+        lib.mkdir(parents=True)
+        assert selection.library is not None
+        if LIBRARY in broken:
+            (lib / LIBRARY).write_text("not an ELF file")
+        elif isas:
+            shutil.copy(selection.library, lib)
+        for isa in isas:
+            if isa in broken:
+                (lib / f"deformkit_{isa}.so").write_text("not an ELF file")
+            else:
+                (lib / f"deformkit_{isa}.so").symlink_to(selection.library.with_name(f"deformkit_{isa}.so"))
+        return str(folder / name)
 
-    monkeypatch.setattr(torch.ops, "load_library", load_library)
-    return names
-
-
-def make(root: Path, isas: list[str], text: str = "sound") -> Path:
-    (root / "lib").mkdir(parents=True, exist_ok=True)
-    for isa in isas:
-        (root / "lib" / f"deformkit_{isa}.so").write_text(text)
-    return root
-
-
-@pytest.mark.parametrize(
-    ("capability", "isa"),
-    [("AVX512", "avx512"), ("AVX2", "avx2"), ("DEFAULT", "baseline"), ("NO AVX", "baseline"), ("SVE256", "baseline")],
-)
-def test_the_best_library_that_the_processor_runs(tmp_path: Path, loaded: list[str], capability: str, isa: str) -> None:
-    result = load([make(tmp_path, list(ISAS))], capability)
-    assert result.isa == isa
-    assert result.path == tmp_path / "lib" / f"deformkit_{isa}.so"
-    assert loaded == [f"deformkit_{isa}.so"]
-    assert set(result.reasons) == set(ISAS) - {isa}
-    for other, reason in result.reasons.items():
-        assert ("is better" if ISAS.index(other) > ISAS.index(isa) else capability) in reason
-
-
-def test_the_next_best_where_one_was_not_built(tmp_path: Path, loaded: list[str]) -> None:
-    result = load([make(tmp_path, ["baseline"])], "AVX512")
-    assert result.isa == "baseline"
-    assert "not built" in result.reasons["avx512"] and "not built" in result.reasons["avx2"]
+    situations = {
+        "all": ([root("all")], ""),
+        "avx2": ([root("limited")], "avx2"),
+        "default": ([root("least")], "default"),
+        "baseline": ([root("one", ("baseline",))], ""),
+        "second": ([root("sources", ()), root("installed", ("baseline",))], ""),
+        "broken": ([root("broken", broken=ISAS[2 - BEST : 3 - BEST])], ""),
+        "nothing": ([root("nothing", ())], ""),
+        "no library": ([root("text", (), (LIBRARY,))], ""),
+    }
+    done = subprocess.run([sys.executable, "-c", CHOOSE, json.dumps(situations)], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    found = json.loads(done.stdout)
+    return {name: [*found[name], Path(roots[-1]) / "lib"] for name, (roots, _) in situations.items()}
 
 
-def test_libraries_in_any_of_the_package_directories(tmp_path: Path, loaded: list[str]) -> None:
-    result = load([tmp_path / "sources", make(tmp_path / "installed", ["avx2"])], "AVX2")
-    assert result.path == tmp_path / "installed" / "lib" / "deformkit_avx2.so"
+def isa_of(capability: str) -> str:
+    """The kernels for a capability, or those for this processor if that has less."""
+    return ISAS[2 - min(BEST, LEVELS.index(capability))]
 
 
-def test_one_warning_without_a_library_says_how_to_compile_it(tmp_path: Path) -> None:
-    with pytest.warns(RuntimeWarning) as caught:
-        result = load([tmp_path], "AVX512")
-    (warning,) = caught
-    said = str(warning.message)
-    assert f"uses the slow reference because no library of kernels for this processor is in {tmp_path / 'lib'}" in said
+@needs_kernels
+@pytest.mark.parametrize(("situation", "capability"), [("all", "AVX512"), ("avx2", "AVX2"), ("default", "DEFAULT")])
+def test_the_best_library_that_the_processor_runs(
+    chosen: dict[str, list[Any]], situation: str, capability: str
+) -> None:
+    isa, path, reasons, warned, lib = chosen[situation]
+    assert isa == isa_of(capability) and path == str(lib / f"deformkit_{isa}.so") and not warned
+    assert set(reasons) == set(ISAS) - {isa}
+    for other, reason in reasons.items():
+        better = ISAS.index(other) < ISAS.index(isa)
+        excluded = reason in ("ATEN_CPU_CAPABILITY excludes it", "this processor does not support it")
+        assert excluded if better else reason == f"{isa} is loaded, which is better"
+
+
+@needs_kernels
+def test_the_next_best_where_one_was_not_built(chosen: dict[str, list[Any]]) -> None:
+    isa, _, reasons, warned, _ = chosen["baseline"]
+    assert isa == "baseline" and not warned
+    assert "no deformkit_avx512.so" in reasons["avx512"] and "not built" in reasons["avx2"]
+
+
+@needs_kernels
+def test_libraries_in_any_of_the_package_directories(chosen: dict[str, list[Any]]) -> None:
+    _, path, _, _, lib = chosen["second"]
+    assert path == str(lib / "deformkit_baseline.so") and lib.parts[-2] == "installed"
+
+
+@needs_kernels
+def test_one_warning_without_a_library_says_how_to_compile_it(chosen: dict[str, list[Any]]) -> None:
+    isa, path, reasons, (said,), lib = chosen["nothing"]
+    assert f"uses the slow reference because no library of kernels for this processor is in {lib}" in said
     assert "run `pip install --force-reinstall --no-deps .`" in said and "g++ >= 12" in said
-    assert result.isa is None and result.path is None
-    assert set(result.reasons) == set(ISAS)
+    assert isa is None and path == "None" and set(reasons) == set(ISAS)
 
 
-def test_no_warning_with_a_library(tmp_path: Path, loaded: list[str]) -> None:
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")
-        load([make(tmp_path, ["baseline"])], "AVX512")
-    assert loaded == ["deformkit_baseline.so"]
+@needs_kernels
+def test_a_broken_library_is_named_and_the_next_one_loaded(chosen: dict[str, list[Any]]) -> None:
+    isa, _, reasons, (said,), _ = chosen["broken"]
+    broken = ISAS[2 - BEST]
+    assert isa == (ISAS[3 - BEST] if BEST else None)
+    assert f"because a library of kernels does not load. deformkit_{broken}.so: " in said and "pip install" in said
+    assert f"uses {f'the {isa} library' if isa else 'the slow reference'} because" in said
+    assert "does not load" in reasons[broken]
+
+
+@needs_kernels
+def test_a_file_that_is_no_library(chosen: dict[str, list[Any]]) -> None:
+    isa, _, reasons, (said,), _ = chosen["no library"]
+    assert isa is None and "uses the slow reference" in said and f"{LIBRARY}: " in said
+    assert all(f"{LIBRARY} does not load" in reason for reason in reasons.values())
 
 
 def test_import_without_a_library_warns_once(tmp_path: Path) -> None:
@@ -105,29 +155,10 @@ for _ in range(3):
     assert done.stderr.count("RuntimeWarning: deformkit uses the slow reference") == 1, done.stderr
 
 
-def test_a_broken_library_is_named_and_the_next_one_loaded(tmp_path: Path, loaded: list[str]) -> None:
-    make(tmp_path, ["avx2", "baseline"])
-    make(tmp_path, ["avx512"], "broken")
-    with pytest.warns(
-        RuntimeWarning, match=r"uses the avx2 library .* deformkit_avx512\.so: undefined symbol.*pip install"
-    ) as caught:
-        result = load([tmp_path], "AVX512")
-    assert len(caught) == 1
-    assert result.isa == "avx2"
-    assert "undefined symbol" in result.reasons["avx512"]
-
-
-def test_a_file_that_is_no_library(tmp_path: Path) -> None:
-    make(tmp_path, ["baseline"], "not an ELF file")
-    with pytest.warns(RuntimeWarning, match=r"uses the slow reference .* deformkit_baseline\.so"):
-        result = load([tmp_path], "DEFAULT")
-    assert result.isa is None
-    assert "deformkit_baseline.so" in result.reasons["baseline"]
-
-
 def test_import_survives_a_broken_library(tmp_path: Path) -> None:
     """Replace the directories of the package by one with a broken library."""
-    make(tmp_path, list(ISAS), "not an ELF file")
+    (tmp_path / "lib").mkdir()
+    (tmp_path / "lib" / LIBRARY).write_text("not an ELF file")
     package = Path(deformkit.__file__).parent
     program = f"""
 import importlib.util, sys, warnings
@@ -151,11 +182,10 @@ assert kernel("deform_conv", "cpu") == "reference"
 
 
 @pytest.mark.skipif(platform.machine().lower() not in ("x86_64", "amd64"), reason="instruction sets of x86")
-@pytest.mark.skipif(selection.path is None, reason="no library of kernels is built")
+@needs_kernels
 @pytest.mark.parametrize("capability", ["avx512", "avx2", "default"])
 def test_every_instruction_set_passes_the_self_test(capability: str) -> None:
-    levels = ["DEFAULT", "AVX2", "AVX512"]
-    if levels.index(capability.upper()) > levels.index(torch.backends.cpu.get_cpu_capability()):
+    if LEVELS.index(capability.upper()) > BEST:
         pytest.skip(f"this processor has no {capability}")
     done = subprocess.run(
         [sys.executable, "-m", "deformkit", "doctor"],

@@ -20,6 +20,7 @@ import sys, deformkit, torch
 from deformkit._kernels import selection
 from deformkit.doctor import report
 assert selection.isa, selection
+assert deformkit.library_path().startswith(sys.prefix), deformkit.library_path()
 assert deformkit.__file__.startswith(sys.prefix), deformkit.__file__
 input, weight = torch.randn(2, 4, 9, 8, requires_grad=True), torch.randn(6, 4, 3, 3)
 output = deformkit.deform_conv2d(input, torch.zeros(2, 18, 9, 8), weight, padding=1)
@@ -42,7 +43,8 @@ def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_one_wheel_for_every_python(wheel: Path) -> None:
     assert "-py3-none-" in wheel.name
     names = zipfile.ZipFile(wheel).namelist()
-    assert "deformkit/lib/deformkit_baseline.so" in names
+    libraries = {"deformkit/lib/deformkit_baseline.so", "deformkit/lib/libdeformkit.so"}
+    assert (libraries | {"deformkit/lib/cmake/deformkit/deformkitConfig.cmake"}) <= set(names)
     assert not [name for name in names if name.endswith((".cpp", ".h"))]
 
 

@@ -43,6 +43,9 @@ def instead_of_cpp() -> Iterator[None]:
             warnings.filterwarnings("ignore", ".*overrid", UserWarning)
             for operator in filter(has_kernels, operators.values()):
                 library.impl(operator.name, answer(operator), "CPU", allow_override=True)
+            for operator in operators.values():
+                if operator.partner:
+                    library.impl(operator.name, operator.fallback, "CPU", allow_override=True)
         yield
     finally:
         library._destroy()

@@ -16,6 +16,7 @@ else:
     from . import _kernels as _kernels
     from . import nn as nn
     from . import reference as reference
+    from ._kernels import library_path as library_path
     from ._monitor import monitor as monitor
     from ._on_import import on_import as _on_import
     from ._param_groups import param_groups as param_groups
@@ -50,8 +51,9 @@ else:
 
 
 def __getattr__(name: str) -> _ModuleType:
-    # compat stands in for whole libraries, viz draws, distributed imports DTensor: imported when first asked for.
-    if name in ("compat", "distributed", "viz"):
+    # compat stands in for whole libraries, viz draws, distributed imports DTensor, others export: imported when first
+    # asked for.
+    if name in ("compat", "distributed", "export", "onnx", "viz"):
         from importlib import import_module
 
         return import_module(f"{__name__}.{name}")

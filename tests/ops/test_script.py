@@ -7,6 +7,8 @@ from torch import Tensor, nn
 
 import deformkit as dk
 from deformkit._testing import evaluate
+from deformkit.ops import _script
+from deformkit.ops._shape import CHOICES
 from deformkit.ops.deform_conv.cases import Case
 
 CASE = Case("2d", 2, 4, (7, 8), 6, (3, 3), padding=1, offset_groups=2)
@@ -59,9 +61,15 @@ def test_defaults_and_numbers_for_lists() -> None:
     assert torch.equal(scripted(*args, None, 1, 1), dk.deform_conv2d(*args, None, 1, 1))
 
 
+@pytest.mark.parametrize("argument", CHOICES)
+def test_names_have_the_same_codes_in_a_script(argument: str) -> None:
+    code = torch.jit.script({"boundary": _script.boundary_code, "mode": _script.mode_code}[argument])
+    assert [code(name) for name in CHOICES[argument]] == list(range(len(CHOICES[argument])))
+
+
 def test_an_unknown_name_raises_in_a_script() -> None:
     named = {**CASE.arguments(), "boundary": "wrap"}
-    with pytest.raises((RuntimeError, ValueError), match="boundary is 'wrap'"):
+    with pytest.raises(torch.jit.Error, match="ValueError: boundary is 'wrap'"):
         torch.jit.script(dk.deform_conv2d)(**named)
 
 

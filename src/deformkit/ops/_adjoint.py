@@ -7,7 +7,8 @@ maps u, which has the shape of F's output, to a tensor of the shape of x, such t
 
 Hence A(u, rest) is the gradient of ``<u, F(x, rest)>`` by x, which does not depend on x: the backward kernel of F
 computes it. The gradients of ``<g, A(u, rest)> = <u, F(g, rest)>`` are also F's: ``F(g, rest)`` by u, and those of F at
-``x = g`` by the rest. An adjoint needs no kernels, and its gradients take the time of its partner's.
+``x = g`` by the rest. An adjoint needs no kernels, and its gradients take the time of its partner's. In C++ the same
+calls are in ``cpu/adjoints.cpp``, for programs without Python.
 """
 
 from collections.abc import Callable, Sequence
@@ -16,7 +17,8 @@ from typing import Any
 from torch import Tensor
 
 from . import _torch
-from ._library import Adjoint, Operator, argument_names, operators, register
+from ._library import Adjoint, Operator, operators, register
+from ._schema import argument_names
 
 RESULT = "the result"
 """The place of x among the arguments of F."""

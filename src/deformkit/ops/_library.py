@@ -19,11 +19,13 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from . import _torch
+from . import _form, _torch
+from ._schema import argument_names, backward_schema
 from ._shape import CHOICES, check_alike, check_stored, code_of, name_of
 
 NAMESPACE = "deformkit"
-library = torch.library.Library(NAMESPACE, "DEF")
+# Not "DEF", which excludes definitions by others: those of libdeformkit.so.
+library = torch.library.Library(NAMESPACE, "FRAGMENT")
 operators: dict[str, "Operator"] = {}
 
 _TAGS = (torch.Tag.pt2_compliant_tag, torch.Tag.needs_fixed_stride_order)
@@ -49,9 +51,9 @@ class Operator:
         batched_result: Callable[..., bool],
         gradient: Callable[..., Sequence[Tensor | None]],
     ) -> None:
-        library.define(schema, tags=_TAGS)
+        self.schema = schema
         self.name = schema[: schema.index("(")]
-        self.overload = getattr(getattr(torch.ops, NAMESPACE), self.name).default
+        self.overload = _defined(schema)
         arguments = _torch.arguments(self.overload)
         self.arguments = [name for name, _ in arguments]
         self.tensors = [i for i, (_, kind) in enumerate(arguments) if "Tensor" in kind]
@@ -76,9 +78,11 @@ class Operator:
 
     def __call__(self, *args: Any) -> Any:
         """Run the operator through the dispatcher, or in another way if a transform or an exporter needs it."""
+        if (form := _form.current()) and not self._stays(form, args):
+            return self.reference(*args)
         if torch.compiler.is_compiling() or _torch.tracing():
-            # The compiler rejects a Function with a forward-mode rule, and other runtimes do not have our operators.
-            return (self.reference if _torch.differentiating() or _torch.exporting_to_onnx() else self.overload)(*args)
+            # The compiler rejects a Function with a forward-mode rule.
+            return (self.reference if _torch.differentiating() else self.overload)(*args)
         if _torch.transforming():
             levels = _torch.levels()
             if levels["Jvp"] > 1 or levels["Functionalize"]:
@@ -87,6 +91,12 @@ class Operator:
             # A custom operator raises under torch.func.grad and returns zeros under torch.func.jvp.
             return self._function.apply(*args)
         return self.overload(*args)
+
+    def _stays(self, form: str, args: Sequence[Any]) -> bool:
+        """Whether this call stays an operator in an exported model of this form."""
+        if form == "plain" or "boundary" not in self.arguments:
+            return False
+        return _form.is_standard(self.name, args[0].dim() - 2, args[self.arguments.index("boundary")])
 
     def ordered(self, named: Mapping[str, Any]) -> list[Any]:
         """The arguments of the public function in the order of the operator, with codes in place of names."""
@@ -231,9 +241,7 @@ def register(
 
     ``double_gradient(op, args, grads, wanted)`` is the gradient of the backward, ``op``.
     """
-    name, rest = schema.split("(", 1)
-    arguments, _ = rest.rsplit(") ->", 1)
-    names = argument_names(schema)
+    name, names = schema[: schema.index("(")], argument_names(schema)
     reference = _of_codes(reference, names)
 
     def fake(*args: Any) -> Tensor:
@@ -284,9 +292,8 @@ def register(
         gradient=gradient,
     )
     without_batch = [i for i, name in enumerate(differentiable) if name not in batched]
-    results = ", ".join(["Tensor"] * len(differentiable))
     backward = Operator(
-        f"{name}_backward(Tensor grad_output, {arguments}, bool[] output_mask) -> ({results})",
+        backward_schema(schema, len(differentiable)),
         gpu=gpu,
         partner=forward.partner,
         reference=reference_backward,
@@ -304,10 +311,18 @@ def register(
     return forward
 
 
-def argument_names(schema: str) -> list[str]:
-    """The names of the arguments in a schema as :func:`define` takes it."""
-    arguments = schema.split("(", 1)[1].rsplit(") ->", 1)[0]
-    return [argument.split()[-1] for argument in arguments.split(", ")]
+def _defined(schema: str) -> Any:
+    """The overload of the operator ``schema``, which is defined here unless libdeformkit.so has done it."""
+    namespace, name = getattr(torch.ops, NAMESPACE), schema[: schema.index("(")]
+    if not hasattr(namespace, name):
+        library.define(schema, tags=_TAGS)
+    overload = getattr(namespace, name).default
+    if not _torch.has_schema(overload, f"{NAMESPACE}::{schema}"):
+        raise ImportError(
+            f"{NAMESPACE}::{name} exists already, from another version of deformkit: {_torch.schema(overload)}; this "
+            f"one needs {schema}. Load the library at deformkit.library_path()"
+        )
+    return overload
 
 
 # The number of input elements of a part of a double backward; the reference keeps several dozen times as many.

@@ -10,14 +10,9 @@ import torch
 from torch import Tensor
 
 from ._levels import over_heads_and_levels
-from ._library import NAMESPACE, library
-from ._shape import code_of
 from ._torch import BroadcastingList1, BroadcastingList2, BroadcastingList3
 
 Function = TypeVar("Function", bound=Callable[..., Tensor])
-
-library.define("code_of(str argument, str name) -> int")
-torch.library.impl(f"{NAMESPACE}::code_of", "CompositeImplicitAutograd", code_of, lib=library)
 
 
 def scripts_as(scripted: Callable[..., Tensor]) -> Callable[[Function], Function]:
@@ -28,6 +23,23 @@ def scripts_as(scripted: Callable[..., Tensor]) -> Callable[[Function], Function
         return function
 
     return decorate
+
+
+# TorchScript reads no global list: the names of CHOICES stand here again.
+def boundary_code(boundary: str) -> int:
+    """The code of ``boundary`` in the schemas."""
+    return _code("boundary", boundary, ["zeros", "border", "reflect"])
+
+
+def mode_code(mode: str) -> int:
+    """The code of ``mode`` in the schemas."""
+    return _code("mode", mode, ["linear", "nearest"])
+
+
+def _code(argument: str, name: str, choices: list[str]) -> int:
+    if name not in choices:
+        raise ValueError(f"{argument} is '{name}'; it must be one of {choices}")
+    return choices.index(name)
 
 
 def _each(value: list[int] | None, default: int, axes: int) -> list[int]:
@@ -55,7 +67,7 @@ def _deform_conv(
         _each(padding, 0, axes),
         _each(dilation, 1, axes),
         mask,
-        torch.ops.deformkit.code_of("boundary", boundary),
+        boundary_code(boundary),
     )
 
 
@@ -128,7 +140,7 @@ def _deform_conv_transpose(
         groups,
         _each(dilation, 1, axes),
         mask,
-        torch.ops.deformkit.code_of("boundary", boundary),
+        boundary_code(boundary),
     )
     if bias is not None:
         output = output + bias.to(output.dtype).reshape([-1] + [1] * axes)
@@ -215,7 +227,7 @@ def deform_aggregate(
         _each(dilation, 1, len(kernel_size)),
         offset_scale,
         remove_center,
-        torch.ops.deformkit.code_of("boundary", boundary),
+        boundary_code(boundary),
     )
 
 
@@ -239,7 +251,7 @@ def ms_deform_attn(
     heads, levels = value.shape[2], len(spatial_shapes)
     sampling_locations = over_heads_and_levels(sampling_locations, heads, levels, has_levels)
     attention_weights = over_heads_and_levels(attention_weights, heads, levels, has_levels)
-    code = torch.ops.deformkit.code_of("mode", mode)
+    code = mode_code(mode)
     return torch.ops.deformkit.ms_deform_attn(value, sizes, sampling_locations, attention_weights, points, code)
 
 
@@ -261,7 +273,7 @@ def deform_correlate(
     else:
         points = [sampling_locations.shape[3]] if num_points is None else num_points
     locations = over_heads_and_levels(sampling_locations, query.shape[2], len(spatial_shapes), has_levels)
-    code = torch.ops.deformkit.code_of("mode", mode)
+    code = mode_code(mode)
     output = torch.ops.deformkit.deform_correlate(query.flatten(2), key, sizes, locations, points, code)
     if has_levels:
         output = output.unflatten(3, [len(spatial_shapes), sampling_locations.shape[4]])
@@ -292,9 +304,7 @@ def deform_sample(input: Tensor, points: Tensor, boundary: str = "zeros", mode: 
     """See :func:`deformkit.deform_sample`."""
     out_size = points.shape[2:-1]
     lists = points.reshape(points.shape[0], points.shape[1], -1, points.shape[-1])
-    boundary_code = torch.ops.deformkit.code_of("boundary", boundary)
-    mode_code = torch.ops.deformkit.code_of("mode", mode)
-    samples = torch.ops.deformkit.deform_sample(input, lists, boundary_code, mode_code)
+    samples = torch.ops.deformkit.deform_sample(input, lists, boundary_code(boundary), mode_code(mode))
     return samples.reshape(samples.shape[:2] + out_size)
 
 
@@ -302,4 +312,4 @@ def deform_splat(input: Tensor, points: Tensor, size: list[int], boundary: str =
     """See :func:`deformkit.deform_splat`; ``size`` has as many numbers as there are spatial axes."""
     values = input.reshape(input.shape[0], input.shape[1], -1)
     lists = points.reshape(points.shape[0], points.shape[1], -1, points.shape[-1])
-    return torch.ops.deformkit.deform_splat(values, lists, size, torch.ops.deformkit.code_of("boundary", boundary))
+    return torch.ops.deformkit.deform_splat(values, lists, size, boundary_code(boundary))

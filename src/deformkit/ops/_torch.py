@@ -38,6 +38,16 @@ def arguments(overload: Any) -> list[tuple[str, str]]:
     return [(argument.name, str(argument.type)) for argument in overload._schema.arguments]
 
 
+def schema(overload: Any) -> str:
+    """The schema of an operator as text. ``OpOverload._schema``: 2.13."""
+    return str(overload._schema)
+
+
+def has_schema(overload: Any, text: str) -> bool:
+    """Whether ``text`` is the schema of an operator. ``torch._C.parse_schema``: 2.13."""
+    return torch._C.parse_schema(text) == overload._schema
+
+
 def transforming() -> bool:
     """Whether a transform of torch.func or forward-mode differentiation is active. All: 2.13."""
     return transforms_active() or forward_ad._current_level >= 0

@@ -2,6 +2,7 @@
 // the sampler in sample/.
 #include <tuple>
 
+#include "cpu/partners.h"
 #include "deform_conv/cpu_backward.h"
 #include "deform_conv/cpu_forward.h"
 #include "deform_conv/cpu_planar.h"
@@ -28,6 +29,8 @@ void sum_bias(const Map& grad_output, int64_t batch, int64_t out_channels, const
     out.write(o, &total, 1);
   });
 }
+
+}  // namespace
 
 Tensor deform_conv(const Tensor& input, const Tensor& offset, const Tensor& weight, const std::optional<Tensor>& bias,
                    const std::vector<int64_t>& stride, const std::vector<int64_t>& padding,
@@ -128,7 +131,6 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> deform_conv_backward(
   dispatch_sums(input.scalar_type(), input.dim() - 2, run);
   return {results[0], results[1], results[2], results[3], results[4]};
 }
-}  // namespace
 }  // namespace deformkit::conv
 
 STABLE_TORCH_LIBRARY_IMPL(deformkit, CPU, m) {

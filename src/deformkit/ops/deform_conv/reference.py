@@ -30,16 +30,16 @@ def deform_conv(
     offset_groups = offset.shape[1] // (taps * axes)
     dtype = compute_dtype(input.dtype)
 
-    base = tap_grid(kernel_size, out_size, stride, padding, dilation, input.device)
-    shift = offset.to(dtype).reshape(batch * offset_groups, taps, axes, *out_size).movedim(2, -1)
+    base = tap_grid(kernel_size, out_size, stride, padding, dilation, input.device).reshape(-1, axes)
+    shift = offset.to(dtype).reshape(batch * offset_groups, taps, axes, prod(out_size)).transpose(2, 3).flatten(1, 2)
     field = input.reshape(batch * offset_groups, channels // offset_groups, *size)
     columns = sample(field, base, shift, boundary)
     if mask is not None:
-        columns = columns * mask.to(dtype).reshape(batch * offset_groups, 1, taps, *out_size)
+        columns = columns * mask.to(dtype).reshape(batch * offset_groups, 1, taps * prod(out_size))
 
-    columns = columns.reshape(batch, groups, group_channels, taps, prod(out_size))
-    kernel = weight.to(dtype).reshape(groups, out_channels // groups, group_channels, taps)
-    output = torch.einsum("bgckp,gock->bgop", columns, kernel).reshape(batch, out_channels, *out_size)
+    columns = columns.reshape(batch, groups, group_channels * taps, prod(out_size))
+    kernel = weight.to(dtype).reshape(groups, out_channels // groups, group_channels * taps)
+    output = torch.matmul(kernel, columns).reshape(batch, out_channels, *out_size)
     if bias is not None:
         output = output + bias.to(dtype).reshape(-1, *[1] * axes)
     return output.to(input.dtype)

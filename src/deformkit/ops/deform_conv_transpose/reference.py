@@ -34,14 +34,14 @@ def deform_conv_transpose(
     offset_groups = offset.shape[1] // (taps * axes)
     dtype = compute_dtype(input.dtype)
 
-    kernel = weight.to(dtype).reshape(groups, channels // groups, group_channels, taps)
+    kernel = weight.to(dtype).reshape(groups, channels // groups, group_channels * taps).transpose(1, 2)
     field = input.to(dtype).reshape(batch, groups, channels // groups, positions)
-    columns = torch.einsum("gock,bgop->bgckp", kernel, field)
-    columns = columns.reshape(batch * offset_groups, out_channels // offset_groups, taps, *size)
+    columns = torch.matmul(kernel, field)
+    columns = columns.reshape(batch * offset_groups, out_channels // offset_groups, taps * positions)
     if mask is not None:
-        columns = columns * mask.to(dtype).reshape(batch * offset_groups, 1, taps, *size)
+        columns = columns * mask.to(dtype).reshape(batch * offset_groups, 1, taps * positions)
 
-    base = tap_grid(kernel_size, size, stride, padding, dilation, input.device)
-    shift = offset.to(dtype).reshape(batch * offset_groups, taps, axes, *size).movedim(2, -1)
+    base = tap_grid(kernel_size, size, stride, padding, dilation, input.device).reshape(-1, axes)
+    shift = offset.to(dtype).reshape(batch * offset_groups, taps, axes, positions).transpose(2, 3).flatten(1, 2)
     output = splat(columns, base, shift, out_size, boundary)
     return output.reshape(batch, out_channels, *out_size).to(input.dtype)

@@ -1,15 +1,15 @@
 """The definition of deformable RoI pooling, in tensor operations."""
 
 from collections.abc import Sequence
+from functools import reduce
 from itertools import groupby
 from math import prod
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
 from .._shape import compute_dtype
-from ..sample.reference import sample
+from ..sample.reference import has_nan, sample, tap_grid
 
 MOST_SAMPLES = 1024
 
@@ -26,7 +26,7 @@ def deform_roi_pool(
 ) -> Tensor:
     """Deformable RoI pooling; see :func:`deformkit.deform_roi_pool` for the formula and the shapes."""
     axes, dtype = input.dim() - 2, compute_dtype(input.dtype)
-    rois = rois.detach().to(dtype)
+    rois = (rois.detach() if rois.requires_grad else rois).to(dtype)
     offset = None if offset is None else offset.to(dtype)
     start, length, moved = _placed(rois, offset, spatial_scale, gamma)
     image = _image_index(rois[:, 0], input.shape[0])
@@ -62,7 +62,7 @@ def sampling_points(
         samples = [sampling_ratio] * axes if sampling_ratio > 0 else adaptive
         shift = None if moved is None else moved[row : row + 1]
         points = _points(start[row : row + 1], length[row : row + 1], shift, output_size, samples)
-        found.append(points[0].flatten(axes, -2))
+        found.append(points[0].unflatten(0, list(output_size)))
     return found
 
 
@@ -88,7 +88,7 @@ def adaptive_samples(length: Tensor, output_size: Sequence[int]) -> Tensor:
 
 
 def _image_index(index: Tensor, batch: int) -> Tensor:
-    known = (index == index.floor()) & (index.abs() < 2**31)
+    known = (index == index.floor()).logical_and(index.abs() < 2**31)
     # gather rejects an index of -1; plain indexing would count it from the end.
     return torch.arange(batch, device=index.device).gather(0, index.masked_fill(~known, -1.0).to(torch.int64))
 
@@ -108,27 +108,31 @@ def _pool(
     count, axes = length.shape
     points = _points(start, length, moved, output_size, samples)
 
-    undefined = points.isnan().any(-1, keepdim=True)
+    undefined = has_nan(points)
     margin = 0.5 if group_size else 1.0
-    beyond = torch.stack([points[..., axis] > size[axis] - 1 + margin for axis in range(axes)], -1)
-    outside = (points < -margin).logical_or(beyond).any(-1, keepdim=True) & ~undefined
-    points = points.masked_fill(outside, 0.0)
+    sides = (
+        (points[..., axis] < -margin).logical_or(points[..., axis] > size[axis] - 1 + margin) for axis in range(axes)
+    )
+    outside = reduce(torch.logical_or, sides).logical_and(~undefined)
+    points = points.masked_fill(outside.unsqueeze(-1), 0.0)
 
     # One field of all images and groups, one after the other along the first axis; each ends in its last row twice, so
     # that the cell of a point on that row does not reach into the next one.
-    field = input.unflatten(1, (input.shape[1] // groups, groups))
-    field = torch.cat([field, field[:, :, :, -1:]], 3).transpose(0, 1).flatten(1, 3).unsqueeze(0)
-    place = image.reshape(count, *[1] * axes) * groups + group_of_bins(output_size, group_size, image.device)
-    base = F.pad((place * (size[0] + 1)).unsqueeze(-1), (0, axes - 1))
-    base = base.reshape(*base.shape[:-1], *[1] * axes, axes)
-    first = torch.where(undefined[..., 0], points[..., 0], points[..., 0].clamp(0, size[0] - 1))
+    field = torch.cat([input, input[:, :, -1:]], 2)
+    field = field.reshape(len(input), input.shape[1] // groups, groups * (size[0] + 1), *size[1:])
+    field = field.transpose(0, 1).flatten(1, 2).unsqueeze(0)
+    group = group_of_bins(output_size, group_size, image.device).flatten()
+    rows = (image.unsqueeze(1) * groups + group) * (size[0] + 1)
+    base = torch.stack([rows, *[torch.zeros_like(rows)] * (axes - 1)], -1).unsqueeze(2)
+    first = torch.where(undefined, points[..., 0], points[..., 0].clamp(0, size[0] - 1))
     points = torch.cat([first.unsqueeze(-1), points[..., 1:]], -1)
     values = sample(field, base, points.unsqueeze(0), "border")[0]
-    values = values.masked_fill(outside.squeeze(-1), 0.0).transpose(0, 1)
-    sums, over = values.sum(list(range(-axes, 0))), list(range(-axes - 1, 0))
+    sums = values.masked_fill(outside, 0.0).transpose(0, 1).sum(-1)
     if group_size:
-        return sums / (~outside).sum(over).clamp(1).unsqueeze(1)
-    return sums / max(prod(samples), 1)
+        means = sums / outside.logical_not().sum(-1).clamp(min=1).unsqueeze(1)
+    else:
+        means = sums / max(prod(samples), 1)
+    return means.reshape(count, sums.shape[1], *output_size)
 
 
 def group_of_bins(output_size: Sequence[int], group_size: Sequence[int], device: torch.device) -> Tensor:
@@ -147,16 +151,18 @@ def _points(
     output_size: Sequence[int],
     samples: Sequence[int],
 ) -> Tensor:
-    """The points of each bin, ``[R, *output_size, *samples, N]``."""
+    """The points of each bin, ``[R, bins, samples of a bin, N]``."""
     count, axes = length.shape
+    ones, none = [1] * axes, [0] * axes
+    bin, number = (
+        tap_grid(ones, grid, ones, none, ones, length.device).reshape(-1, axes).to(length.dtype)
+        for grid in (output_size, samples)
+    )
     coordinates = []
     for axis, (bins, n) in enumerate(zip(output_size, samples, strict=True)):
-        place = torch.arange(bins, dtype=length.dtype, device=length.device).unsqueeze(1)
-        place = place + (torch.arange(n, dtype=length.dtype, device=length.device) + 0.5) / n
-        along = [bins if a == axis else 1 for a in range(axes)] + [n if a == axis else 1 for a in range(axes)]
-        origin = start[:, axis].reshape(count, *[1] * 2 * axes)
+        place = bin[:, axis].unsqueeze(1) + (number[:, axis] + 0.5) / n
+        origin = start[:, axis].reshape(count, 1, 1)
         if moved is not None:
-            origin = origin + moved[:, axis].reshape(count, *output_size, *[1] * axes)
-        step = place * (length[:, axis] / bins).reshape(count, 1, 1)
-        coordinates.append(origin + step.reshape(count, *along))
-    return torch.stack(torch.broadcast_tensors(*coordinates), -1).expand(count, *output_size, *samples, axes)
+            origin = origin + moved[:, axis].reshape(count, prod(output_size), 1)
+        coordinates.append(origin + place * (length[:, axis] / bins).reshape(count, 1, 1))
+    return torch.stack(coordinates, -1)

@@ -1,9 +1,9 @@
 // Deformable sampling on the CPU: checks the call, and chooses how its field is held.
+#include "cpu/partners.h"
 #include "deform_sample/cpu_backward.h"
 #include "deform_sample/cpu_forward.h"
 
 namespace deformkit {
-namespace {
 
 using namespace sampling;
 
@@ -46,7 +46,6 @@ std::tuple<Tensor, Tensor> deform_sample_backward(const Tensor& grad_output, con
   return {grad_input, grad_points};
 }
 
-}  // namespace
 }  // namespace deformkit
 
 STABLE_TORCH_LIBRARY_IMPL(deformkit, CPU, m) {

@@ -20,8 +20,9 @@ def deform_sample(input: Tensor, points: Tensor, boundary: str, mode: str) -> Te
         ``[B, C, P]``.
     """
     batch, groups, count, _ = points.shape
-    fields = input.unflatten(1, (groups, -1)).flatten(0, 1)
+    channels, *size = input.shape[1:]
+    fields = input.reshape(batch * groups, channels // groups, *size)
     shift = points.to(compute_dtype(input.dtype)).flatten(0, 1)
     base = torch.zeros(points.shape[-1:], dtype=torch.int64, device=points.device)
     samples = sample(fields, base, shift, boundary, mode)
-    return samples.reshape(batch, input.shape[1], count).to(input.dtype)
+    return samples.reshape(batch, channels, count).to(input.dtype)

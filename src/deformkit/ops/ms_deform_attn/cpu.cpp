@@ -1,4 +1,5 @@
 // The CPU kernels of multi-scale deformable attention. The formula is in op.py, the sampling in sample/heads.h.
+#include "cpu/partners.h"
 #include "sample/heads.h"
 
 namespace deformkit {
@@ -45,6 +46,8 @@ Heads<N> make_heads(const Tensor& value, const std::vector<int64_t>& spatial_sha
   return call;
 }
 
+}  // namespace
+
 Tensor ms_deform_attn(const Tensor& value, const std::vector<int64_t>& spatial_shapes, const Tensor& sampling_locations,
                       const Tensor& attention_weights, const std::vector<int64_t>& num_points, int64_t mode) {
   check_tensor("value", value);
@@ -75,7 +78,6 @@ std::tuple<Tensor, Tensor, Tensor> ms_deform_attn_backward(const Tensor& grad_ou
   });
   return results;
 }
-}  // namespace
 }  // namespace deformkit
 
 STABLE_TORCH_LIBRARY_IMPL(deformkit, CPU, m) {

@@ -2,16 +2,22 @@
 
 A point is kept as ``base + shift``: an integer and a real number. Its cell is ``base + floor(shift)`` and its fraction
 ``shift - floor(shift)``, so that a small shift keeps its precision however far from the origin it is applied.
+
+The references are also what a model computes that is exported without its deformable operators. Hence no tensor that
+they make has more than five axes, and they use only operations that other runtimes have.
 """
 
 from collections.abc import Iterator, Sequence
+from functools import reduce
 from itertools import product
 from math import prod
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
+from .. import _form
 from .._shape import compute_dtype
 
 
@@ -37,6 +43,8 @@ def sample(field: Tensor, base: Tensor, shift: Tensor, boundary: str, mode: str 
     """
     groups, channels, *size = field.shape
     points = shift.shape[1:-1]
+    if _form.current() == "gridsample" and len(size) == 2 and mode == "linear":
+        return _grid_sample(field, base, shift, boundary).reshape(groups, channels, *points)
     flat = field.flatten(2).to(shift.dtype)
 
     result = _undefined(shift).unsqueeze(1)
@@ -45,6 +53,15 @@ def sample(field: Tensor, base: Tensor, shift: Tensor, boundary: str, mode: str 
         value = flat.gather(2, where).reshape(groups, channels, *points)
         result = result + value.masked_fill(~inside.unsqueeze(1), 0.0) * weight.unsqueeze(1)
     return result
+
+
+def _grid_sample(field: Tensor, base: Tensor, shift: Tensor, boundary: str) -> Tensor:
+    """:func:`sample` in two dimensions by torch's own function; undefined where a coordinate is not finite."""
+    size = field.shape[2:]
+    point = (base + shift).flatten(1, -2)
+    grid = torch.stack([(point[..., axis] * 2 + 1) / size[axis] - 1 for axis in (1, 0)], -1).unsqueeze(2)
+    padding = {"reflect": "reflection"}.get(boundary, boundary)
+    return F.grid_sample(field.to(shift.dtype), grid, padding_mode=padding, align_corners=False)
 
 
 def splat(
@@ -76,9 +93,14 @@ def splat(
     return result.unflatten(2, list(size))
 
 
+def has_nan(points: Tensor) -> Tensor:
+    """Whether a coordinate of ``points [..., N]`` is NaN, ``[...]``."""
+    return reduce(torch.logical_or, (coordinate.isnan() for coordinate in points.unbind(-1)))
+
+
 def _undefined(shift: Tensor) -> Tensor:
     """``[G, *points]``: NaN if a coordinate is NaN, else 0; the gradient is NaN by all coordinates of such a point."""
-    undefined = shift.isnan().any(-1)
+    undefined = has_nan(shift)
     mark = undefined.to(shift.dtype).masked_fill(undefined, torch.nan).unsqueeze(-1)
     return (shift.masked_fill(~undefined.unsqueeze(-1), 0.0) * mark).sum(-1)
 
@@ -87,27 +109,26 @@ def _corners(
     size: Sequence[int], base: Tensor, shift: Tensor, boundary: str, mode: str
 ) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
     """For each corner of the cells: its index in the flattened field, whether it is there, and its weight."""
-    undefined = shift.isnan().any(-1)
+    undefined = has_nan(shift)
     lower, fraction = [], []
     step: list[Any] = []
     for axis, length in enumerate(size):
         first = base[..., axis]
         distance = shift[..., axis].masked_fill(undefined, 0.0)
-        low: Any
-        high: Any
         if boundary == "reflect":
-            low, high = -float(max(2**30, 2 * length)), float(max(2**30, 2 * length))
+            limit = float(max(2**30, 2 * length))
+            # Where a reflected shift is clamped, both corners are the same.
+            step.append((distance >= -limit).logical_and(distance <= limit).to(torch.int64))
+            distance = distance.clamp(-limit, limit)
         else:
+            step.append(1)
             # Points farther than two cells outside are equivalent; the clamp keeps infinity out of the arithmetic.
             least, most = (0, length - 1) if boundary == "border" else (-2, length)
             low, high = (least - first).to(distance.dtype), (most - first).to(distance.dtype)
-        # Where a reflected shift is clamped, both corners are the same.
-        follows = (distance >= low) & (distance <= high)
-        step.append(follows.to(torch.int64) if boundary == "reflect" else 1)
-        distance = torch.where(distance < low, low, torch.where(distance > high, high, distance))
+            distance = torch.where(distance < low, low, torch.where(distance > high, high, distance))
         if mode == "nearest":
-            distance = (distance.detach() + 0.5).floor()
-        whole = distance.detach().floor()
+            distance = (distance + 0.5).floor()
+        whole = distance.floor()
         lower.append(first + whole.to(torch.int64))
         fraction.append(distance - whole)
 
@@ -123,7 +144,7 @@ def _corners(
                 coordinate = coordinate.remainder(2 * length)
                 coordinate = torch.minimum(coordinate, 2 * length - 1 - coordinate)
             weight = weight * (fraction[axis] if upper else 1 - fraction[axis])
-            inside = inside & (coordinate >= 0) & (coordinate < length)
+            inside = inside.logical_and(coordinate >= 0).logical_and(coordinate < length)
             index = index * length + coordinate.clamp(0, length - 1)
         yield index, inside, weight
 
@@ -148,7 +169,7 @@ def level_samples(
     for size, field, location in zip(sizes, fields, locations, strict=True):
         point = torch.stack([location[..., axis] * size[axis] for axis in range(axes)], -1)
         # A large number minus half a pixel may round to the same number, so its integer part is kept apart.
-        whole = torch.stack([point[..., axis].detach().clamp(0, size[axis]) for axis in range(axes)], -1).floor()
+        whole = torch.stack([point[..., axis].clamp(0, size[axis]) for axis in range(axes)], -1).floor()
         base, shift = whole.nan_to_num(0.0).to(torch.int64), point - whole
         field = field.unflatten(-1, size)
         if mode == "nearest":
