@@ -114,7 +114,7 @@ class DeformRoIPoolFunction:
     def apply(cls, input, rois, offset, output_size, spatial_scale=1.0, sampling_ratio=0, gamma=0.1):
         calls.append("deform_roi_pool")
         return reference.deform_roi_pool(
-            input, rois, offset, pair(output_size), spatial_scale, sampling_ratio, gamma
+            input, rois, offset, pair(output_size), spatial_scale, sampling_ratio, gamma, []
         )
 
 deform_roi_pool = DeformRoIPoolFunction.apply

@@ -234,6 +234,7 @@ def deform_roi_pool_backward(
         spatial_scale,
         sampling_ratio,
         gamma,
+        [],
         [True, moved is not None],
     )
     grad_input.copy_(by_input)
