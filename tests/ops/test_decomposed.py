@@ -5,10 +5,11 @@ from typing import Any
 import pytest
 import torch
 from rooms import Call, Of, representatives
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+import deformkit as dk
 from deformkit._testing import assert_close
 from deformkit.export import decomposed
 from deformkit.ops._library import operators
@@ -92,3 +93,19 @@ def test_executorch() -> None:
     buffer = exir.to_edge(exported(model)).to_executorch().buffer
     (found,) = runtime.load_program(buffer).load_method("forward").execute(model.values)
     assert torch.allclose(found, model(*model.values), atol=1e-5)
+
+
+class Reflected(nn.Module):
+    def forward(self, input: Tensor, points: Tensor) -> Tensor:
+        return dk.deform_sample(input, points, boundary="reflect")
+
+
+def test_reflection_does_not_limit_dynamic_sizes() -> None:
+    batch, width, count = (torch.export.Dim(name) for name in ("batch", "width", "count"))
+    shapes = ({0: batch, 2: width}, {0: batch, 2: count})
+    with torch.no_grad(), decomposed():
+        program = torch.export.export(
+            Reflected(), (torch.randn(2, 4, 9), torch.randn(2, 1, 5, 1)), dynamic_shapes=shapes
+        )
+    values = torch.randn(3, 4, 19), torch.randn(3, 1, 6, 1) * 40
+    assert torch.allclose(program.module()(*values), Reflected()(*values), atol=1e-5)

@@ -116,7 +116,8 @@ def _corners(
         first = base[..., axis]
         distance = shift[..., axis].masked_fill(undefined, 0.0)
         if boundary == "reflect":
-            limit = float(max(2**30, 2 * length))
+            # To compare a symbolic length would limit the sizes that an exported model takes.
+            limit = 2.0**30 if isinstance(length, torch.SymInt) else float(max(2**30, 2 * length))
             # Where a reflected shift is clamped, both corners are the same.
             step.append((distance >= -limit).logical_and(distance <= limit).to(torch.int64))
             distance = distance.clamp(-limit, limit)
@@ -141,8 +142,10 @@ def _corners(
             if boundary == "border":
                 coordinate = coordinate.clamp(0, length - 1)
             if boundary == "reflect":
-                coordinate = coordinate.remainder(2 * length)
-                coordinate = torch.minimum(coordinate, 2 * length - 1 - coordinate)
+                # A tensor, because the exporter of ONNX knows no remainder by a symbolic number.
+                period = torch.full((), 2 * length, dtype=torch.int64, device=coordinate.device)
+                coordinate = coordinate.remainder(period)
+                coordinate = torch.minimum(coordinate, period - 1 - coordinate)
             weight = weight * (fraction[axis] if upper else 1 - fraction[axis])
             inside = inside.logical_and(coordinate >= 0).logical_and(coordinate < length)
             index = index * length + coordinate.clamp(0, length - 1)
