@@ -8,6 +8,8 @@ from collections.abc import Callable, Mapping
 from math import prod
 from typing import Any, NamedTuple
 
+from ..ops.deform_roi_pool.reference import cells_of
+
 
 class Rule(NamedTuple):
     """One way to divide an operator.
@@ -108,8 +110,9 @@ def deform_splat(of: Shapes) -> list[Rule]:
 
 def deform_roi_pool(of: Shapes) -> list[Rule]:
     """RoIs; channels, each with those of all cells of a RoI."""
-    channels = of["input"][1] // prod(of["group_size"])
-    return [Rule({"rois": 0, "offset": 0}, 0), Rule({"input": 1}, 1, (channels,) if of["group_size"] else ())]
+    cells = cells_of(of["group_size"])
+    counts = (of["input"][1] // prod(cells),) if cells else ()
+    return [Rule({"rois": 0, "offset": 0}, 0), Rule({"input": 1}, 1, counts)]
 
 
 RULES: dict[str, Callable[[Shapes], list[Rule]]] = {

@@ -294,7 +294,7 @@ def deform_roi_pool(
 
     There is one offset group.
     """
-    groups: list[int] = [] if group_size is None else group_size
+    groups: list[int] = [0] if group_size is None else group_size
     return torch.ops.deformkit.deform_roi_pool(
         input, rois, offset, output_size, spatial_scale, sampling_ratio, gamma, groups
     )

@@ -1,6 +1,7 @@
 // The RoIs of a call, image by image, and the points of their bins.
 #pragma once
 
+#include <algorithm>
 #include <numeric>
 
 #include "sample/field.h"
@@ -37,7 +38,8 @@ struct Pooling {
   Pooling(const Tensor& input, const Tensor& rois_, const std::optional<Tensor>& offset_,
           const std::vector<int64_t>& output_size_, double spatial_scale, int64_t sampling_ratio, double gamma_,
           const std::vector<int64_t>& group_size_)
-      : sensitive(!group_size_.empty()), gamma(static_cast<A>(gamma_)) {
+      : sensitive(std::any_of(group_size_.begin(), group_size_.end(), [](int64_t cells) { return cells != 0; })),
+        gamma(static_cast<A>(gamma_)) {
     const auto sizes = sizes_of(input), shape = sizes_of(rois_);
     STD_TORCH_CHECK(shape.size() == 2 && shape[1] == 1 + 2 * N, "rois must be [R, ", 1 + 2 * N, "]");
     STD_TORCH_CHECK(rois_.scalar_type() == sum_dtype(input.scalar_type()),

@@ -46,7 +46,7 @@ from ..sample.gpu import (
     unravel,
     zeros,
 )
-from .reference import MOST_SAMPLES
+from .reference import MOST_SAMPLES, cells_of
 
 _MOST_SAMPLES = tl.constexpr(MOST_SAMPLES)
 
@@ -262,13 +262,14 @@ def deform_roi_pool_backward(
 
 def extent(input: Tensor, rois: Tensor, offset: Tensor | None, output_size: Sequence[int], *how: Any) -> int:
     """The largest number that kernels have to store in 32 bits."""
-    bins = [length * groups for length, groups in zip(output_size, how[-1], strict=True)] if how[-1] else []
-    return max(largest_index(input.shape[2:], output_size), prod(how[-1]), *bins, 0)
+    cells = cells_of(how[-1])
+    bins = [length * groups for length, groups in zip(output_size, cells, strict=True)] if cells else []
+    return max(largest_index(input.shape[2:], output_size), prod(cells), *bins, 0)
 
 
 def forward(input: Tensor, rois: Tensor, offset: Tensor | None, *how: Any) -> Tensor:
     """Launch the kernel; arguments as in the schema."""
-    output_size, channels = how[0], input.shape[1] // prod(how[-1])
+    output_size, channels = how[0], input.shape[1] // prod(cells_of(how[-1]))
     output = input.new_empty(len(rois), channels, *output_size)
     launch(
         deform_roi_pool_forward,
@@ -284,7 +285,7 @@ def forward(input: Tensor, rois: Tensor, offset: Tensor | None, *how: Any) -> Te
 def backward(grad_output: Tensor, input: Tensor, rois: Tensor, offset: Tensor | None, *how: Any) -> tuple[Tensor, ...]:
     """Launch the kernel; arguments as in the schema."""
     *how, output_mask = how
-    bins, field = prod(grad_output.shape[2:]), _fields(input, how[-1])
+    bins, field = prod(grad_output.shape[2:]), _fields(input, cells_of(how[-1]))
 
     def most() -> Tensor:
         return largest(grad_output) * max(len(rois) * bins, 1)
@@ -333,6 +334,7 @@ def _arguments(
     group_size: Sequence[int],
 ) -> dict[str, Any]:
     """The arguments of both kernels."""
+    group_size = cells_of(group_size)
     field = _fields(input, group_size)
     if field.stride(-1) != 1 or group_size:
         field = field.contiguous()

@@ -104,7 +104,7 @@ def deform_roi_pool(
         if readable(rois):
             _check_batch_index(rois, input.shape[0])
         input, rois, offset = _of_groups(input, rois, offset, offset_groups)
-    args = (input, rois, offset, sizes, spatial_scale, sampling_ratio, gamma, groups)
+    args = (input, rois, offset, sizes, spatial_scale, sampling_ratio, gamma, groups or [0] * axes)
     _check(*args)
     warn_of_gradient("rois", shared)
     if readable(rois):
@@ -187,7 +187,7 @@ def _check(
                 f"{rois.shape[0]} RoIs, {axes} coordinates, {times(output_size)} bins"
             )
     check_numbers(spatial_scale, sampling_ratio, gamma)
-    groups = prod(group_size)
+    groups = prod(reference.cells_of(group_size))
     if input.shape[1] % groups:
         raise ValueError(
             f"input has {input.shape[1]} channels; with a group_size of {times(group_size)} they must be a multiple "

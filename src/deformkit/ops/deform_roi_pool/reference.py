@@ -25,7 +25,7 @@ def deform_roi_pool(
     group_size: Sequence[int],
 ) -> Tensor:
     """Deformable RoI pooling; see :func:`deformkit.deform_roi_pool` for the formula and the shapes."""
-    axes, dtype = input.dim() - 2, compute_dtype(input.dtype)
+    axes, dtype, group_size = input.dim() - 2, compute_dtype(input.dtype), cells_of(group_size)
     rois = (rois.detach() if rois.requires_grad else rois).to(dtype)
     offset = None if offset is None else offset.to(dtype)
     start, length, moved = _placed(rois, offset, spatial_scale, gamma)
@@ -43,6 +43,14 @@ def deform_roi_pool(
             parts.append(_pool(input, image[rows], start[rows], length[rows], shift, output_size, samples, group_size))
         output = torch.cat(parts)[torch.tensor(order, device=input.device).argsort()]
     return output.to(input.dtype)
+
+
+def cells_of(group_size: Sequence[int]) -> list[int]:
+    """The number of cells along each axis; empty if pooling is not position-sensitive.
+
+    The operator is told so by zeros, because a package of AOTInductor does not keep an empty list.
+    """
+    return list(group_size) if any(group_size) else []
 
 
 def sampling_points(
