@@ -181,9 +181,11 @@ def divided(model: nn.Module, strategy: Strategy, mesh: DeviceMesh, precision: P
     if strategy is Strategy.fsdp:
         policy = MixedPrecisionPolicy()
         if precision is Precision.bfloat16:
-            policy = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
-        for name in ("encoder", "decoder"):
-            for layer in getattr(model, name, ()):
+            policy = MixedPrecisionPolicy(
+                param_dtype=torch.bfloat16, reduce_dtype=torch.float32, cast_forward_inputs=False
+            )
+        for part in model.children():
+            for layer in part if isinstance(part, nn.ModuleList) else ():
                 fully_shard(layer, mesh=mesh, mp_policy=policy)
         return fully_shard(model, mesh=mesh, mp_policy=policy)
     if strategy is Strategy.tensor:

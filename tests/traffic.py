@@ -2,14 +2,14 @@
 
 from typing import Any, NamedTuple
 
-import torch
+import torch.distributed as dist
 from torch import Tensor
 from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 
 
 class Sent(NamedTuple):
-    """A kind of collective: the number of calls, and the bytes of the whole tensors."""
+    """Of a kind of collective: the number of calls, and the bytes of the whole tensors, or of what goes to others."""
 
     calls: int
     bytes: int
@@ -29,7 +29,7 @@ _KINDS: dict[str, tuple[str, int | str]] = {
     "all_to_all_single": ("all-to-all", 0),
 }
 # They only wait for, or receive, what another call has sent.
-_SILENT = {"wait_tensor", "recv_", "barrier", "monitored_barrier_"}
+_SILENT = {"wait_tensor", "recv_", "barrier", "monitored_barrier_", "_wrap_tensor_autograd"}
 
 
 class Traffic(TorchDispatchMode):
@@ -47,6 +47,10 @@ class Traffic(TorchDispatchMode):
             kind, place = _KINDS[name]
             whole = result if place == "out" else args[place]  # type: ignore[index]
             size = sum(t.numel() * t.element_size() for t in pytree.tree_leaves(whole) if isinstance(t, Tensor))
+            if kind == "all-to-all":
+                # What a rank sends to itself goes nowhere.
+                splits = next(part for part in reversed(args) if isinstance(part, list))
+                size -= size * splits[dist.get_rank()] // max(sum(splits), 1)
             calls, before = self.sent.get(kind, Sent(0, 0))
             self.sent[kind] = Sent(calls + 1, before + size)
             self.log.append((kind, size))
