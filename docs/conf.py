@@ -51,7 +51,7 @@ sphinx_gallery_conf = {
     "image_scrapers": ("_pictures",),
     "filename_pattern": r"\.py$",
     # Programs of other pages, which are not written as pages.
-    "ignore_pattern": r"_readme\.py$",
+    "ignore_pattern": r"(_readme|train_distributed)\.py$",
     # The examples train networks; make docs GALLERY=1 runs them.
     "plot_gallery": "True" if os.environ.get("GALLERY") else "False",
     "download_all_examples": False,

@@ -171,6 +171,18 @@ class Segmenter(nn.Module):
         return self.head(self.fine_up(torch.cat([fine, F.interpolate(coarse, scale_factor=2)], 1)))
 
 
+def planned_detector(batch: int) -> tuple[nn.Module, tuple[Tensor]]:
+    """For ``deformkit plan``."""
+    from detection_2d import Detector
+
+    return without_batch_statistics(Detector()), (torch.empty(batch, 1, 64, 64),)
+
+
+def planned_segmenter(batch: int) -> tuple[nn.Module, tuple[Tensor]]:
+    """For ``deformkit plan``."""
+    return Segmenter(), (torch.empty(batch, 1, 32, 32, 32),)
+
+
 # Strategies
 
 

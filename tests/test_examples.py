@@ -16,12 +16,13 @@ NEEDS = {
     "digits_2d": ("sklearn", "matplotlib"),
     "drop_in_2d": ("sklearn", "matplotlib"),
     "ecg_1d": ("matplotlib", "pydicom", "scipy"),
+    "train_distributed": ("sklearn", "scipy", "matplotlib", "rich", "typer"),
     "transformers_2d": ("matplotlib", "sklearn", "transformers", "PIL"),
     "ultrasound_2d": ("matplotlib", "pydicom", "PIL"),
     "volume_3d": ("matplotlib",),
 }
-# Programs to which the pages about other libraries refer; all other examples are pages of the gallery.
-PROGRAMS = {"dc1d_readme", "deformops_readme"}
+# Programs to which other pages refer; all other examples are pages of the gallery.
+PROGRAMS = {"dc1d_readme", "deformops_readme", "train_distributed"}
 
 
 def test_examples_exist() -> None:
@@ -38,6 +39,8 @@ def test_example(
         for package in NEEDS.get(path.stem, ()):
             pytest.importorskip(package)
     monkeypatch.chdir(tmp_path)
+    # Examples import their neighbours.
+    monkeypatch.syspath_prepend(path.parent)
     monkeypatch.setenv("MPLBACKEND", "agg")
     if path.stem in PROGRAMS | {"detection_2d"}:
         main = runpy.run_path(str(path))["main"]

@@ -4,6 +4,7 @@ from typing import Any, NamedTuple
 
 import torch.distributed as dist
 from torch import Tensor
+from torch.distributed.tensor import DTensor
 from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -41,6 +42,9 @@ class Traffic(TorchDispatchMode):
         self.log: list[tuple[str, int]] = []
 
     def __torch_dispatch__(self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None) -> Any:
+        if DTensor in types:
+            # It calls its collectives, which then come here.
+            return NotImplemented
         result = func(*args, **(kwargs or {}))
         namespace, name = func._schema.name.split("::")
         if namespace in ("c10d", "_c10d_functional", "_c10d_functional_autograd") and name not in _SILENT:
