@@ -411,11 +411,31 @@ def main(
     output: Annotated[Path, typer.Option(help="The folder of checkpoints and records.")] = Path("trained"),
 ) -> dict[int, float]:
     """Train a network on all processes that torchrun starts, or on this one alone."""
-    alone = "RANK" not in os.environ
-    if not dist.is_initialized():
-        backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
-        where = {"store": dist.HashStore(), "rank": 0, "world_size": 1} if alone else {}
-        dist.init_process_group(backend, **where)
+    begins = not dist.is_initialized()
+    if begins:
+        alone = {} if "RANK" in os.environ else {"store": dist.HashStore(), "rank": 0, "world_size": 1}
+        dist.init_process_group("cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo", **alone)
+    try:
+        return train(task, strategy, precision, steps, batch, size, rate, seed, save_every, report_every, output)
+    finally:
+        if begins:
+            dist.destroy_process_group()
+
+
+def train(
+    task: Task,
+    strategy: Strategy,
+    precision: Precision,
+    steps: int,
+    batch: int,
+    size: int,
+    rate: float,
+    seed: int,
+    save_every: int,
+    report_every: int,
+    output: Path,
+) -> dict[int, float]:
+    """The loss of each step. The arguments are those of the command line."""
     device = torch.device("cpu")
     if torch.cuda.is_available():
         device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
@@ -449,8 +469,6 @@ def main(
             checkpoints.save()
     checkpoints.wait()
     say(f"checkpoints: {output}")
-    if alone:
-        dist.destroy_process_group()
     return losses
 
 

@@ -30,7 +30,7 @@ class Layer(NamedTuple):
     """A call of a layer: its name, the layer, the shapes of its tensors, and whether each requires a gradient."""
 
     name: str
-    module: nn.Module
+    module: Any
     inputs: list[tuple[list[int], bool]]
     output: list[int]
 

@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Iterator
 from math import ceil, floor, prod
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from torch import nn
 
@@ -158,8 +158,12 @@ def _plain_rules() -> tuple[tuple[type[nn.Module], ...], tuple[type[nn.Module], 
 _CONVOLUTIONS, _DEFORMABLE = _plain_rules()
 
 
+def _heads(module: Any) -> int:
+    return int(module.n_heads if hasattr(module, "n_heads") else module.group)
+
+
 def _of_attention(setting: Setting, layer: Layer) -> Iterator[Collective]:
-    if layer.module.n_heads % setting.gpus:
+    if _heads(layer.module) % setting.gpus:
         return
     sizes = [setting.itemsize * prod(shape) for shape, wants_gradient in layer.inputs if wants_gradient]
     output = setting.itemsize * prod(layer.output)
@@ -205,7 +209,7 @@ def planned(setting: Setting, strategy: str) -> Plan:
     n, hardware = setting.gpus, setting.hardware
     found = _merged(STRATEGIES[strategy](setting)) if n > 1 else []
     compute = sum(
-        _least_seconds(cost, setting) / (n if strategy == "spatial" or _is_divided(strategy, name) else 1)
+        _least_seconds(cost, setting) / (n if found and _divides(strategy, name) else 1)
         for name, cost in setting.step.operators.items()
     )
     speed = hardware.link if n <= hardware.together else hardware.network
@@ -216,8 +220,9 @@ def planned(setting: Setting, strategy: str) -> Plan:
     return Plan(strategy, found, _memory(setting, strategy), compute, communication, seconds, samples)
 
 
-def _is_divided(strategy: str, operator: str) -> bool:
-    return strategy == "tensor" and "." not in operator
+def _divides(strategy: str, operator: str) -> bool:
+    """Whether the ranks share an operator; of tensor parallelism those of this package, which have no namespace."""
+    return strategy == "spatial" or (strategy == "tensor" and "." not in operator)
 
 
 def _least_seconds(cost: Cost, setting: Setting) -> float:
