@@ -3,7 +3,6 @@
 import json
 from typing import Annotated, Any
 
-import torch
 import typer
 from rich.box import SIMPLE
 from rich.console import Console
@@ -12,7 +11,7 @@ from rich.table import Column, Table
 from .hardware import HARDWARE
 from .models import MODELS, made
 from .operators import Cost, traced
-from .strategies import STRATEGIES, Plan, Setting, planned
+from .strategies import STRATEGIES, Plan, Setting, fits, planned
 
 _DTYPES = ("float32", "bfloat16")
 _LARGEST = 12
@@ -47,8 +46,7 @@ def plan(
         raise typer.BadParameter(str(error), param_hint="--model") from None
     step = traced(module, inputs)
     setting = Setting(module, step, gpus, batch, dtype == "bfloat16", max_offset, HARDWARE[hardware])
-    is_volume = any(isinstance(m, torch.nn.Conv1d | torch.nn.Conv2d | torch.nn.Conv3d) for m in module.modules())
-    names = [name for name in STRATEGIES if name != "spatial" or is_volume]
+    names = [name for name in STRATEGIES if fits(step, name)]
     plans = [planned(setting, name) for name in names]
     if as_json:
         print(json.dumps(_document(setting, plans), indent=1))

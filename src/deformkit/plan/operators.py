@@ -23,7 +23,12 @@ class Cost(NamedTuple):
 
     def plus(self, other: "Cost") -> "Cost":
         """The sum of two costs."""
-        return Cost(*(a + b for a, b in zip(self, other, strict=True)))
+        return Cost(
+            self.calls + other.calls,
+            self.matrix + other.matrix,
+            self.vector + other.vector,
+            self.bytes + other.bytes,
+        )
 
 
 class Layer(NamedTuple):

@@ -132,13 +132,13 @@ def spatial(setting: Setting) -> Iterator[Collective]:
     yield of(setting, "all-reduce", sum(1 for _ in setting.model.parameters()), size)
     sides = min(setting.gpus - 1, 2)
     for layer in setting.step.layers:
-        kernel = getattr(layer.module, "kernel_size", (1,))[0]
+        module: Any = layer.module
         if not layer.inputs or not isinstance(layer.module, _CONVOLUTIONS):
             continue
-        (shape, wants_gradient), passes = layer.inputs[0], 1
+        kernel, ((shape, wants_gradient), passes) = module.kernel_size[0], (layer.inputs[0], 1)
         passes += wants_gradient
         row = setting.itemsize * prod(shape) // shape[2]
-        side = layer.module.dilation[0] * (kernel - 1) / 2
+        side = module.dilation[0] * (kernel - 1) / 2
         if isinstance(layer.module, _DEFORMABLE):
             reach = setting.max_offset
             rows = side + ceil(reach) + side + floor(reach) + 1
@@ -162,12 +162,28 @@ def _heads(module: Any) -> int:
     return int(module.n_heads if hasattr(module, "n_heads") else module.group)
 
 
-def _of_attention(setting: Setting, layer: Layer) -> Iterator[Collective]:
+def _of_heads(setting: Setting, layer: Layer) -> Iterator[Collective]:
+    """The summands of the output, and of the gradient of every input."""
     if _heads(layer.module) % setting.gpus:
         return
     sizes = [setting.itemsize * prod(shape) for shape, wants_gradient in layer.inputs if wants_gradient]
     output = setting.itemsize * prod(layer.output)
     yield of(setting, "all-reduce", 1 + len(sizes), output + sum(sizes))
+
+
+def _of_dcnv3(setting: Setting, layer: Layer) -> Iterator[Collective]:
+    """The gradient of the depthwise convolution, which predicts offsets, as well."""
+    yield from _of_heads(setting, layer)
+    if _heads(layer.module) % setting.gpus == 0:
+        yield of(setting, "all-reduce", 1, setting.itemsize * prod(layer.output))
+
+
+def _of_dcnv4(setting: Setting, layer: Layer) -> Iterator[Collective]:
+    """The gradients of offsets and weights, which every rank predicts for all heads."""
+    yield from _of_heads(setting, layer)
+    if _heads(layer.module) % setting.gpus == 0:
+        channels = layer.module.group * prod(layer.module.kernel_size) * (layer.module.spatial_dims + 1)
+        yield of(setting, "all-gather", 1, setting.itemsize * prod(layer.output) // layer.output[-1] * channels)
 
 
 def _of_convolution(setting: Setting, layer: Layer) -> Iterator[Collective]:
@@ -188,7 +204,7 @@ def _of_convolution(setting: Setting, layer: Layer) -> Iterator[Collective]:
 def _tensor_rules() -> dict[type[nn.Module], Callable[[Setting, Layer], Iterator[Collective]]]:
     from ..nn import DCNv3, DCNv4, MSDeformAttn
 
-    return {MSDeformAttn: _of_attention, DCNv3: _of_attention, DCNv4: _of_attention, _DEFORMABLE[0]: _of_convolution}
+    return {MSDeformAttn: _of_heads, DCNv3: _of_dcnv3, DCNv4: _of_dcnv4, _DEFORMABLE[0]: _of_convolution}
 
 
 _TENSOR = _tensor_rules()
@@ -199,6 +215,13 @@ STRATEGIES: dict[str, Callable[[Setting], Iterator[Collective]]] = {
     "tensor": tensor,
     "spatial": spatial,
 }
+
+
+def fits(step: Step, strategy: str) -> bool:
+    """Whether a strategy can be planned; spatial parallelism divides networks of convolutions."""
+    ours = {name.removesuffix("_backward") for name in step.operators if "." not in name}
+    convolves = any(isinstance(layer.module, _CONVOLUTIONS) for layer in step.layers)
+    return strategy != "spatial" or (convolves and ours <= {"deform_conv"})
 
 
 def planned(setting: Setting, strategy: str) -> Plan:
