@@ -20,20 +20,24 @@ Kill = tuple[int, int, float]
 
 
 def train(output: Path, options: dict[str, Any], kills: Sequence[Kill] = (), ranks: int = 2) -> list[str]:
-    """What the training prints; each kill waits until the workers of the last one are there again."""
+    """What the training prints, each kill after the one before; its errors are written beside the folder."""
     launcher = [
         "-m",
         "torch.distributed.run",
         "--standalone",
         f"--nproc-per-node={ranks}",
-        f"--max-restarts={len(kills)}",
+        "--max-restarts=3",
     ]
     flags = [part for name, value in options.items() for part in (f"--{name.replace('_', '-')}", str(value))]
     command = [sys.executable, *launcher, str(EXAMPLE), *flags, "--output", str(output)]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    # In the store that torchrun keeps, new workers would find the addresses of dead ones.
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1"}
     waiting, lines = list(kills), []
-    errors = tempfile.TemporaryFile("w+")
-    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=errors, text=True, env=environment) as process:
+    errors = output.with_suffix(".log")
+    with (
+        errors.open("w") as log,
+        subprocess.Popen(command, stdout=subprocess.PIPE, stderr=log, text=True, env=environment) as process,
+    ):
         assert process.stdout is not None
         for line in process.stdout:
             lines.append(line.rstrip())
@@ -41,8 +45,7 @@ def train(output: Path, options: dict[str, Any], kills: Sequence[Kill] = (), ran
                 _, worker, seconds = waiting.pop(0)
                 time.sleep(seconds)
                 os.kill(workers(process.pid)[worker], signal.SIGKILL)
-    errors.seek(0)
-    assert process.returncode == 0, errors.read()[-4000:]
+    assert process.returncode == 0, errors.read_text()[-4000:]
     assert not waiting, f"no line of step {waiting[0][0]} in {lines}"
     return lines
 

@@ -46,7 +46,7 @@ def plan(
         raise typer.BadParameter(str(error), param_hint="--model") from None
     step = traced(module, inputs)
     setting = Setting(module, step, gpus, batch, dtype == "bfloat16", max_offset, HARDWARE[hardware])
-    names = [name for name in STRATEGIES if fits(step, name)]
+    names = [name for name in STRATEGIES if fits(setting, name)]
     plans = [planned(setting, name) for name in names]
     if as_json:
         print(json.dumps(_document(setting, plans), indent=1))

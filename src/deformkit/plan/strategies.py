@@ -217,11 +217,20 @@ STRATEGIES: dict[str, Callable[[Setting], Iterator[Collective]]] = {
 }
 
 
-def fits(step: Step, strategy: str) -> bool:
-    """Whether a strategy can be planned; spatial parallelism divides networks of convolutions."""
-    ours = {name.removesuffix("_backward") for name in step.operators if "." not in name}
-    convolves = any(isinstance(layer.module, _CONVOLUTIONS) for layer in step.layers)
-    return strategy != "spatial" or (convolves and ours <= {"deform_conv"})
+def fits(setting: Setting, strategy: str) -> bool:
+    """Whether a strategy divides the model among so many ranks.
+
+    Tensor parallelism needs heads or channels that the ranks divide; spatial parallelism divides networks of
+    convolutions, and needs a row of every input for each rank.
+    """
+    if strategy == "tensor" and setting.gpus > 1:
+        return any(True for _ in tensor(setting))
+    if strategy != "spatial":
+        return True
+    ours = {name.removesuffix("_backward") for name in setting.step.operators if "." not in name}
+    convolved = [layer for layer in setting.step.layers if isinstance(layer.module, _CONVOLUTIONS)]
+    rows = min((layer.inputs[0][0][2] for layer in convolved), default=0)
+    return ours <= {"deform_conv"} and rows >= setting.gpus
 
 
 def planned(setting: Setting, strategy: str) -> Plan:
