@@ -332,7 +332,9 @@ class Checkpoints:
                 if path.name not in complete[-2:]:
                     shutil.rmtree(path)
         dist.barrier(self.group)
-        if last[0] is not None:
+        if last[0] is None:
+            say("no checkpoint: starting after step 0")
+        else:
             dcp.load({"training": self.training}, checkpoint_id=self.folder / last[0], process_group=self.group)
             say(f"continuing after step {self.training.step}")
 

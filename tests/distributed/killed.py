@@ -84,14 +84,14 @@ def steps(lines: Sequence[str]) -> dict[int, str]:
 
 
 def continued(lines: Sequence[str]) -> list[tuple[int, list[int]]]:
-    """For each new beginning, the step after which it was, and the steps that were reported since."""
+    """For each new beginning but the first, the step after which it was, and the steps that were reported since."""
     found: list[tuple[int, list[int]]] = []
     for line in lines:
-        if line.startswith("continuing after step "):
+        if "ing after step " in line:
             found.append((int(line.split()[-1]), []))
-        elif line.startswith("step ") and found:
+        elif line.startswith("step "):
             found[-1][1].append(int(line.split()[1]))
-    return found
+    return found[1:]
 
 
 def main(times: int) -> None:

@@ -28,6 +28,7 @@ def importable(*folders: Path) -> Iterator[None]:
 
 
 with importable(FOLDER, FOLDER.parents[1] / "examples"):
+    import detection_2d  # noqa: F401 - the example imports it when it is needed
     import killed
     import train
 
@@ -89,7 +90,7 @@ def test_a_killed_worker_changes_nothing(folder: Path, two: dict[str, Any]) -> N
     lines = killed.train(folder / "killed", options, [(5, 1, 0.05)])
     assert killed.differences(killed.state(folder / "undisturbed"), killed.state(folder / "killed")) == []
     ((after, since),) = killed.continued(lines)
-    assert after in (2, 4, 6) and since == list(range(after + 1, options["steps"] + 1))
+    assert after in (0, 2, 4, 6) and since == list(range(after + 1, options["steps"] + 1))
 
 
 def test_a_volume_that_one_process_cannot_hold(folder: Path, two: dict[str, Any]) -> None:
