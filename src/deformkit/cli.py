@@ -1,4 +1,4 @@
-"""The command line: ``deformkit doctor | bench | demo | look``."""
+"""The command line: ``deformkit doctor | bench | demo | look | plan``."""
 
 import json
 from importlib.util import find_spec
@@ -12,6 +12,7 @@ from rich.console import Console
 from rich.table import Column, Table
 
 from . import __version__, _progress, bench, demo, doctor, look
+from . import plan as planning
 from ._testing.cases import ROOMS, of_shape, operator
 from ._testing.rivals import EVERYONE, OURS, PLAIN, ours
 
@@ -243,3 +244,4 @@ def _demo(
 
 
 app.command("look")(look.look)
+app.command("plan")(planning.plan)
