@@ -145,7 +145,8 @@ def test_wrong_arguments(name: str) -> None:
 def test_the_operator_takes_no_output_padding_of_whole_steps() -> None:
     operator = operators["deform_conv_transpose"]
     input, weight = torch.zeros(1, 1, 3), torch.zeros(1, 1, 2)
-    with pytest.raises(ValueError, match=r"output_padding is \[2\]; each value must be less than stride \[2\]"):
+    message = r"output_padding is \[?2\]?; each value must be less than stride \[?2"
+    with pytest.raises((ValueError, RuntimeError), match=message):
         operator(input, torch.zeros(1, 2, 3), weight, [2], [0], [2], 1, [3], None, 0)
 
 

@@ -6,6 +6,9 @@
 namespace deformkit {
 namespace {
 
+// Sums of steps and sizes up to this stay far below the range of int64.
+constexpr int64_t farthest = int64_t(1) << 40;
+
 // Stands for the x of a partner F that is linear in x: has its shape, and one element of memory, which nothing reads.
 Tensor unread(const Tensor& like, const Sizes& sizes) {
   const Tensor element = torch::stable::new_empty(like, {1});
@@ -37,8 +40,9 @@ Sizes splat_size(const Tensor& input, const Tensor& points, const Sizes& size) {
   check_tensor("points", points);
   STD_TORCH_CHECK(input.dim() == 3 && points.dim() == 4, "input and points must have 3 and 4 axes");
   STD_TORCH_CHECK(static_cast<int64_t>(size.size()) == points.size(3) && !size.empty() &&
-                      *std::min_element(size.begin(), size.end()) > 0,
-                  "size must have a positive number for each coordinate of points");
+                      *std::min_element(size.begin(), size.end()) > 0 &&
+                      *std::max_element(size.begin(), size.end()) <= farthest,
+                  "size must have a number from 1 to 2^40 for each coordinate of points");
   Sizes result{input.size(0), input.size(1)};
   result.insert(result.end(), size.begin(), size.end());
   return result;
@@ -74,6 +78,7 @@ Sizes correlated_size(const Tensor& query, const Tensor& sampling_locations) {
 
 Tensor deform_correlate(const Tensor& query, const Tensor& key, const Sizes& spatial_shapes,
                         const Tensor& sampling_locations, const Sizes& num_points, int64_t mode) {
+  check_tensor("key", key);
   const Tensor weights = unread(query, correlated_size(query, sampling_locations));
   return std::get<2>(ms_deform_attn_backward(query, key, spatial_shapes, sampling_locations, weights, num_points, mode,
                                              {false, false, true}));
@@ -84,6 +89,7 @@ std::tuple<Tensor, Tensor, Tensor> deform_correlate_backward(const Tensor& grad_
                                                              const Tensor& sampling_locations, const Sizes& num_points,
                                                              int64_t mode, const Asked& output_mask) {
   check_tensor("grad_output", grad_output);
+  check_tensor("key", key);
   check_gradient(grad_output, query, correlated_size(query, sampling_locations));
   check_mask(output_mask, 3);
   Tensor grad_query = none_of(query), grad_key = none_of(key), grad_locations = none_of(sampling_locations);
@@ -109,15 +115,14 @@ Sizes transposed_size(const Tensor& input, const Tensor& weight, const Sizes& st
     STD_TORCH_CHECK(window->size() == axes,
                     "stride, padding, output_padding and dilation must have a number for each spatial axis");
   STD_TORCH_CHECK(groups > 0 && weight.size(0) % groups == 0, "groups must divide weight's input channels");
-  constexpr int64_t most = int64_t(1) << 40;
   Sizes result{input.size(0), groups * weight.size(1)};
   for (size_t axis = 0; axis < axes; ++axis) {
     const int64_t size = input.sizes()[axis + 2], kernel = weight.sizes()[axis + 2];
     const int64_t step = stride[axis], distance = dilation[axis], edge = padding[axis], extra = output_padding[axis];
-    STD_TORCH_CHECK(size > 0 && kernel > 0 && step > 0 && distance > 0 && edge >= 0 && extra >= 0 && extra < step,
-                    "sizes, stride and dilation must be positive, padding and output_padding not negative, and "
-                    "output_padding less than stride");
-    STD_TORCH_CHECK(size <= most && step <= most / size && edge <= most && distance <= most / kernel,
+    STD_TORCH_CHECK(size > 0 && kernel > 0 && step > 0 && distance > 0 && edge >= 0 && extra >= 0,
+                    "sizes, stride and dilation must be positive, padding and output_padding not negative");
+    STD_TORCH_CHECK(extra < step, "output_padding is ", extra, "; each value must be less than stride ", step);
+    STD_TORCH_CHECK(size <= farthest && step <= farthest / size && edge <= farthest && distance <= farthest / kernel,
                     "size * stride, padding and dilation * kernel_size must be at most 2^40");
     result.push_back((size - 1) * step - 2 * edge + distance * (kernel - 1) + extra + 1);
     STD_TORCH_CHECK(result.back() > 0, "the output must have at least one element on every axis");

@@ -122,10 +122,10 @@ CASES = [
     Case("2d-groups", 2, 2, (7, 9), 5, (3, 4), sampling_ratio=3, spread=0.5, group_size=(3, 2)),
     Case("2d-groups-adaptive", 3, 1, (8, 6), 6, (2, 3), 0.25, 0, gamma=0.5, spread=1.0, group_size=(2, 3)),
     Case("2d-one-group", 1, 17, (9, 8), 4, (2, 2), sampling_ratio=1, with_offset=False, spread=1.5, group_size=(1, 1)),
-    Case("3d-groups", 1, 2, (4, 5, 6), 3, (2, 1, 2), spread=0.5, group_size=(2, 1, 3)),
     Case("2d-row", 2, 3, (1, 9), 4, (1, 5), sampling_ratio=1, bin_size=1.0),
     Case("3d", 2, 3, (4, 5, 6), 3, (2, 1, 2)),
     Case("3d-adaptive", 2, 2, (6, 5, 7), 4, (1, 2, 3), 0.5, sampling_ratio=0, spread=0.5),
+    Case("3d-groups", 1, 2, (4, 5, 6), 3, (2, 1, 2), spread=0.5, group_size=(2, 1, 3)),
     Case("3d-plain", 1, 17, (5, 4, 6), 2, (2, 2, 1), sampling_ratio=1, with_offset=False, spread=0.75),
 ]
 

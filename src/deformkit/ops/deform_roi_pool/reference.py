@@ -8,6 +8,7 @@ from math import prod
 import torch
 from torch import Tensor
 
+from .. import _torch
 from .._shape import compute_dtype
 from ..sample.reference import has_nan, sample, tap_grid
 
@@ -26,7 +27,9 @@ def deform_roi_pool(
 ) -> Tensor:
     """Deformable RoI pooling; see :func:`deformkit.deform_roi_pool` for the formula and the shapes."""
     axes, dtype, group_size = input.dim() - 2, compute_dtype(input.dtype), cells_of(group_size)
-    rois = (rois.detach() if rois.requires_grad else rois).to(dtype)
+    # An exported model has no detach, which other runtimes do not know.
+    constant = not rois.requires_grad and not _torch.transforming()
+    rois = (rois if constant else rois.detach()).to(dtype)
     offset = None if offset is None else offset.to(dtype)
     start, length, moved = _placed(rois, offset, spatial_scale, gamma)
     image = _image_index(rois[:, 0], input.shape[0])
