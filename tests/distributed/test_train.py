@@ -70,7 +70,7 @@ def test_losses_and_weights_are_those_of_one_process(
         weights = killed.state(folder / f"{task}_{strategy}_{ranks}")["model"]
         assert weights.keys() == expected.keys()
         for key, value in weights.items():
-            # The optimizer divides by the size of gradients, so that the rounding of small ones counts as much as a step.
+            # The optimizer divides by the size of gradients: the rounding of small ones counts as much as a step.
             error = (value - expected[key]).abs().max() / expected[key].abs().max().clamp(min=1e-3)
             assert error <= half_of_digits(torch.float64), f"{key}, {name}: {error}"
 
