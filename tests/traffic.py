@@ -16,8 +16,8 @@ class Sent(NamedTuple):
     bytes: int
 
 
-# The kind of a collective, and the number of the argument with the whole of what is communicated, or "out".
-_KINDS: dict[str, tuple[str, int | str]] = {
+# The kind of a collective, and the number of the argument with the whole of what is communicated; None: the result.
+_KINDS: dict[str, tuple[str, int | None]] = {
     "allreduce_": ("all-reduce", 0),
     "_allgather_base_": ("all-gather", 0),
     "_reduce_scatter_base_": ("reduce-scatter", 1),
@@ -25,7 +25,7 @@ _KINDS: dict[str, tuple[str, int | str]] = {
     "send": ("send", 0),
     "broadcast_": ("broadcast", 0),
     "all_reduce": ("all-reduce", 0),
-    "all_gather_into_tensor": ("all-gather", "out"),
+    "all_gather_into_tensor": ("all-gather", None),
     "reduce_scatter_tensor": ("reduce-scatter", 0),
     "all_to_all_single": ("all-to-all", 0),
 }
@@ -49,7 +49,7 @@ class Traffic(TorchDispatchMode):
         namespace, name = func._schema.name.split("::")
         if namespace in ("c10d", "_c10d_functional", "_c10d_functional_autograd") and name not in _SILENT:
             kind, place = _KINDS[name]
-            whole = result if place == "out" else args[place]  # type: ignore[index]
+            whole = result if place is None else args[place]
             size = sum(t.numel() * t.element_size() for t in pytree.tree_leaves(whole) if isinstance(t, Tensor))
             if kind == "all-to-all":
                 # What a rank sends to itself goes nowhere.
@@ -59,7 +59,3 @@ class Traffic(TorchDispatchMode):
             self.sent[kind] = Sent(calls + 1, before + size)
             self.log.append((kind, size))
         return result
-
-
-def total(sent: dict[str, Sent]) -> int:
-    return sum(of_kind.bytes for of_kind in sent.values())

@@ -195,8 +195,8 @@ def test_dcn_of_images_and_volumes(axes: int, modulated: bool) -> None:
         return published.modulated_conv(input, offset, mask, weight, bias, stride, padding, dilation, 2, 2)
 
     compare(as_function(forward, backward), theirs, tensors)
-    with pytest.raises(NotImplementedError, match="deform_psroi_pooling_forward was called"):
-        module.deform_psroi_pooling_forward(input)
+    with pytest.raises(NotImplementedError, match="roi_align_forward was called"):
+        module.roi_align_forward(input)
     with pytest.raises(ValueError, match=f"there must be {4 * axes + 3}"):
         getattr(module, f"{prefix}_forward")(*tensors, *flat[1:])
 

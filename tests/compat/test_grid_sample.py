@@ -47,10 +47,15 @@ def test_more_than_torch_accepts() -> None:
     )
 
 
+def test_bicubic_is_computed_by_torch() -> None:
+    input, grid = torch.randn(2, 3, 6, 7), 2 * torch.rand(2, 4, 5, 2) - 1
+    options: dict[str, Any] = {"mode": "bicubic", "padding_mode": "border", "align_corners": True}
+    assert_equal(dk.compat.grid_sample(input, grid, **options), F.grid_sample(input, grid, **options))
+
+
 def test_arguments_that_are_wrong() -> None:
     input, grid = torch.zeros(1, 2, 4, 4), torch.zeros(1, 3, 3, 2)
     wrong: list[tuple[dict[str, Any], type[Exception], str]] = [
-        ({"mode": "bicubic"}, NotImplementedError, 'mode is "bicubic"'),
         ({"mode": "area"}, ValueError, "mode is 'area'"),
         ({"padding_mode": "wrap"}, ValueError, "padding_mode is 'wrap'"),
         ({"grid": torch.zeros(1, 3, 3, 3)}, ValueError, r"grid has shape .* it must be \[1, \*out, 2\]"),

@@ -18,11 +18,11 @@ def compare(layer: torch.nn.Module, theirs: object, tensors: list[Tensor]) -> No
 
 
 @pytest.mark.parametrize("padding_mode", ["zeros", "border", "reflection"])
-@pytest.mark.parametrize("mode", ["bilinear", "nearest", "bicubic"])
-@pytest.mark.parametrize("size", [(5, 6), (1, 7), (4, 3, 5)])
+@pytest.mark.parametrize(
+    ("size", "mode"),
+    [(size, mode) for size in ((5, 6), (1, 7), (4, 3, 5)) for mode in ("bilinear", "nearest", "bicubic")][:-1],
+)
 def test_warp_of_monai(size: tuple[int, ...], mode: str, padding_mode: str) -> None:
-    if mode == "bicubic" and len(size) == 3:
-        pytest.skip("torch has it for images alone")
     tensors = [torch.randn(2, 3, *size).double(), 3 * torch.randn(2, len(size), *size).double()]
     layer = monai.Warp(mode, padding_mode)
 

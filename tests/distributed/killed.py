@@ -95,7 +95,8 @@ def continued(lines: Sequence[str]) -> list[tuple[int, list[int]]]:
 
 
 def main(times: int) -> None:
-    options = {"task": "segment", "steps": 20, "batch": 2, "size": 16, "save_every": 3, "report_every": 1}
+    last = 20
+    options = {"task": "segment", "steps": last, "batch": 2, "size": 16, "save_every": 3, "report_every": 1}
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary)
         expected = train(folder / "undisturbed", options)
@@ -105,7 +106,7 @@ def main(times: int) -> None:
             lines = train(folder / f"killed_{i}", options, [kill])
             wrong = differences(truth, state(folder / f"killed_{i}"))
             (begun,) = continued(lines)
-            complete = begun[1] == list(range(begun[0] + 1, options["steps"] + 1))  # type: ignore[operator]
+            complete = begun[1] == list(range(begun[0] + 1, last + 1))
             same = steps(lines) == steps(expected)
             print(
                 f"worker {kill[1]} killed {kill[2]:.2f} s after step {kill[0]}; continued after step {begun[0]}; "

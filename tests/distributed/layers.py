@@ -1,15 +1,13 @@
 """Under torchrun: layers divided by TensorParallel, against the same layers in one process."""
 
 import copy
-import json
-import os
 from collections.abc import Callable
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
+from ranks import report
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, init_device_mesh
@@ -69,15 +67,7 @@ def check(name: str, mesh: DeviceMesh) -> None:
 def main() -> None:
     dist.init_process_group("gloo")
     mesh = init_device_mesh("cpu", (dist.get_world_size(),))
-    found = {}
-    for name in LAYERS:
-        try:
-            partial(check, name, mesh)()
-            found[name] = ""
-        except Exception as error:  # every rank fails alike, and the others go on
-            found[name] = f"{type(error).__name__}: {error}"
-    if dist.get_rank() == 0:
-        Path(os.environ["FOUND"]).write_text(json.dumps(found))
+    report({name: partial(check, name, mesh) for name in LAYERS})
     dist.destroy_process_group()
 
 

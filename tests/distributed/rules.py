@@ -1,19 +1,16 @@
 """Under torchrun: every operator divided by each of its rules, against the whole operator."""
 
-import json
-import os
 from collections.abc import Callable, Iterator
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
+from ranks import report
 from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Partial, Placement, Replicate, Shard, distribute_tensor, init_device_mesh
 
-import deformkit.distributed  # noqa: F401
 from deformkit._testing import assert_close
 from deformkit._testing.cases import operator
 from deformkit.distributed._rules import RULES, Rule
@@ -154,15 +151,7 @@ def main() -> None:
         for rule, is_kept in rules(op, args, ranks):
             places = ", ".join(f"{name} {axis}" for name, axis in rule.places.items())
             checks[f"{op.name}, {case.name}: {places}"] = partial(check, op, args, mesh, [rule], is_kept)
-    found = {}
-    for name, run in checks.items():
-        try:
-            run()
-            found[name] = ""
-        except Exception as error:  # every rank fails alike, and the others go on
-            found[name] = f"{type(error).__name__}: {error}"
-    if dist.get_rank() == 0:
-        Path(os.environ["FOUND"]).write_text(json.dumps(found))
+    report(checks)
     dist.destroy_process_group()
 
 

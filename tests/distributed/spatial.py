@@ -1,19 +1,16 @@
 """Under torchrun: operators on images and volumes that are cut along an axis, against the whole ones."""
 
-import json
-import os
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
-import torch.distributed._functional_collectives as collectives
+from ranks import report
 from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Placement, Replicate, Shard, distribute_tensor, init_device_mesh
+from traffic import Traffic
 
 import deformkit as dk
 from deformkit._testing import assert_close, assert_equal
@@ -134,7 +131,7 @@ def attention(mesh: DeviceMesh, axes: int, queries: int, divide: str, points: tu
     )
 
 
-def traffic(mesh: DeviceMesh) -> None:
+def moved_bytes(mesh: DeviceMesh) -> None:
     """The choice is the smallest of all, and the bytes are those that are moved."""
     for queries in (1, 5, 40, 900):
         sizes, points = [(16, 16), (8, 8), (2, 2)], [4, 4, 4]
@@ -145,30 +142,11 @@ def traffic(mesh: DeviceMesh) -> None:
         }
         assert found["auto"].total <= min(found["gather"].total, found["shard"].total), found
         for divide, expected in found.items():
-            with counting(mesh) as counted:
+            with Traffic() as traffic:
                 spatial_ms_deform_attn(value, sizes, places, weights, num_points=points, divide=divide)
-            assert counted[0] == expected.total, (queries, divide, counted[0], expected)
-
-
-@contextmanager
-def counting(mesh: DeviceMesh) -> Iterator[list[int]]:
-    """The bytes that all ranks send to others with all_to_all, added up."""
-    counted, plain = [0], collectives.all_to_all_single_autograd
-
-    def exchanged(tensor: Tensor, incoming: list[int], outgoing: list[int], group: Any) -> Tensor:
-        others = sum(n for rank, n in enumerate(outgoing) if rank != mesh.get_rank())
-        row = tensor.numel() // max(len(tensor), 1) * tensor.element_size()
-        counted[0] += others * row
-        return plain(tensor, incoming, outgoing, group)
-
-    collectives.all_to_all_single_autograd = exchanged
-    try:
-        yield counted
-    finally:
-        collectives.all_to_all_single_autograd = plain
-    total = torch.tensor(counted)
-    dist.all_reduce(total)
-    counted[0] = int(total)
+            counted = torch.tensor(traffic.sent["all-to-all"].bytes)
+            dist.all_reduce(counted)
+            assert counted == expected.total, (queries, divide, counted, expected)
 
 
 def beyond(mesh: DeviceMesh) -> None:
@@ -205,7 +183,7 @@ def main() -> None:
     checks: dict[str, Callable[[], None]] = {
         "beyond": partial(beyond, mesh),
         "compiled": partial(compiled, mesh),
-        "traffic": partial(traffic, mesh),
+        "bytes": partial(moved_bytes, mesh),
     }
     grid: list[dict[str, Any]] = [
         {"padding": 1},
@@ -238,15 +216,7 @@ def main() -> None:
                 checks[f"sample {axes} {cut} {more}"] = partial(sample, mesh, axes, cut, more)
     if ranks == 4:
         checks["two axes"] = partial(conv, init_device_mesh("cpu", (2, 2)), 2, 1, 2.0, {"padding": 1})
-    found = {}
-    for name, run in checks.items():
-        try:
-            run()
-            found[name] = ""
-        except Exception as error:  # every rank fails alike, and the others go on
-            found[name] = f"{type(error).__name__}: {error}"
-    if dist.get_rank() == 0:
-        Path(os.environ["FOUND"]).write_text(json.dumps(found))
+    report(checks)
     dist.destroy_process_group()
 
 

@@ -61,7 +61,7 @@ def four(folder: Path) -> dict[str, Any]:
     return on_ranks(4, FOLDER / "train.py", folder, str(folder))
 
 
-@pytest.mark.parametrize("ranks", [2])
+@pytest.mark.parametrize("ranks", [2, 4])
 def test_losses_and_weights_are_those_of_one_process(
     ranks: int, folder: Path, one: dict[str, list[float]], request: pytest.FixtureRequest
 ) -> None:
@@ -79,7 +79,7 @@ def test_losses_and_weights_are_those_of_one_process(
             assert error <= half_of_digits(torch.float64), f"{key}, {name}: {error}"
 
 
-@pytest.mark.parametrize("ranks", [2])
+@pytest.mark.parametrize("ranks", [2, 4])
 def test_bytes_are_those_of_the_plan(ranks: int, request: pytest.FixtureRequest) -> None:
     found = request.getfixturevalue({2: "two", 4: "four"}[ranks])
     for name, (_, counted, predicted) in found.items():

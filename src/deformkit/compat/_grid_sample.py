@@ -2,6 +2,7 @@
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from ..ops._shape import Boundary, Mode, check_alike, check_choice, check_floating, compute_dtype
 from ..ops.deform_sample.op import deform_sample
@@ -19,7 +20,7 @@ def grid_sample(
     Args:
         input: ``[B, C, H, W]`` or ``[B, C, D, H, W]``; also ``[B, C, L]``, which torch does not accept.
         grid: ``[B, *out, N]``, **x first**, -1 to 1 over the input. ``*out`` has any number of axes.
-        mode: ``"bilinear"``, which is trilinear for volumes, or ``"nearest"``. ``"bicubic"`` is not implemented.
+        mode: ``"bilinear"``, which is trilinear for volumes, or ``"nearest"``. ``"bicubic"`` is computed by torch.
         padding_mode: ``"zeros"``, ``"border"`` or ``"reflection"``.
         align_corners: whether -1 and 1 are the centres of the end pixels, or their outer edges. None is False.
 
@@ -28,7 +29,6 @@ def grid_sample(
         where ``grid`` is in half precision. Unlike in torch, a NaN in ``grid`` gives NaN.
 
     Raises:
-        NotImplementedError: ``mode`` is ``"bicubic"``.
         TypeError: an argument is not a tensor, or has a wrong dtype.
         ValueError: a shape, device or option does not fit; the message names the argument.
 
@@ -40,8 +40,8 @@ def grid_sample(
         True
     """
     if mode == "bicubic":
-        raise NotImplementedError('mode is "bicubic", which deformkit does not implement')
-    check_choice("mode", mode, ("bilinear", "nearest"), ' ("bicubic" is not implemented)')
+        return F.grid_sample(input, grid, mode, padding_mode, bool(align_corners))
+    check_choice("mode", mode, ("bilinear", "nearest"), " or 'bicubic'")
     check_choice("padding_mode", padding_mode, ("zeros", "border", "reflection"))
     check_floating("input", input)
     check_floating("grid", grid)

@@ -76,7 +76,7 @@ class TensorParallel(ParallelStyle):
                 output = forward(*args, **kwargs)
             return pytree.tree_map_only(DTensor, lambda t: t.full_tensor(), output)
 
-        module.forward = with_whole_tensors  # type: ignore[method-assign]
+        module.forward = with_whole_tensors  # type: ignore[method-assign]  # hooks cannot keep a mode
         return module
 
 

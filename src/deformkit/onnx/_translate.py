@@ -79,7 +79,7 @@ def _with_arguments(translate: Callable[..., Any], operator: Operator) -> Callab
     """``translate`` with the signature that the exporter asks for."""
     kind = inspect.Parameter.POSITIONAL_OR_KEYWORD
     parameters = [inspect.Parameter(name, kind) for name in operator.arguments]
-    translate.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
+    translate.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]  # the exporter reads it
     translate.__name__ = operator.name
     return translate
 

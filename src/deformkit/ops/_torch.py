@@ -4,6 +4,7 @@ import sys
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
+from math import prod
 from typing import Any
 
 import torch
@@ -111,15 +112,12 @@ def register_strategy(overload: Any, first_static: int, ways: Any) -> None:
 
         def fits(spec: Any) -> bool:
             results = spec.output_specs if outputs > 1 else [spec.output_specs]
-            ranks: Counter[int] = Counter()
-            used = {}
-            for axis, placements in enumerate(
-                zip(*(one.placements for one in (*results, *spec.input_specs)), strict=True)
-            ):
-                rule = rules[placements]
-                used[id(rule)] = rule
-                ranks[id(rule)] = max(ranks[id(rule)], 1) * mesh.size(axis)
-            return all(rule.fits(ranks[key]) for key, rule in used.items())
+            by_axis = zip(*(one.placements for one in (*results, *spec.input_specs)), strict=True)
+            chosen = [rules[placements] for placements in by_axis]
+            return all(
+                rule.fits(prod(mesh.size(axis) for axis, other in enumerate(chosen) if other is rule))
+                for rule in chosen
+            )
 
         expanded.strategies = [spec for spec in expanded.strategies if fits(spec)]
         return expanded

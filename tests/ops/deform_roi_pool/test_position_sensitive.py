@@ -11,7 +11,12 @@ from torch import nn
 
 import deformkit as dk
 from deformkit._testing import assert_close, assert_equal
-from deformkit.compat._shims._pooling import DCNPooling, dcn_v2_pooling
+from deformkit.compat._shims._pooling import (
+    DCNPooling,
+    dcn_v2_pooling,
+    psroi_pooling_backward,
+    psroi_pooling_forward,
+)
 from deformkit.ops.deform_roi_pool.cases import CASES, Case
 
 GROUPED = [case for case in CASES if case.group_size]
@@ -39,8 +44,13 @@ def test_agrees_with_the_published_formula(groups: int, parts: int, classes: int
         cotangent = torch.sin(torch.arange(output.numel(), dtype=torch.float64)).reshape(output.shape)
         found.append([output.detach(), *torch.autograd.grad(output, leaves[: 2 - no_trans], cotangent)])
     assert found[0][0].count_nonzero() > 40
-    for one, other in zip(*found, strict=True):
+    last = (int(no_trans), scale, channels, groups, pooled, *rest[1:])
+    output, count = psroi_pooling_forward(input, rois, offset, *last)
+    by_input, by_offset = psroi_pooling_backward(cotangent, input, rois, offset, count, *last)
+    found.append([output, by_input] if no_trans else [output, by_input, by_offset])
+    for one, other, bare in zip(*found, strict=True):
         assert_close(one, other)
+        assert_equal(bare, one)
 
 
 @pytest.mark.parametrize("case", GROUPED, ids=lambda c: c.name)

@@ -90,11 +90,11 @@ def test_a_wrong_argument_is_named(name: str) -> None:
 def test_the_bare_operator_raises_an_error_too(name: str) -> None:
     """torch.ops.deformkit called with what the public function would refuse: an error, never memory out of bounds."""
     args = OPERATOR.ordered({**CASE.arguments(), **WRONG[name][0]})
-    with pytest.raises((RuntimeError, ValueError, TypeError, NotImplementedError)):
+    with pytest.raises((RuntimeError, ValueError, TypeError)):
         torch.ops.deformkit.deform_sample(*args)
     if name.endswith("elsewhere"):  # with a tensor on meta nothing is computed
         return
-    with pytest.raises((RuntimeError, ValueError, TypeError, NotImplementedError)):
+    with pytest.raises((RuntimeError, ValueError, TypeError)):
         torch.ops.deformkit.deform_sample_backward(no(2, 4, 15), *args, [True] * 2)
 
 

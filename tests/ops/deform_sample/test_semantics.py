@@ -10,7 +10,7 @@ from rooms import CALLS, LAYOUTS, Call, check, check_survives
 from torch import Tensor
 
 import deformkit as dk
-from deformkit._testing import assert_equal, evaluate
+from deformkit._testing import assert_close, assert_equal, evaluate
 from deformkit.ops._library import operators
 from deformkit.ops.deform_sample.cases import Case
 
@@ -72,6 +72,17 @@ def test_infinity(axes: int) -> None:
             near = torch.tensor([2.0**30 if far > 0 else -(2.0**30)]).expand_as(named["points"])
             end["reflect"] = dk.deform_sample(named["input"], near, boundary="reflect")
             assert (output == end[boundary]).all() and not by_points.any()
+
+
+def test_reflection_repeats_the_mirrored_field(axes: int) -> None:
+    """Reflected points lie in a field to which its mirror images are joined."""
+    input = torch.randn(1, 9, *(4, 3, 2)[:axes], dtype=torch.float64)
+    whole, middle = input, torch.tensor((4.0, 3.0, 2.0)[:axes], dtype=torch.float64)
+    for axis in range(2, axes + 2):
+        whole = torch.cat([whole.flip(axis), whole, whole.flip(axis)], axis)
+    points = torch.rand(1, 1, 200, axes, dtype=torch.float64) * (3 * middle - 1) - middle
+    expected = dk.deform_sample(whole, points + middle)
+    assert_close(dk.deform_sample(input, points, boundary="reflect"), expected)
 
 
 def test_a_period_of_reflection() -> None:

@@ -5,6 +5,7 @@ from torch import Tensor, nn
 
 from ...ops import deform_roi_pool
 from ...ops._shape import check_tensor, compute_dtype
+from ._recomputed import recomputed
 
 
 def dcn_v2_pooling(
@@ -55,6 +56,53 @@ def dcn_v2_pooling(
         gamma=trans_std,
         group_size=group_size,
     )
+
+
+@torch.no_grad()
+def psroi_pooling_forward(
+    input: Tensor,
+    rois: Tensor,
+    offset: Tensor,
+    no_trans: int,
+    spatial_scale: float,
+    output_dim: int,
+    group_size: int,
+    pooled_size: int,
+    part_size: int,
+    sample_per_part: int,
+    trans_std: float,
+) -> tuple[Tensor, Tensor]:
+    """The function of the extensions: the output of :func:`dcn_v2_pooling`, and what is to be given to the backward."""
+    numbers = (pooled_size, output_dim, bool(no_trans), group_size, part_size, sample_per_part, trans_std)
+    output = dcn_v2_pooling(input, rois, offset, spatial_scale, *numbers)
+    # The number of samples in each mean; the backward here has no use for it.
+    return output, input.new_empty(0)
+
+
+@torch.no_grad()
+def psroi_pooling_backward(
+    grad_output: Tensor,
+    input: Tensor,
+    rois: Tensor,
+    offset: Tensor,
+    output_count: Tensor,
+    no_trans: int,
+    spatial_scale: float,
+    output_dim: int,
+    group_size: int,
+    pooled_size: int,
+    part_size: int,
+    sample_per_part: int,
+    trans_std: float,
+) -> tuple[Tensor, Tensor]:
+    """The gradients by ``input`` and ``offset``, which is 0 with ``no_trans``."""
+    numbers = (pooled_size, output_dim, bool(no_trans), group_size, part_size, sample_per_part, trans_std)
+
+    def forward(input: Tensor, *moved: Tensor) -> Tensor:
+        return dcn_v2_pooling(input, rois, moved[0] if moved else offset, spatial_scale, *numbers)
+
+    grads = recomputed(forward, [input] if no_trans else [input, offset], grad_output)
+    return grads[0], torch.zeros_like(offset) if no_trans else grads[1]
 
 
 class DCNv2Pooling(nn.Module):

@@ -1,8 +1,8 @@
 """Stands in for ``DCN`` and ``D3D``, the compiled modules of many DCNv2 projects, of NLSPN and of D3D.
 
 This module is part of deformkit; :func:`deformkit.compat.install` puts it in their place. Both names have the same
-functions here, for images and for volumes: the number of axes is that of the input. All other functions, such as those
-of the position-sensitive RoI pooling, exist and raise when they are called.
+functions here, for images and for volumes: the number of axes is that of the input. The position-sensitive RoI pooling
+is that of images. All other functions exist and raise when they are called.
 """
 
 from collections.abc import Callable, Sequence
@@ -15,10 +15,14 @@ from ... import __version__ as _version
 from ...ops._shape import check_tensor
 from .._convolution import Steps, convolve, convolve_backward
 from ._missing import missing
+from ._pooling import psroi_pooling_backward as deform_psroi_pooling_backward
+from ._pooling import psroi_pooling_forward as deform_psroi_pooling_forward
 
 __all__ = [
     "deform_conv_backward",
     "deform_conv_forward",
+    "deform_psroi_pooling_backward",
+    "deform_psroi_pooling_forward",
     "modulated_deform_conv_backward",
     "modulated_deform_conv_forward",
 ]

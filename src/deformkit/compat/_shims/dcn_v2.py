@@ -1,7 +1,6 @@
 """Stands in for ``dcn_v2`` and its compiled part ``_ext``, the DCNv2 of CenterNet and many others.
 
-This module is part of deformkit; :func:`deformkit.compat.install` puts it in their place. The position-sensitive RoI
-pooling is in the layers and in ``dcn_v2_pooling``, not in the functions of ``_ext``.
+This module is part of deformkit; :func:`deformkit.compat.install` puts it in their place.
 """
 
 from collections.abc import Sequence
@@ -13,6 +12,8 @@ from ... import __version__ as _version
 from .._convolution import convolve_backward
 from ..mmcv.conv import ModulatedDeformConv2d, modulated_deform_conv2d, offset_head, split_head, zero_head
 from ._pooling import DCNPooling, DCNv2Pooling, dcn_v2_pooling
+from ._pooling import psroi_pooling_backward as dcn_v2_psroi_pooling_backward
+from ._pooling import psroi_pooling_forward as dcn_v2_psroi_pooling_forward
 
 __all__ = [
     "DCN",
@@ -23,6 +24,8 @@ __all__ = [
     "dcn_v2_conv",
     "dcn_v2_forward",
     "dcn_v2_pooling",
+    "dcn_v2_psroi_pooling_backward",
+    "dcn_v2_psroi_pooling_forward",
 ]
 __version__ = f"deformkit {_version}"
 

@@ -6,9 +6,6 @@
 namespace deformkit {
 namespace {
 
-// Sums of steps and sizes up to this stay far below the range of int64.
-constexpr int64_t farthest = int64_t(1) << 40;
-
 // Stands for the x of a partner F that is linear in x: has its shape, and one element of memory, which nothing reads.
 Tensor unread(const Tensor& like, const Sizes& sizes) {
   const Tensor element = torch::stable::new_empty(like, {1});

@@ -122,14 +122,15 @@ inline void check_tensor(const char* name, const std::optional<Tensor>& tensor) 
   if (tensor) check_tensor(name, *tensor);
 }
 
+// Sums of sizes and steps up to this stay far below the range of int64.
+constexpr int64_t farthest = int64_t(1) << 40;
+
 // Checks that a kernel of `kernel` taps, moved by `stride`, has `outputs` positions along an axis of `size`.
 inline void check_window(int64_t size, int64_t kernel, int64_t stride, int64_t padding, int64_t dilation,
                          int64_t outputs) {
-  // Sums of these stay far below the range of int64.
-  constexpr int64_t most = int64_t(1) << 40;
   STD_TORCH_CHECK(size > 0 && kernel > 0 && stride > 0 && padding >= 0 && dilation > 0,
                   "sizes, kernel_size, stride and dilation must be positive, padding not negative");
-  STD_TORCH_CHECK(size <= most && stride <= most && padding <= most && dilation <= most / kernel,
+  STD_TORCH_CHECK(size <= farthest && stride <= farthest && padding <= farthest && dilation <= farthest / kernel,
                   "size, stride, padding and dilation * kernel_size must be at most 2^40; they are ", size, ", ",
                   stride, ", ", padding, " and ", dilation, " * ", kernel);
   const int64_t room = size + 2 * padding - dilation * (kernel - 1) - 1;

@@ -55,9 +55,10 @@ void points_in_place(const Problem<N>& problem, const Map& input, const Tensor& 
         } else {
           for (int64_t c = group * group_channels; c < (group + 1) * group_channels; ++c) {
             const A* const grads = view_run(grad, b, c, first, points, scratch.grads.get());
+            const bool first_channel = c == group * group_channels;
             dispatch_dtype(input.dtype(), [&]<typename T>() {
-              c == group* group_channels ? add_dots_in_place<true>(cells, points, input.at<T>(b, c), grads)
-                                         : add_dots_in_place<false>(cells, points, input.at<T>(b, c), grads);
+              first_channel ? add_dots_in_place<true>(cells, points, input.at<T>(b, c), grads)
+                            : add_dots_in_place<false>(cells, points, input.at<T>(b, c), grads);
             });
           }
           cells.slopes_of_values(points, nullptr, scratch.slopes, nullptr);

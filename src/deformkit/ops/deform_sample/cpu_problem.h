@@ -39,7 +39,7 @@ struct Problem {
                     "points must be float32, or float64 if input is");
     for (int axis = 0; axis < N; ++axis) {
       size[axis] = sizes[axis + 2];
-      STD_TORCH_CHECK(size[axis] > 0 && size[axis] <= int64_t(1) << 40, "every size must be from 1 to 2^40");
+      STD_TORCH_CHECK(size[axis] > 0 && size[axis] <= farthest, "every size must be from 1 to 2^40");
     }
   }
 
