@@ -16,10 +16,10 @@ Tensor deform_sample(const Tensor& input, const Tensor& points, int64_t boundary
     output = torch::stable::new_empty(input, {problem.batch, problem.channels, problem.points});
     if (output.numel() == 0) return;
     const Map field(input);
-    if (problem.is_laid_out(sizeof(A))) return forward_laid_out<A>(problem, field, Sink(output));
+    if (problem.is_laid_out(field, sizeof(A))) return forward_laid_out<A>(problem, field, Sink(output));
     problem.is_wide(std::max<int64_t>(field.position_stride, 1))
-        ? forward_in_place<A, N, int64_t>(problem, field, Sink(output))
-        : forward_in_place<A, N, int32_t>(problem, field, Sink(output));
+        ? ForwardInPlace<A, N, int64_t>(problem, field, Sink(output)).run()
+        : ForwardInPlace<A, N, int32_t>(problem, field, Sink(output)).run();
   });
   return output;
 }

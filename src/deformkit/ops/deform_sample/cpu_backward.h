@@ -3,6 +3,7 @@
 #pragma once
 
 #include "deform_sample/cpu_windows.h"
+#include "sample/inner.h"
 #include "sample/plane.h"
 
 namespace deformkit::sampling {
@@ -34,38 +35,83 @@ struct PointScratch {
   }
 };
 
-// By the points, plane by plane, where the field lies.
+// By the points, where the field lies.
 template <typename A, int N, typename Index>
-void points_in_place(const Problem<N>& problem, const Map& input, const Tensor& grad_output, const Sink& grad_points) {
+class PointsInPlace {
+ public:
+  PointsInPlace(const Problem<N>& problem, const Map& input, const Tensor& grad_output, const Sink& grad_points)
+      : problem_(problem), input_(input), grad_(grad_output), grad_points_(grad_points) {}
+
+  void run() const {
+    const int64_t blocks = problem_.blocks();
+    each(
+        problem_.batch * problem_.groups * blocks, [] { return Scratch(); },
+        [&](Scratch& scratch, int64_t item) {
+          const int64_t group = item / blocks % problem_.groups, b = item / blocks / problem_.groups;
+          const int64_t first = item % blocks * block<N>, points = std::min(block<N>, problem_.points - first);
+          scratch.points.read(coordinates_of<A>(problem_, b, group, first), points);
+          slopes_of(scratch, b, group * problem_.group_channels(), first, points);
+          scratch.write(problem_, b, group, first, points, false, grad_points_);
+        });
+  }
+
+ private:
   struct Scratch : PointScratch<A, N, Index> {
     Buffer<A> grads{block<N>};
   };
-  const int64_t blocks = problem.blocks(), group_channels = problem.group_channels();
-  const Map grad(grad_output);
-  each(
-      problem.batch * problem.groups * blocks, [] { return Scratch(); },
-      [&](Scratch& scratch, int64_t item) {
-        const int64_t group = item / blocks % problem.groups, b = item / blocks / problem.groups;
-        const int64_t first = item % blocks * block<N>, points = std::min(block<N>, problem.points - first);
-        Cells<A, N, Index>& cells = scratch.points.cells;
-        scratch.points.read(coordinates_of<A>(problem, b, group, first), points);
-        scratch.points.locate(problem, problem.whole(), points, input.position_stride, -1);
-        if (problem.nearest) {
-          cells.no_slopes(points, scratch.slopes);
-        } else {
-          for (int64_t c = group * group_channels; c < (group + 1) * group_channels; ++c) {
-            const A* const grads = view_run(grad, b, c, first, points, scratch.grads.get());
-            const bool first_channel = c == group * group_channels;
-            dispatch_dtype(input.dtype(), [&]<typename T>() {
-              first_channel ? add_dots_in_place<true>(cells, points, input.at<T>(b, c), grads)
-                            : add_dots_in_place<false>(cells, points, input.at<T>(b, c), grads);
-            });
-          }
-          cells.slopes_of_values(points, nullptr, scratch.slopes, nullptr);
-        }
-        scratch.write(problem, b, group, first, points, false, grad_points);
+  using Run = Cells<A, N, Index>;
+
+  void slopes_of(Scratch& scratch, int64_t b, int64_t channel, int64_t first, int64_t points) const {
+    if constexpr (is_usual<A, Index>) {
+      if (problem_.is_in_registers(input_)) return by_registers(scratch, b, channel, first, points);
+    }
+    by_planes(scratch, b, channel, first, 0, points);
+  }
+
+  // Of the points [begin, begin + points) of those that were read, plane by plane.
+  void by_planes(Scratch& scratch, int64_t b, int64_t channel, int64_t first, int64_t begin, int64_t points) const {
+    Run& cells = scratch.points.cells;
+    scratch.points.locate(problem_, problem_.whole(), points, input_.position_stride, -1, begin);
+    A* slopes[N];
+    for (int axis = 0; axis < N; ++axis) slopes[axis] = scratch.slopes[axis] + begin;
+    if (problem_.nearest) return cells.no_slopes(points, slopes);
+    for (int64_t c = channel; c < channel + problem_.group_channels(); ++c) {
+      const A* const grads = view_run(grad_, b, c, first + begin, points, scratch.grads.get());
+      const bool first_channel = c == channel;
+      dispatch_dtype(input_.dtype(), [&]<typename T>() {
+        first_channel ? add_dots_in_place<true>(cells, points, input_.at<T>(b, c), grads)
+                      : add_dots_in_place<false>(cells, points, input_.at<T>(b, c), grads);
       });
-}
+    }
+    cells.slopes_of_values(points, nullptr, slopes, nullptr);
+  }
+
+  // All channels of a register of points, before the next points.
+  void by_registers(Scratch& scratch, int64_t b, int64_t channel, int64_t first, int64_t points) const {
+    using Reals = typename Run::Reals;
+    const InnerField<N> field(problem_.size, problem_.boundary);
+    InnerCells<N> inner;
+    for (int64_t i = 0; i < points; i += Run::lanes) {
+      const int64_t some = std::min<int64_t>(Run::lanes, points - i);
+      Reals shift[N], slopes[N];
+      for (int axis = 0; axis < N; ++axis) shift[axis] = read_lanes<Reals>(scratch.points.shift(axis) + i);
+      if (some < Run::lanes || !inner.find(field, shift)) {
+        by_planes(scratch, b, channel, first, i, some);
+        continue;
+      }
+      const A* const grads = grad_.at<A>(b, channel, first + i);
+      inner.slopes(
+          input_.at<A>(b, channel), input_.channel_stride, problem_.group_channels(),
+          [&](int64_t c) { return read_lanes<Reals>(grads + c * problem_.points); }, slopes);
+      for (int axis = 0; axis < N; ++axis) write_lanes(scratch.slopes[axis] + i, slopes[axis]);
+    }
+  }
+
+  const Problem<N>& problem_;
+  const Map& input_;
+  const Map grad_;
+  const Sink& grad_points_;
+};
 
 // Rows of `channels` gradients for a run of points, from planes of them.
 template <typename A>
@@ -114,11 +160,11 @@ template <typename A, int N>
 void backward_by_points(const Problem<N>& problem, const Map& input, const Tensor& grad_output,
                         const Sink& grad_points) {
   if (problem.batch == 0 || problem.points == 0) return;
-  if (problem.is_laid_out(sizeof(A)) && !problem.nearest)
+  if (problem.is_laid_out(input, sizeof(A)) && !problem.nearest)
     return points_laid_out<A>(problem, input, grad_output, grad_points);
   problem.is_wide(std::max<int64_t>(input.position_stride, 1))
-      ? points_in_place<A, N, int64_t>(problem, input, grad_output, grad_points)
-      : points_in_place<A, N, int32_t>(problem, input, grad_output, grad_points);
+      ? PointsInPlace<A, N, int64_t>(problem, input, grad_output, grad_points).run()
+      : PointsInPlace<A, N, int32_t>(problem, input, grad_output, grad_points).run();
 }
 
 // By the field.

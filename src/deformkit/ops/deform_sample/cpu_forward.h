@@ -2,37 +2,90 @@
 #pragma once
 
 #include "deform_sample/cpu_problem.h"
+#include "sample/inner.h"
 #include "sample/plane.h"
 
 namespace deformkit::sampling {
 
 // Plane by plane, where the field lies.
 template <typename A, int N, typename Index>
-void forward_in_place(const Problem<N>& problem, const Map& input, const Sink& output) {
+class ForwardInPlace {
+ public:
+  ForwardInPlace(const Problem<N>& problem, const Map& input, const Sink& output)
+      : problem_(problem), input_(input), output_(output) {}
+
+  void run() const {
+    const int64_t blocks = problem_.blocks();
+    each(
+        problem_.batch * problem_.groups * blocks, [] { return Scratch(); },
+        [&](Scratch& scratch, int64_t item) {
+          const int64_t group = item / blocks % problem_.groups, b = item / blocks / problem_.groups;
+          const int64_t first = item % blocks * block<N>, points = std::min(block<N>, problem_.points - first);
+          scratch.points.read(coordinates_of<A>(problem_, b, group, first), points);
+          if constexpr (is_usual<A, Index>) {
+            if (problem_.is_in_registers(input_)) return by_registers(scratch, b, group, first, points);
+          }
+          by_planes(scratch, b, group, first, points);
+        });
+  }
+
+ private:
   struct Scratch {
     Points<A, N, Index> points{block<N>};
     Buffer<A> samples{block<N>};
   };
-  const int64_t blocks = problem.blocks(), group_channels = problem.group_channels();
-  each(
-      problem.batch * problem.groups * blocks, [] { return Scratch(); },
-      [&](Scratch& scratch, int64_t item) {
-        const int64_t group = item / blocks % problem.groups, b = item / blocks / problem.groups;
-        const int64_t first = item % blocks * block<N>, points = std::min(block<N>, problem.points - first);
-        scratch.points.read(coordinates_of<A>(problem, b, group, first), points);
-        scratch.points.locate(problem, problem.whole(), points, input.position_stride, -1);
-        for (int64_t c = group * group_channels; c < (group + 1) * group_channels; ++c) {
-          dispatch_dtype(input.dtype(), [&]<typename T>() {
-            T* const to = output.data<T>() + (b * problem.channels + c) * problem.points + first;
-            A* samples = scratch.samples.get();
-            if constexpr (std::is_same_v<T, A>) samples = to;
-            problem.nearest ? sample_in_place<true>(scratch.points.cells, points, input.at<T>(b, c), samples)
-                            : sample_in_place<false>(scratch.points.cells, points, input.at<T>(b, c), samples);
-            if constexpr (!std::is_same_v<T, A>) store_run(samples, points, to);
-          });
-        }
+  using Run = Cells<A, N, Index>;
+
+  template <typename T>
+  T* place(int64_t b, int64_t channel, int64_t point) const {
+    return output_.data<T>() + (b * problem_.channels + channel) * problem_.points + point;
+  }
+
+  void by_planes(Scratch& scratch, int64_t b, int64_t group, int64_t first, int64_t points) const {
+    const int64_t group_channels = problem_.group_channels();
+    scratch.points.locate(problem_, problem_.whole(), points, input_.position_stride, -1);
+    for (int64_t c = group * group_channels; c < (group + 1) * group_channels; ++c)
+      dispatch_dtype(input_.dtype(), [&]<typename T>() {
+        T* const to = place<T>(b, c, first);
+        A* samples = scratch.samples.get();
+        if constexpr (std::is_same_v<T, A>) samples = to;
+        problem_.nearest ? sample_in_place<true>(scratch.points.cells, points, input_.at<T>(b, c), samples)
+                         : sample_in_place<false>(scratch.points.cells, points, input_.at<T>(b, c), samples);
+        if constexpr (!std::is_same_v<T, A>) store_run(samples, points, to);
       });
-}
+  }
+
+  // A register of points at a time, from some planes before the others.
+  void by_registers(Scratch& scratch, int64_t b, int64_t group, int64_t first, int64_t points) const {
+    using Reals = typename Run::Reals;
+    const int64_t begin = group * problem_.group_channels(), end = begin + problem_.group_channels();
+    const InnerField<N> field(problem_.size, problem_.boundary);
+    InnerCells<N> found[block<N> / Run::lanes];
+    int64_t place_of[block<N> / Run::lanes], registers = 0;
+    for (int64_t i = 0; i < points; i += Run::lanes) {
+      const int64_t some = std::min<int64_t>(Run::lanes, points - i);
+      Reals shift[N];
+      for (int axis = 0; axis < N; ++axis) shift[axis] = read_lanes<Reals>(scratch.points.shift(axis) + i);
+      if (some == Run::lanes && found[registers].find(field, shift)) {
+        place_of[registers++] = first + i;
+        continue;
+      }
+      scratch.points.locate(problem_, problem_.whole(), some, 1, -1, i);
+      for (int64_t c = begin; c < end; ++c)
+        sample_in_place<false>(scratch.points.cells, some, input_.at<A>(b, c), place<A>(b, c, first + i));
+    }
+    for (int64_t c = begin; c < end; c += planes_together)
+      for (int64_t r = 0; r < registers; ++r) {
+        A* const to = place<A>(b, c, place_of[r]);
+        found[r].sample(input_.at<A>(b, c), input_.channel_stride, std::min(planes_together, end - c),
+                        [&](int64_t i, const Reals& samples) { write_lanes(to + i * problem_.points, samples); });
+      }
+  }
+
+  const Problem<N>& problem_;
+  const Map& input_;
+  const Sink& output_;
+};
 
 // Row by row, from a field that is laid out.
 template <typename A, int N>

@@ -10,7 +10,9 @@ namespace deformkit::sampling {
 // Measured by `deformkit bench --op deform_sample` with other values in their place:
 constexpr int64_t field_bytes = 16 * mib;  // of the slices that are laid out at a time
 constexpr int64_t slice_channels = 64;     // of one of them, at most
-constexpr int64_t few_channels = 8;        // fewer are sampled plane by plane
+constexpr int64_t few_channels = 8;        // fewer have their gradient added up plane by plane,
+constexpr int64_t some_channels = 16;      // and fewer are sampled so where a register of points is at a time
+constexpr int64_t planes_together = 4;     // that such a register is sampled from, before the next points
 constexpr int64_t seldom = 2;              // positions to a point up to which a field is laid out
 
 // Points worked on at a time: what is known of them stays in a core's first cache.
@@ -55,11 +57,16 @@ struct Problem {
                                                                                                                  << 29;
   }
 
+  // Whether a field that is not laid out is sampled with a register of points at a time.
+  bool is_in_registers(const Map& input) const {
+    return input.dtype() == ScalarType::Float && input.position_stride == 1 && !nearest;
+  }
+
   // Whether the field is laid out: a row must be worth it, some channels must fit, and points must read them often. The
   // batch has no say, so that it cannot change a sample's bits.
-  bool is_laid_out(int64_t element) const {
-    return group_channels() >= few_channels && positions() * few_channels * element <= field_bytes &&
-           points * seldom >= positions();
+  bool is_laid_out(const Map& input, int64_t element) const {
+    return group_channels() >= (is_in_registers(input) ? some_channels : few_channels) &&
+           positions() * few_channels * element <= field_bytes && points * seldom >= positions();
   }
 };
 
@@ -67,9 +74,7 @@ struct Problem {
 template <typename A, int N, typename Index>
 class Points {
  public:
-  explicit Points(int64_t capacity) : cells(capacity), capacity_(capacity), shifts_(N * capacity) {
-    for (int axis = 0; axis < N; ++axis) shift_[axis] = shifts_.get() + axis * capacity;
-  }
+  explicit Points(int64_t capacity) : cells(capacity), capacity_(capacity), shifts_(N * capacity) {}
 
   // The coordinates of points that follow one another, or of those of them in a list.
   void read(const A* from, int64_t points) {
@@ -84,16 +89,21 @@ class Points {
       for (int axis = 0; axis < N; ++axis) shifts_[axis * capacity_ + i] = from[list[i] * N + axis];
   }
 
-  void locate(const Problem<N>& problem, const Window<N>& window, int64_t points, int64_t width, Index outside) {
-    cells.locate(window, problem.boundary, problem.nearest, points, {}, {}, shift_, nullptr, width, outside);
+  // Locates the points [begin, begin + points) of those that were read.
+  void locate(const Problem<N>& problem, const Window<N>& window, int64_t points, int64_t width, Index outside,
+              int64_t begin = 0) {
+    const A* from[N];
+    for (int axis = 0; axis < N; ++axis) from[axis] = shift(axis) + begin;
+    cells.locate(window, problem.boundary, problem.nearest, points, {}, {}, from, nullptr, width, outside);
   }
+
+  const A* shift(int axis) const { return shifts_.get() + axis * capacity_; }
 
   Cells<A, N, Index> cells;
 
  private:
   int64_t capacity_;
   Buffer<A> shifts_;
-  const A* shift_[N];
 };
 
 template <typename A, int N>

@@ -1,0 +1,164 @@
+// A register of points in a field that lies where it is: where their cells start, and the parts of their corners, are
+// all that is known of them. Cells at the edge of a field with zeros outside are moved inside, and their corners
+// relabelled.
+#pragma once
+
+#include "sample/sample.h"
+
+namespace deformkit {
+
+// A field whose positions are side by side.
+template <int N>
+struct InnerField {
+  static constexpr int rows = 1 << (N - 1);  // pairs of corners that are neighbours along the last axis
+
+  int32_t size[N], stride[N];
+  int64_t row[rows] = {};
+  bool has_edges;
+
+  InnerField(const Axes<N>& sizes, Boundary boundary) : has_edges(boundary == Boundary::zeros) {
+    int64_t pitch = 1;
+    for (int axis = N; axis-- > 0; pitch *= sizes[axis]) {
+      has_edges = has_edges && sizes[axis] > 1;
+      size[axis] = static_cast<int32_t>(sizes[axis]), stride[axis] = static_cast<int32_t>(pitch);
+      for (int r = 0; r < rows && axis < N - 1; ++r)
+        if (r >> (N - 2 - axis) & 1) row[r] += pitch;
+    }
+  }
+};
+
+template <int N>
+class InnerCells {
+ public:
+  using Run = Cells<float, N, int32_t>;
+  using Reals = typename Run::Reals;
+  using Indices = typename Run::Indices;
+  static constexpr int corners = 1 << N;
+
+  // Finds the cells of a register of points; returns false if they are not to be found here.
+  bool find(const InnerField<N>& field, const Reals (&shift)[N]) {
+    field_ = &field;
+    Indices low[N], beyond{};
+#pragma GCC unroll 3
+    for (int axis = 0; axis < N; ++axis) {
+      // Far enough away; and a NaN, which is beyond.
+      const Reals most = Reals{} + static_cast<float>(field.size[axis]), least = Reals{} - 2;
+      Reals distance = shift[axis] > least ? shift[axis] : least;
+      distance = distance < most ? distance : most;
+      low[axis] = __builtin_convertvector(distance, Indices);
+      low[axis] += __builtin_convertvector(low[axis], Reals) > distance;
+      beyond |= low[axis] | (field.size[axis] - 2 - low[axis]);
+      part_[axis][1] = distance - __builtin_convertvector(low[axis], Reals);
+      part_[axis][0] = 1 - part_[axis][1];
+    }
+    at_edge_ = any_lane(beyond >> 31);
+    if (at_edge_ && !field.has_edges) return false;
+    if (at_edge_) move_inside(shift, low);
+    Indices element = low[0] * field.stride[0];
+#pragma GCC unroll 3
+    for (int axis = 1; axis < N; ++axis) element += low[axis] * field.stride[axis];
+    write_lanes(element_, element);
+    return true;
+  }
+
+  // Calls f(c, samples) for each plane c of some that are `pitch` elements apart.
+  template <typename F>
+  void sample(const float* plane, int64_t pitch, int64_t planes, const F& f) const {
+    at_edge_ ? sample_as<true>(plane, pitch, planes, f) : sample_as<false>(plane, pitch, planes, f);
+  }
+
+  // The slopes along each axis of the samples of all planes c, times their gradients f(c).
+  template <typename F>
+  void slopes(const float* plane, int64_t pitch, int64_t planes, const F& f, Reals (&slope)[N]) const {
+    at_edge_ ? slopes_as<true>(plane, pitch, planes, f, slope) : slopes_as<false>(plane, pitch, planes, f, slope);
+  }
+
+ private:
+  void move_inside(const Reals (&shift)[N], Indices (&low)[N]) {
+    for (Indices& counts : counts_) counts = Indices{} - 1;
+#pragma GCC unroll 3
+    for (int axis = 0; axis < N; ++axis) {
+      const Indices last = Indices{} + (field_->size[axis] - 2);
+      const Indices moved = low[axis] < 0 ? Indices{} : low[axis] > last ? last : low[axis];
+      const Indices by = low[axis] - moved, same = by == 0;
+      const Reals none = shift[axis] == shift[axis] ? Reals{} : shift[axis], one = none + 1;
+      const Reals lower = by == -1 ? part_[axis][1] : none, upper = by == 1 ? part_[axis][0] : none;
+      part_[axis][0] = same ? part_[axis][0] : lower, part_[axis][1] = same ? part_[axis][1] : upper;
+      // An upper part grows with the coordinate, a lower one shrinks.
+      slope_[axis][0] = same ? -one : by == -1 ? one : none, slope_[axis][1] = same ? one : by == 1 ? -one : none;
+      low[axis] = moved;
+#pragma GCC unroll 8
+      for (int corner = 0; corner < corners; ++corner)
+        counts_[corner] &= same | (by == (Run::is_upper(corner, axis) ? 1 : -1));
+    }
+  }
+
+  // The weight of a corner; with an axis, its slope along it.
+  template <bool kEdge>
+  Reals weight(int corner, int along = N) const {
+    Reals product;
+#pragma GCC unroll 3
+    for (int axis = 0; axis < N; ++axis) {
+      const int upper = Run::is_upper(corner, axis);
+      const Reals inner = Reals{} + (upper ? 1.0f : -1.0f);
+      const Reals factor = axis != along ? part_[axis][upper] : kEdge ? slope_[axis][upper] : inner;
+      product = axis == 0 ? factor : product * factor;
+    }
+    return product;
+  }
+
+  // What lies at the corners of one plane. The compiler would work out the addresses of all planes before a loop over
+  // them, and keep them where it has no registers left.
+  template <bool kEdge>
+  void read(const float* plane, Reals (&value)[corners]) const {
+    asm volatile("" : : : "memory");
+#pragma GCC unroll 4
+    for (int row = 0; row < corners / 2; ++row)
+      load_pairs(plane + field_->row[row], element_, value[2 * row], value[2 * row + 1]);
+    if constexpr (kEdge) {
+      // What does not count is not multiplied: it may be infinite.
+#pragma GCC unroll 8
+      for (int corner = 0; corner < corners; ++corner)
+        value[corner] = reinterpret_cast<Reals>(reinterpret_cast<Indices>(value[corner]) & counts_[corner]);
+    }
+  }
+
+  template <bool kEdge, typename F>
+  void sample_as(const float* plane, int64_t pitch, int64_t planes, const F& f) const {
+    Reals weights[corners], value[corners];
+#pragma GCC unroll 8
+    for (int corner = 0; corner < corners; ++corner) weights[corner] = weight<kEdge>(corner);
+    for (int64_t c = 0; c < planes; ++c, plane += pitch) {
+      read<kEdge>(plane, value);
+      Reals sum = weights[0] * value[0];
+#pragma GCC unroll 8
+      for (int corner = 1; corner < corners; ++corner) sum += weights[corner] * value[corner];
+      f(c, sum);
+    }
+  }
+
+  template <bool kEdge, typename F>
+  void slopes_as(const float* plane, int64_t pitch, int64_t planes, const F& f, Reals (&slope)[N]) const {
+    Reals dots[corners] = {}, value[corners];
+    for (int64_t c = 0; c < planes; ++c, plane += pitch) {
+      const Reals grad = f(c);
+      read<kEdge>(plane, value);
+#pragma GCC unroll 8
+      for (int corner = 0; corner < corners; ++corner) dots[corner] += grad * value[corner];
+    }
+#pragma GCC unroll 3
+    for (int axis = 0; axis < N; ++axis) {
+      slope[axis] = dots[0] * weight<kEdge>(0, axis);
+#pragma GCC unroll 8
+      for (int corner = 1; corner < corners; ++corner) slope[axis] += dots[corner] * weight<kEdge>(corner, axis);
+    }
+  }
+
+  const InnerField<N>* field_;
+  bool at_edge_;
+  int32_t element_[Run::lanes];
+  Reals part_[N][2], slope_[N][2];  // slopes at an edge
+  Indices counts_[corners];
+};
+
+}  // namespace deformkit
