@@ -2,6 +2,7 @@
 
 import copy
 import random
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -371,3 +372,17 @@ def test_layers_compile_copy_and_run_in_mixed_precision(packed: bool) -> None:
     arguments = [torch.randn(2, 4, LENGTH)]
     arguments += [] if packed else [torch.randn(2, 2, 17, 3), torch.rand(2, 2, 17, 3)]
     assert_copied_compiled_and_halved(layer, arguments)
+
+
+@pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning", "ignore::DeprecationWarning", "ignore::FutureWarning")
+@pytest.mark.filterwarnings("ignore:(?s).*(ONNX|onnx|Constant folding|constants in the trace)")
+@pytest.mark.parametrize("dynamo", [False, True], ids=["trace", "dynamo"])
+def test_a_layer_exports_to_onnx(dynamo: bool, tmp_path: Path) -> None:
+    runtime = pytest.importorskip("onnxruntime")
+    pytest.importorskip("onnxscript" if dynamo else "onnx")
+    layer = ours.PackedDeformConv1d(4, 6, 3, padding_mode="reflect", modulated=True).eval()
+    input, path = torch.randn(2, 4, LENGTH), tmp_path / "layer.onnx"
+    torch.onnx.export(layer, (input,), path, dynamo=dynamo, opset_version=18, verbose=False)
+    session = runtime.InferenceSession(path)
+    (answer,) = session.run(None, {session.get_inputs()[0].name: input.numpy()})
+    assert_close(torch.from_numpy(answer), copy.deepcopy(layer).double()(input.double()), layer(input))
