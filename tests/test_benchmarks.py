@@ -1,5 +1,6 @@
 """The benchmarks run; their times are not tested."""
 
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -28,6 +29,19 @@ def run(*options: str) -> str:
     assert done.returncode == 0, done.stderr
     assert "wrong" not in done.stdout and "failed" not in done.stdout
     return done.stdout
+
+
+def test_comments_name_sections_that_exist(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The kernels' constants name the command that measures them again."""
+    monkeypatch.syspath_prepend(BENCHMARKS)
+    from table import SECTIONS
+
+    source = BENCHMARKS.parent / "src"
+    texts = [path.read_text() for suffix in ("*.h", "*.cpp") for path in source.rglob(suffix)]
+    named = [words for text in texts for words in re.findall(r"benchmarks/run\.py ([^`]*)`", text)]
+    assert named
+    for words in named:
+        assert set(words.split(" --")[0].split()) <= set(SECTIONS)
 
 
 @pytest.mark.slow

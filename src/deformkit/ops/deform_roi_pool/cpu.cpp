@@ -7,7 +7,7 @@
 namespace deformkit {
 namespace {
 
-// Measured by `python benchmarks/run.py deform_roi_pool` with other values in their place:
+// Measured by `python benchmarks/run.py roi` with other values in their place:
 constexpr int64_t field_bytes = 32 * mib;  // of the images that are laid out at a time
 constexpr int64_t plane_bytes = 8 * mib;   // of the channels of an image that a thread holds, and of their gradient
 constexpr int64_t slice_channels = 32;     // that one item of the backward owns

@@ -9,7 +9,7 @@
 
 namespace deformkit {
 
-// Measured by `python benchmarks/run.py deform_roi_pool` with other values in their place:
+// Measured by `python benchmarks/run.py roi` with other values in their place:
 constexpr int64_t run_points = 512;                   // of one RoI that are worked on at a time
 constexpr int64_t part_points = 32;                   // of a bin that are added up in one chain
 constexpr int64_t few_corners = int64_t(1) << 18;     // that a thread holds, where they alone are

@@ -55,7 +55,7 @@ class ForwardInPlace {
       });
   }
 
-  // A register of points at a time, from some planes before the others.
+  // A register of points at a time: at all of them some planes are sampled, then the next planes.
   void by_registers(Scratch& scratch, int64_t b, int64_t group, int64_t first, int64_t points) const {
     using Reals = typename Run::Reals;
     const int64_t begin = group * problem_.group_channels(), end = begin + problem_.group_channels();

@@ -7,12 +7,12 @@
 
 namespace deformkit::sampling {
 
-// Measured by `deformkit bench --op deform_sample` with other values in their place:
+// Measured by `python benchmarks/run.py sample` with other values in their place:
 constexpr int64_t field_bytes = 16 * mib;  // of the slices that are laid out at a time
-constexpr int64_t slice_channels = 64;     // of one of them, at most
-constexpr int64_t few_channels = 8;        // fewer have their gradient added up plane by plane,
-constexpr int64_t some_channels = 16;      // and fewer are sampled so where a register of points is at a time
-constexpr int64_t planes_together = 4;     // that such a register is sampled from, before the next points
+constexpr int64_t slice_channels = 64;     // of one slice, at most
+constexpr int64_t few_channels = 8;        // the fewest that are laid out, and whose gradient is summed row by row
+constexpr int64_t some_channels = 16;      // the fewest that are laid out where points could be sampled in registers
+constexpr int64_t planes_together = 4;     // sampled at one register of points, before the next points
 constexpr int64_t seldom = 2;              // positions to a point up to which a field is laid out
 
 // Points worked on at a time: what is known of them stays in a core's first cache.

@@ -7,7 +7,7 @@
 namespace deformkit {
 namespace {
 
-// Measured by `python benchmarks/run.py ms_deform_attn deform_aggregate` with other values in their place:
+// Measured by `python benchmarks/run.py attn aggregate` with other values in their place:
 constexpr int64_t plane_bytes = 16 * mib;  // of a head's field that a thread lays out: twice that with its gradient
 constexpr int64_t seldom = 2;              // positions to a sample up to which a field is laid out
 

@@ -1,5 +1,5 @@
-// A register of points in a field that lies where it is: where their cells start, and the parts of their corners, are
-// all that is known of them. Cells at the edge of a field with zeros outside are moved inside, and their corners
+// The cells of one register of points in a field that is read in place. Only the first element of each cell and the
+// parts of its corners are kept. A cell at the edge of a field with zeros outside is moved inside, and its corners are
 // relabelled.
 #pragma once
 
@@ -35,13 +35,14 @@ class InnerCells {
   using Indices = typename Run::Indices;
   static constexpr int corners = 1 << N;
 
-  // Finds the cells of a register of points; returns false if they are not to be found here.
+  // Locates a register of points. Returns false where a point's cell leaves the field in another way than into zeros:
+  // the general sampler locates such points.
   bool find(const InnerField<N>& field, const Reals (&shift)[N]) {
     field_ = &field;
     Indices low[N], beyond{};
 #pragma GCC unroll 3
     for (int axis = 0; axis < N; ++axis) {
-      // Far enough away; and a NaN, which is beyond.
+      // A point far outside is moved to just outside, so that its cell fits an int32; so is a NaN.
       const Reals most = Reals{} + static_cast<float>(field.size[axis]), least = Reals{} - 2;
       Reals distance = shift[axis] > least ? shift[axis] : least;
       distance = distance < most ? distance : most;
@@ -107,8 +108,8 @@ class InnerCells {
     return product;
   }
 
-  // What lies at the corners of one plane. The compiler would work out the addresses of all planes before a loop over
-  // them, and keep them where it has no registers left.
+  // Reads the corners of one plane. Without the barrier the compiler computes the addresses of all planes before the
+  // loop over them, and spills them.
   template <bool kEdge>
   void read(const float* plane, Reals (&value)[corners]) const {
     asm volatile("" : : : "memory");
@@ -116,7 +117,7 @@ class InnerCells {
     for (int row = 0; row < corners / 2; ++row)
       load_pairs(plane + field_->row[row], element_, value[2 * row], value[2 * row + 1]);
     if constexpr (kEdge) {
-      // What does not count is not multiplied: it may be infinite.
+      // A corner that does not count is not multiplied: it may be infinite.
 #pragma GCC unroll 8
       for (int corner = 0; corner < corners; ++corner)
         value[corner] = reinterpret_cast<Reals>(reinterpret_cast<Indices>(value[corner]) & counts_[corner]);

@@ -7,8 +7,8 @@
 
 namespace deformkit {
 
-// Points of a head worked on at a time: they cost a block little, and stay in cache. `python benchmarks/run.py
-// ms_deform_attn deform_aggregate` measures other values.
+// Points of a head worked on at a time: so many that the work for each block counts little, and so few that they stay
+// in a core's first cache. `python benchmarks/run.py attn aggregate` measures other values.
 constexpr int64_t block_points = 512;
 
 // How many queries are worked on at a time.
