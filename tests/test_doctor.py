@@ -4,6 +4,7 @@ import math
 import subprocess
 import sys
 from importlib.util import find_spec
+from pathlib import Path
 
 import pytest
 import torch
@@ -30,6 +31,8 @@ def test_report() -> None:
     if _kernels.selection.isa:
         assert head == f"### deformkit doctor: all {len(steps)} checks passed"
         assert verdict == f"The CPU uses the C++ {_kernels.selection.isa} kernels."
+        page = Path(__file__).parents[1] / "docs/install.md"
+        assert head in page.read_text()
     else:
         assert head.endswith("passed, but slow") and _kernels.CURE in " ".join(verdict.split())
     for part in (torch.__version__, doctor.processor(), "Self-test", *(f"{name} 2-D" for name in FORWARD)):

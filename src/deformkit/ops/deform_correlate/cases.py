@@ -91,7 +91,8 @@ CASES = [
 ]
 
 BENCHMARKS = [
-    Case("2d lookup", 1, ((55, 128), (27, 64), (13, 32), (6, 16)), 7040, 1, 256, (81, 81, 81, 81), reach=0.0),
+    # An eighth of the queries of such an image: the reference in float64 holds 19 GB of corners for all of them.
+    Case("2d lookup", 1, ((55, 128), (27, 64), (13, 32), (6, 16)), 880, 1, 256, (81, 81, 81, 81), reach=0.0),
     Case("2d guided", 1, ((64, 64),), 4096, 8, 16, (9,), reach=0.0),
     Case("3d", 1, ((16, 32, 32), (8, 16, 16)), 2560, 4, 16, (4, 4), reach=0.0),
     Case("1d", 1, ((2048,), (1024,), (512,), (256,)), 2048, 8, 32, (4, 4, 4, 4), reach=0.0),
