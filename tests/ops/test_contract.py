@@ -55,7 +55,8 @@ def test_no_argument_is_a_string(name: str) -> None:
     assert "str" not in {str(argument.type) for argument in operators[name].overload._schema.arguments}
 
 
-@every_call
+# Every call is traced whole in test_compile.py.
+@one_call_each
 def test_opcheck_forward(call: Call) -> None:
     args = call.arguments()
     torch.library.opcheck(call.operator.overload, tuple(args))
@@ -64,7 +65,7 @@ def test_opcheck_forward(call: Call) -> None:
     torch.library.opcheck(call.operator.overload, tuple(args))
 
 
-@every_call
+@one_call_each
 def test_opcheck_backward(call: Call) -> None:
     args = call.backward_arguments(call.arguments())
     torch.library.opcheck(call.backward_operator.overload, tuple(args))
