@@ -30,6 +30,8 @@ autodoc_member_order = "bysource"
 autodoc_typehints = "none"
 napoleon_numpy_docstring = False
 # The first line of "Returns" is a shape, not a type.
+# Attributes are fields of the class's description; autodoc describes those with a docstring of their own.
+napoleon_use_ivar = True
 napoleon_use_rtype = False
 copybutton_prompt_text = r">>> |\.\.\. |\$ "
 copybutton_prompt_is_regexp = True

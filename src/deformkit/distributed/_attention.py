@@ -1,6 +1,7 @@
 """Attention with divided value and queries: which levels are sent to the queries, and which receive them."""
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from itertools import accumulate, pairwise
 from math import prod
 from typing import NamedTuple
@@ -19,7 +20,8 @@ from ._spatial import Division
 _WAYS = ("auto", "gather", "shard")
 
 
-class Traffic(NamedTuple):
+@dataclass(frozen=True)
+class Traffic:
     """The bytes that attention moves between ranks in its forward, and the levels for which that is least.
 
     Attributes:
