@@ -83,8 +83,8 @@ def losses(by_section: dict[str, dict[str, Any]]) -> Iterator[str]:
             each = [f"{1e6 * row['times'][OURS]:.0f} ({row['case']})" for row in rows]
             theirs = [f"{1e6 * row['times'][PLAIN]:.0f}" for row in rows]
             yield (
-                f"A deformable convolution of a tiny input takes {', '.join(each)} microseconds; the plain convolution takes "
-                f"{', '.join(theirs)}. The fixed cost of a call matters only for inputs of this size."
+                f"A deformable convolution of a tiny input takes {', '.join(each)} microseconds; the plain convolution "
+                f"takes {', '.join(theirs)}. The fixed cost of a call matters only for inputs of this size."
             )
 
 
