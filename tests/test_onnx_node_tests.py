@@ -1,4 +1,4 @@
-"""The ONNX project's own tests of ``DeformConv``: its node, our function, and our rule for OpenVINO give its results."""
+"""The ONNX project's own tests of ``DeformConv``: results of its node, our function and our rule for OpenVINO."""
 
 from collections.abc import Callable
 from pathlib import Path
