@@ -37,12 +37,11 @@ class Resized:
     def __str__(self) -> str:
         return f"{self.name}-{self.axes}d"
 
-    def dynamic_shapes(self) -> Any:
-        """What may change: all sizes that differ between two drawn arguments."""
-        auto = torch.export.Dim.AUTO
+    def dynamic_shapes(self, kind: Any = torch.export.Dim.AUTO) -> Any:
+        """What may change, as dimensions of this kind: all sizes that differ between two drawn arguments."""
         found = []
         for small, large in zip(self.draw(2, 6), self.draw(3, 9), strict=True):
-            found.append({i: auto for i, (a, b) in enumerate(zip(small.shape, large.shape, strict=True)) if a != b})
+            found.append({i: kind for i, (a, b) in enumerate(zip(small.shape, large.shape, strict=True)) if a != b})
         return (tuple(found),)
 
 
