@@ -34,7 +34,7 @@ class Tiny(nn.Module):
         bright = self.layer(images).mean((1, 2, 3))
         scores = torch.stack([bright, 1 - bright], 1)
         box = torch.tensor([[0.0, 0.0, 1.0, 1.0], [0.25, 0.5, 0.75, 1.0]])
-        return box.expand(len(images), -1, -1) + 0 * scores[..., None], scores, (scores > 0.5).long() + 3
+        return box.expand(images.shape[0], -1, -1) + 0 * scores[..., None], scores, (scores > 0.5).long() + 3
 
 
 @pytest.fixture(scope="module")

@@ -5,6 +5,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from functools import partial
 from importlib.util import find_spec
 from operator import getitem
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
@@ -66,7 +67,8 @@ def convert(
     """Convert a model with operators of deformkit to a model of OpenVINO.
 
     Two-dimensional convolutions with ``boundary="zeros"`` become ``DeformableConvolution`` of OpenVINO; all other
-    operators of deformkit become standard operations.
+    operators of deformkit become standard operations. Modules and files may have dynamic sizes. In a program, OpenVINO
+    does not follow the dynamic sizes of :func:`~deformkit.deform_splat` and :func:`~deformkit.deform_roi_pool`.
 
     Args:
         model: a module in eval mode, a program of :func:`torch.export.export`, or the path of an ONNX file.
@@ -78,7 +80,7 @@ def convert(
         An ``openvino.Model``, for ``openvino.compile_model`` or ``openvino.save_model``.
 
     Raises:
-        ImportError: the package openvino is missing, or onnx, which ONNX files need.
+        ImportError: the package openvino is missing, or onnx or onnxscript, which modules and files need.
         TypeError: ``args`` is missing for a module, or given for a program or a file.
 
     Example:
@@ -90,14 +92,22 @@ def convert(
     if isinstance(model, nn.Module):
         if args is None:
             raise TypeError("args is None; a module needs example arguments")
-        with torch.no_grad():
-            program = torch.export.export(model, tuple(args), dict(kwargs or {}), dynamic_shapes=dynamic_shapes)
-        return _convert_program(program, rules)
+        return _convert_module(model, args, kwargs, dynamic_shapes, rules)
     if args is not None or kwargs is not None or dynamic_shapes is not None:
         raise TypeError("args, kwargs and dynamic_shapes are for modules; a program or a file has its own shapes")
     if isinstance(model, ExportedProgram):
         return _convert_program(model, rules)
     return _convert_file(os.fspath(model), rules)
+
+
+def _convert_module(model: nn.Module, args: Any, kwargs: Any, dynamic_shapes: Any, rules: list[Any]) -> Any:
+    # OpenVINO follows computations with sizes in files of ONNX, and some of them alone in programs of PyTorch.
+    from .onnx import export
+
+    with TemporaryDirectory() as folder:
+        path = os.path.join(folder, "model.onnx")
+        export(model, args, path, form="standard", kwargs=kwargs, dynamic_shapes=dynamic_shapes)
+        return _convert_file(path, rules)
 
 
 def _convert_program(program: ExportedProgram, rules: list[Any]) -> Any:
@@ -114,21 +124,24 @@ def _convert_program(program: ExportedProgram, rules: list[Any]) -> Any:
 def _decomposed(operator: Operator, *args: Any) -> Any:
     if operator.name == "deform_conv" and is_standard("deform_conv", args[0].dim() - 2, args[-1]):
         # The rule needs these sizes.
-        if all(isinstance(size, int) for size in (args[0].shape[1], *args[2].shape)):
+        if all(isinstance(size, int) for size in (args[0].shape[1], args[1].shape[1], *args[2].shape)):
             return NotImplemented
     return operator.reference(*args)
 
 
 def _state_channels(graph: Graph, node: Node) -> None:
-    """Make the number of channels of a convolution's input known to OpenVINO, which knows no sizes of a program."""
-    input = node.args[0]
-    value = input.meta["val"]
+    """Make the numbers of channels and taps of a convolution known to OpenVINO, which knows no sizes of a program."""
+    aten, old = torch.ops.aten, node.args[:3]
     with graph.inserting_before(node):
-        parts = graph.call_function(torch.ops.aten.split_with_sizes.default, (input, [int(value.shape[1])], 1))
-        parts.meta["val"] = [value]
-        whole = graph.call_function(getitem, (parts, 0))
-        whole.meta["val"] = value
-    node.replace_input_with(input, whole)
+        # A split into one part fixes the size of an axis.
+        parts = [graph.call_function(aten.split_with_sizes.default, (v, [v.meta["val"].shape[1]], 1)) for v in old[:2]]
+        new = [graph.call_function(getitem, (part, 0)) for part in parts]
+        new.append(graph.call_function(aten.view.default, (old[2], list(old[2].meta["val"].shape))))
+    for part, value in zip(parts, old, strict=False):
+        part.meta["val"] = [value.meta["val"]]
+    for stated, value in zip(new, old, strict=True):
+        stated.meta["val"] = value.meta["val"]
+    node.args = (*new, *node.args[3:])
 
 
 def _convert_file(path: str, rules: list[Any]) -> Any:
