@@ -67,8 +67,8 @@ def convert(
     """Convert a model with operators of deformkit to a model of OpenVINO.
 
     Two-dimensional convolutions with ``boundary="zeros"`` become ``DeformableConvolution`` of OpenVINO; all other
-    operators of deformkit become standard operations. Modules and files may have dynamic sizes. In a program, OpenVINO
-    does not follow the dynamic sizes of :func:`~deformkit.deform_splat` and :func:`~deformkit.deform_roi_pool`.
+    operators of deformkit become standard operations. The export of a module fixes the batch of
+    :func:`~deformkit.deform_roi_pool` and the size of :func:`~deformkit.deform_splat`.
 
     Args:
         model: a module in eval mode, a program of :func:`torch.export.export`, or the path of an ONNX file.
@@ -131,7 +131,8 @@ def _decomposed(operator: Operator, *args: Any) -> Any:
 
 def _state_channels(graph: Graph, node: Node) -> None:
     """Make the numbers of channels and taps of a convolution known to OpenVINO, which knows no sizes of a program."""
-    aten, old = torch.ops.aten, node.args[:3]
+    aten = torch.ops.aten
+    old: Any = node.args[:3]
     with graph.inserting_before(node):
         # A split into one part fixes the size of an axis.
         parts = [graph.call_function(aten.split_with_sizes.default, (v, [v.meta["val"].shape[1]], 1)) for v in old[:2]]
@@ -207,15 +208,16 @@ def _deform_conv_of_onnx(node: Any) -> list[Any]:
 def _node(node: Any) -> list[Any]:
     """The rule for the node ``deformkit.deform_conv`` of ONNX."""
     sizes = [node.get_attribute(name) for name in ("stride", "padding", "dilation")]
-    inputs = [*_inputs(node), None, None][:5]
-    return _deform_conv(*inputs, *sizes, node.get_attribute("boundary"))
+    input, offset, weight, bias, mask = [*_inputs(node), None, None][:5]
+    return _deform_conv(input, offset, weight, bias, mask, sizes, node.get_attribute("boundary"))
 
 
 def _call(node: Any) -> list[Any]:
     """The rule for calls of the operator in a program of PyTorch."""
     input, offset, weight, bias, *sizes, mask, boundary = _inputs(node)
     values = [[int(v) for v in size.get_node().get_data()] for size in sizes]
-    return _deform_conv(input, offset, weight, bias, mask, *values, int(boundary.get_node().get_data()))
+    boundary = int(boundary.get_node().get_data())
+    return _deform_conv(input, offset, weight, bias, mask, values, boundary)
 
 
 def _deform_conv(
@@ -224,11 +226,10 @@ def _deform_conv(
     weight: Any,
     bias: Any,
     mask: Any,
-    stride: list[int],
-    padding: list[int],
-    dilation: list[int],
+    sizes: list[list[int]],
     boundary: int,
 ) -> list[Any]:
+    stride, padding, dilation = sizes
     if not is_standard("deform_conv", len(stride), boundary):
         raise ValueError(
             f"OpenVINO has no operation for deform_conv with {len(stride)} axes and boundary {boundary}; {_CURE}"
