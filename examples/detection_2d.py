@@ -226,7 +226,7 @@ class Detector(nn.Module):
         of_levels = zip(self.level_position, pyramid, strict=True)
         position = torch.cat([one.expand(level[0, 0].numel(), -1) for one, level in of_levels])
         anchors = torch.cat([_anchors(shape, 0.1 * 2**i) for i, shape in enumerate(shapes)])
-        anchors = anchors.to(images).expand(len(images), -1, -1)
+        anchors = anchors.to(images).expand(images.shape[0], -1, -1)
         for layer in self.encoder:
             memory = layer(memory, position, anchors[:, :, None, :2], shapes)
         logits, boxes = self.heads[0](memory, anchors)

@@ -51,9 +51,9 @@ else:
 
 
 def __getattr__(name: str) -> _ModuleType:
-    # compat stands in for whole libraries, viz draws, distributed imports DTensor, others export: imported when first
-    # asked for.
-    if name in ("compat", "distributed", "export", "onnx", "viz"):
+    # compat stands in for whole libraries, viz draws, distributed imports DTensor, others serve other libraries:
+    # imported when first asked for.
+    if name in ("compat", "distributed", "export", "hf", "onnx", "openvino", "viz"):
         from importlib import import_module
 
         return import_module(f"{__name__}.{name}")

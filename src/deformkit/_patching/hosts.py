@@ -145,7 +145,7 @@ def _locations(self: Any, query: Tensor, reference_points: Tensor, extents: Tens
     return locations.unflatten(3, (self.n_levels, self.n_points))
 
 
-def _transformers_layer(
+def transformers_layer(
     self: Any,
     value: Tensor,
     value_spatial_shapes: Tensor,
@@ -251,7 +251,7 @@ _PIXEL_DECODERS = r"transformers\.models\.(mask2former|oneformer)\..*"
 LAYERS = (
     Part(_DETR_LIKE, r"\w+MultiscaleDeformableAttention", _transformers_attention, "nn.MSDeformAttn", "attn"),
     Part(_PIXEL_DECODERS, r"\w+MultiscaleDeformableAttention", _transformers_pixel_decoder, "nn.MSDeformAttn"),
-    Part(_TRANSFORMERS, "MultiScaleDeformableAttention", _transformers_layer, "ms_deform_attn"),
+    Part(_TRANSFORMERS, "MultiScaleDeformableAttention", transformers_layer, "ms_deform_attn"),
     Part(_TORCHVISION, "DeformConv2d", "torchvision:DeformConv2d.forward", "deform_conv2d"),
     Part(_MMCV, "DeformConv2d", "mmcv:DeformConv2d.forward", "deform_conv2d"),
     Part(_MMCV, "DeformConv2dPack", "mmcv:DeformConv2dPack.forward", "deform_conv2d"),
