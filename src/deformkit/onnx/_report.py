@@ -28,16 +28,17 @@ class Report:
     def runtimes(self) -> dict[str, str]:
         """For each runtime, whether it has the operators of the file.
 
-        deformkit is tested with ONNX Runtime; what is said of the others is what they state themselves.
+        deformkit is tested with ONNX Runtime and OpenVINO; what is said of TensorRT is what it states itself.
         """
         ours = any(name.startswith("deformkit.") for name in self.operators)
         convolves, samples = "DeformConv" in self.operators, "GridSample" in self.operators
         found = {"ONNX Runtime": "yes, from 1.25 on" if convolves else "yes", "OpenVINO": "yes", "TensorRT": "yes"}
         if ours:
             found["ONNX Runtime"] = "yes, by the functions in the file unless a library has kernels for the nodes"
-            found["OpenVINO"] = found["TensorRT"] = "after onnx.inliner.inline_local_functions"
+            found["OpenVINO"] = "by deformkit.openvino.convert()"
+            found["TensorRT"] = "after onnx.inliner.inline_local_functions"
         if convolves:
-            found["OpenVINO"] = "no: it has no rule for DeformConv"
+            found["OpenVINO"] = "with the rules of deformkit.openvino.extensions()"
             found["TensorRT"] = "yes, from 10.1 on"
         if samples and self.opset >= 20:
             found["TensorRT"] = "no: it takes GridSample of opset 20 for nearest"
