@@ -13,6 +13,7 @@ import sys
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -110,8 +111,15 @@ def executorch(each: Resized, folder: Path) -> Callable[[Values], Tensor]:
     shapes = each.dynamic_shapes(largest)
     with torch.no_grad(), dk.export.decomposed():
         made = torch.export.export(each.module, each.draw(*TRACED), dynamic_shapes=shapes)
-    method = Runtime.get().load_program(to_edge(made).to_executorch().buffer).load_method("forward")
-    return lambda values: method.execute(tuple(values))[0]
+    # A method does not hold on to its program, nor that to its bytes.
+    data = to_edge(made).to_executorch().buffer
+    loaded = Runtime.get().load_program(data)
+    method = loaded.load_method("forward")
+
+    def run(values: Values, held: object) -> Tensor:
+        return method.execute(tuple(values))[0]
+
+    return partial(run, held=(data, loaded))
 
 
 def tvm(each: Resized, folder: Path) -> Callable[[Values], Tensor]:
