@@ -28,8 +28,11 @@ def ntuple(value: int | Sequence[int], axes: int, name: str, least: int) -> list
         values = [value] * axes
     else:
         try:
-            # The compiler knows the type of a symbolic int, but not its __index__.
-            values = [v if type(v) is int else int(v.__index__()) for v in value]  # type: ignore[union-attr]
+            # A size that a program of torch.export leaves open stays so.
+            values = [  # type: ignore[misc]
+                v if type(v) is int or isinstance(v, torch.SymInt) else int(v.__index__())
+                for v in value  # type: ignore[union-attr]
+            ]
         except (TypeError, AttributeError):
             raise TypeError(f"{name} is {value!r}; it must be an int or a sequence of {axes} ints") from None
         if len(values) == 1:
