@@ -24,12 +24,13 @@ FLOATING = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 def ntuple(value: int | Sequence[int], axes: int, name: str, least: int) -> list[int]:
     """Return ``value`` as a list of ``axes`` integers, each at least ``least``."""
+    values: list[Any]
     if type(value) is int:
         values = [value] * axes
     else:
         try:
             # A size that a program of torch.export leaves open stays so.
-            values = [  # type: ignore[misc]
+            values = [
                 v if type(v) is int or isinstance(v, torch.SymInt) else int(v.__index__())
                 for v in value  # type: ignore[union-attr]
             ]
