@@ -28,12 +28,10 @@ def ntuple(value: int | Sequence[int], axes: int, name: str, least: int) -> list
     if type(value) is int:
         values = [value] * axes
     else:
+        several: Any = value
         try:
             # A size that a program of torch.export leaves open stays so.
-            values = [
-                v if type(v) is int or isinstance(v, torch.SymInt) else int(v.__index__())
-                for v in value  # type: ignore[union-attr]
-            ]
+            values = [v if type(v) is int or isinstance(v, torch.SymInt) else int(v.__index__()) for v in several]
         except (TypeError, AttributeError):
             raise TypeError(f"{name} is {value!r}; it must be an int or a sequence of {axes} ints") from None
         if len(values) == 1:
