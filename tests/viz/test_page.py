@@ -50,14 +50,18 @@ def moved_over(browser: Any, point: int) -> None:
         return [box.left + layout.xaxis._offset + layout.xaxis.c2p(trace.x[arguments[0]]),
                 box.top + layout.yaxis._offset + layout.yaxis.c2p(trace.y[arguments[0]])]
     """
-    x, y = browser.execute_script(place, point)
 
     def shows(driver: Any) -> bool:
+        if driver.execute_script("return shown === element('figure').data[0].customdata[arguments[0]]", point):
+            return True
+        # The place is asked for each time: the figure may be laid out once more after the page has loaded. The figure
+        # follows the mouse after a delay, so that what it shows is looked at before the mouse moves again.
+        x, y = driver.execute_script(place, point)
         for step in (3, 0):
             actions = ActionChains(driver, duration=0)
             actions.w3c_actions.pointer_action.move_to_location(round(x) + step, round(y))
             actions.perform()
-        return driver.execute_script("return shown === element('figure').data[0].customdata[arguments[0]]", point)
+        return False
 
     WebDriverWait(browser, 60).until(shows)
 
