@@ -37,9 +37,10 @@ build: $(VENV)/.build
 demo: $(VENV)/.demo
 	$(PY) -m deformkit demo
 
-# Two tests at a time. Threads that wait for work must not spin, or each process takes the other's time.
+# Three tests at a time, for many wait for a process of their own. Threads that wait for work must not spin, or each
+# process takes the time of the others.
 test: $(VENV)/.dev
-	OMP_WAIT_POLICY=passive $(PY) -m pytest --numprocesses 2
+	OMP_WAIT_POLICY=passive $(PY) -m pytest --numprocesses 3
 
 check: $(VENV)/.dev
 	$(PY) -m ruff format --check .

@@ -18,7 +18,7 @@ SIZE, TINY = 384, 96
 
 
 def rows(names: Sequence[str], seconds: float, tiny: bool = False) -> Iterator[dict[str, Any]]:
-    """The two passes of each model; ``tiny`` has small images and few queries."""
+    """The two passes of each model; ``tiny`` has small images, few queries and one turn."""
     for name in names:
         few = {"num_queries": 20} if tiny and "former" not in name else {}
         host, arguments = build(name, **few), inputs(name, TINY if tiny else SIZE)
@@ -36,7 +36,12 @@ def rows(names: Sequence[str], seconds: float, tiny: bool = False) -> Iterator[d
                 del calls[OURS]
             about = {"operator": name, "case": name, "sizes": f"{arguments['pixel_values'].shape[-1]} pixels"}
             parts = sum(part.count for part in done.replaced)
-            yield {**about, "pass": what, "parts": parts, "rivals": timed(calls, notes, seconds, least=5)}
+            yield {
+                **about,
+                "pass": what,
+                "parts": parts,
+                "rivals": timed(calls, notes, seconds, least=1 if tiny else 5),
+            }
         for module, attribute, pair in shared:
             setattr(module, attribute, pair[1])
         deformkit.unpatch(done)

@@ -89,13 +89,10 @@ def test_half_values_with_float32_coordinates(call: Call) -> None:
 @one_plane_each
 @every_layout
 def test_any_layout(call: Call, layout: Any) -> None:
-    check(call, [layout(v) if isinstance(v, Tensor) else v for v in call.arguments()])
-
-
-@one_plane_each
-@every_layout
-def test_cotangent_of_any_layout(call: Call, layout: Any) -> None:
-    grad, *args = call.backward_arguments(call.arguments())
+    """Of the arguments and of the cotangent."""
+    args = [layout(v) if isinstance(v, Tensor) else v for v in call.arguments()]
+    assert_close(call.operator(*args), *(call.operator.reference(*a) for a in (double(args), args)), name="output")
+    grad, *args = call.backward_arguments(args)
     grad = layout(grad)
     truth = call.backward_operator.reference(grad.double(), *double(args))
     reference = call.backward_operator.reference(grad, *args)
