@@ -11,9 +11,8 @@ import shutil
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
-from functools import partial
+import warnings
+from collections.abc import Callable, Sequence
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -71,33 +70,22 @@ def compiled(each: Resized, folder: Path) -> Callable[[Values], Tensor]:
     return run
 
 
-def onnx_file(each: Resized, folder: Path) -> Path:
-    path = folder / "model.onnx"
-    dk.onnx.export(each.module, each.draw(*TRACED), path, dynamic_shapes=each.dynamic_shapes())
-    return path
-
-
-def onnx_runtime(each: Resized, folder: Path, library: str | None = None) -> Callable[[Values], Tensor]:
+def onnx_runtime(each: Resized, folder: Path) -> Callable[[Values], Tensor]:
     import onnxruntime
 
-    options = onnxruntime.SessionOptions()
-    if library is not None:
-        options.register_custom_ops_library(library)
-    session = onnxruntime.InferenceSession(onnx_file(each, folder), options)
+    path = folder / "model.onnx"
+    dk.onnx.export(each.module, each.draw(*TRACED), path, dynamic_shapes=each.dynamic_shapes())
+    session = onnxruntime.InferenceSession(path)
     names = [node.name for node in session.get_inputs()]
     return lambda values: torch.from_numpy(
         session.run(None, {n: v.numpy() for n, v in zip(names, values, strict=True)})[0]
     )
 
 
-def onnx_runtime_with_library(each: Resized, folder: Path) -> Callable[[Values], Tensor]:
-    return onnx_runtime(each, folder, dk.onnx.library())
-
-
 def openvino(each: Resized, folder: Path) -> Callable[[Values], Tensor]:
     import openvino
 
-    model = dk.openvino.convert(program(each))
+    model = dk.openvino.convert(each.module, each.draw(*TRACED), dynamic_shapes=each.dynamic_shapes())
     ready = openvino.compile_model(model, "CPU", {"INFERENCE_PRECISION_HINT": "f32"})
     return lambda values: torch.from_numpy(ready([value.numpy() for value in values])[0])
 
@@ -111,15 +99,14 @@ def executorch(each: Resized, folder: Path) -> Callable[[Values], Tensor]:
     shapes = each.dynamic_shapes(largest)
     with torch.no_grad(), dk.export.decomposed():
         made = torch.export.export(each.module, each.draw(*TRACED), dynamic_shapes=shapes)
-    # A method does not hold on to its program, nor that to its bytes.
     data = to_edge(made).to_executorch().buffer
-    loaded = Runtime.get().load_program(data)
-    method = loaded.load_method("forward")
 
-    def run(values: Values, held: object) -> Tensor:
-        return method.execute(tuple(values))[0]
+    def run(values: Values) -> Tensor:
+        # A method holds on neither to its program nor to the bytes of that.
+        loaded = Runtime.get().load_program(data)
+        return loaded.load_method("forward").execute(tuple(values))[0].clone()
 
-    return partial(run, held=(data, loaded))
+    return run
 
 
 def tvm(each: Resized, folder: Path) -> Callable[[Values], Tensor]:
@@ -142,7 +129,6 @@ RUNTIMES: dict[str, tuple[Callable[..., Callable[[Values], Tensor]], tuple[str, 
     "exported": (exported, ()),
     "AOTInductor in C++": (compiled, ()),
     "ONNX Runtime": (onnx_runtime, ("onnxruntime", "onnxscript")),
-    "ONNX Runtime, our library": (onnx_runtime_with_library, ("onnxruntime", "onnxscript")),
     "OpenVINO": (openvino, ("openvino",)),
     "ExecuTorch": (executorch, ("executorch",)),
     "TVM": (tvm, ("tvm",)),
@@ -155,8 +141,6 @@ def cell(each: Resized, runtime: str) -> dict[str, Any]:
     missing = [package for package in packages if find_spec(package) is None]
     if missing:
         return {"reason": f"not installed: {', '.join(missing)}"}
-    if runtime == "ONNX Runtime, our library" and not hasattr(dk.onnx, "library"):
-        return {"reason": "not built"}
     if runtime == "AOTInductor in C++" and shutil.which("cmake") is None:
         return {"reason": "not installed: cmake"}
     worst = 0.0
@@ -201,26 +185,17 @@ def table(results: dict[str, dict[str, Any]]) -> str:
     return text + "".join(f"\n{i}. {reason}" for i, reason in enumerate(reasons, 1)).rstrip() + "\n"
 
 
-@contextmanager
-def quiet() -> Iterator[None]:
-    import warnings
-
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        yield
-
-
-def main(names: Sequence[str], save: bool, axes: Sequence[int] = (1, 2, 3)) -> dict[str, dict[str, Any]]:
+def main(names: Sequence[str], save: bool) -> None:
     unknown = set(names) - RUNTIMES.keys()
     if unknown:
         raise SystemExit(f"unknown runtimes {sorted(unknown)}; they are {', '.join(RUNTIMES)}")
     results: dict[str, dict[str, Any]] = {}
-    with quiet():
-        for each in (call for n in axes for call in resized(n)):
-            results[str(each)] = {}
-            for name in names or RUNTIMES:
-                results[str(each)][name] = found = cell(each, name)
-                print(f"{each}: {name}: {found.get('difference', found.get('reason'))}", file=sys.stderr, flush=True)
+    warnings.simplefilter("ignore")
+    for each in (call for axes in (1, 2, 3) for call in resized(axes)):
+        results[str(each)] = {}
+        for name in names or RUNTIMES:
+            results[str(each)][name] = found = cell(each, name)
+            print(f"{each}: {name}: {found.get('difference', found.get('reason'))}", file=sys.stderr, flush=True)
     print(table(results))
     if save:
         # Runtimes may need environments of their own: what they found is kept.
@@ -230,7 +205,6 @@ def main(names: Sequence[str], save: bool, axes: Sequence[int] = (1, 2, 3)) -> d
         RESULTS.write_text(json.dumps(both, indent=1) + "\n")
         before, rest = PAGE.read_text().split(START)
         PAGE.write_text(f"{before}{START}{table(both)}{END}{rest.split(END)[1]}")
-    return results
 
 
 if __name__ == "__main__":

@@ -77,8 +77,8 @@ def losses(by_section: dict[str, dict[str, Any]]) -> Iterator[str]:
                 "Deformable attention is a small part of the time of these models."
             )
     if "overhead" in by_section:
-        rows = [row for row in by_section["overhead"]["rows"] if row["pass"] == "without gradients"]
-        rows = [row for row in rows if row["operator"] == "deform_conv" and PLAIN in row["times"]]
+        kind = ("deform_conv", "without gradients")
+        rows = [row for row in by_section["overhead"]["rows"] if (row["operator"], row["pass"]) == kind]
         if rows:
             each = [f"{1e6 * row['times'][OURS]:.0f} ({row['case']})" for row in rows]
             theirs = [f"{1e6 * row['times'][PLAIN]:.0f}" for row in rows]

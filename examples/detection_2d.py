@@ -233,8 +233,8 @@ class Detector(nn.Module):
         stages = [(logits, boxes)]
 
         best = logits.amax(-1).topk(QUERIES).indices.unsqueeze(-1)
-        query = self.query(memory.take_along_dim(best, 1))
-        boxes = boxes.take_along_dim(best, 1)
+        query = self.query(memory.gather(1, best.expand(-1, -1, memory.shape[-1])))
+        boxes = boxes.gather(1, best.expand(-1, -1, 4))
         for layer, heads in zip(self.decoder, self.heads[1:], strict=True):
             # Every layer corrects the boxes it is given, and does not answer for them.
             boxes = boxes.detach()

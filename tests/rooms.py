@@ -107,6 +107,19 @@ def representatives(each_axes: bool = True) -> list[Call]:
     return list(first.values())
 
 
+def also(name: str, without: str, with_it: str) -> pytest.MarkDecorator:
+    """The arguments ``call`` and ``name`` of a test: every representative without it, planes also with it."""
+    return pytest.mark.parametrize(
+        ("call", name),
+        [
+            pytest.param(call, slow, id=f"{call}-{with_it if slow else without}")
+            for call in representatives()
+            for slow in (False, True)
+            if not slow or call.case.axes == 2
+        ],
+    )
+
+
 def public(call: Call, args: Sequence[Any] | None = None) -> tuple[Any, dict[str, Any]]:
     """The public function of a case, and the arguments ``args`` or its own, in the types that TorchScript takes."""
     name, axes, case = call.operator.name, call.case.axes, call.case

@@ -4,8 +4,10 @@ import os
 import re
 import sys
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from importlib.util import find_spec
 from pathlib import Path
+from unittest import SkipTest
 
 import pytest
 import torch
@@ -31,13 +33,14 @@ def parsed(page: Path) -> Document:
 
 def examples() -> Iterator[object]:
     for page in PAGES:
-        for example in parsed(page).examples():
-            yield pytest.param(page, example, id=f"{page.relative_to(ROOT)}:{example.line}")
+        blocks = list(parsed(page).examples())
+        for number, example in enumerate(blocks):
+            yield pytest.param(page, blocks, number, id=f"{page.relative_to(ROOT)}:{example.line}")
 
 
 @pytest.fixture(scope="module", autouse=True)
-def _current(tmp_path_factory: pytest.TempPathFactory) -> Iterator[list[Path]]:
-    """The current page: the shims that it installs stay for its next block, and are removed before the next page.
+def _current(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[Path, int]]:
+    """The current page, and how many of its blocks have run: the shims that it installs stay until the next page.
 
     The pages run in a temporary folder, which receives the files that they write.
     """
@@ -45,21 +48,29 @@ def _current(tmp_path_factory: pytest.TempPathFactory) -> Iterator[list[Path]]:
     os.chdir(tmp_path_factory.mktemp("documents"))
     # A page may continue an example.
     sys.path.append(str(ROOT / "examples"))
-    yield (current := [])
+    yield (current := {})
     sys.path.remove(str(ROOT / "examples"))
     os.chdir(before)
     current.clear()
     compat.uninstall()
 
 
-@pytest.mark.parametrize(("page", "example"), list(examples()))
-def test_block_runs(page: Path, example: Example, _current: list[Path], capsys: pytest.CaptureFixture[str]) -> None:
-    if _current != [page]:
+@pytest.mark.parametrize(("page", "blocks", "number"), list(examples()))
+def test_block_runs(
+    page: Path, blocks: list[Example], number: int, _current: dict[Path, int], capsys: pytest.CaptureFixture[str]
+) -> None:
+    if page not in _current:
         compat.uninstall()
-        _current[:] = [page]
-    example.evaluate()
+        _current.clear()
+    # Those before it may have been the tests of another process.
+    for earlier in blocks[_current.get(page, 0) : number]:
+        with suppress(SkipTest):
+            earlier.evaluate()
+    _current[page] = number + 1
+    capsys.readouterr()
+    blocks[number].evaluate()
     printed = capsys.readouterr().out.split()
-    for lines in PRINTED.findall(str(example.parsed)):
+    for lines in PRINTED.findall(str(blocks[number].parsed)):
         expected = [word for line in lines.splitlines() for word in line.removeprefix("#").split()]
         assert " ".join(expected) in " ".join(printed)
 

@@ -65,7 +65,7 @@ print("mapping:", list(cuda), type(cuda["cuda"]).__name__)
 """
 
 
-@pytest.mark.skipif(find_spec("kernels") is None, reason="needs kernels")
+@pytest.mark.skipif(find_spec("kernels") is None, reason="needs kernels, whose many dependencies are not installed")
 def test_a_model_of_transformers_takes_the_layer_and_gives_it_back() -> None:
     pytest.importorskip("transformers")
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 import deformkit as dk
 from deformkit._testing import assert_close
+from deformkit._testing.resized import resized
 from deformkit.onnx import _translate
 from deformkit.ops._library import operators
 
@@ -73,6 +74,18 @@ def test_batch_sizes_queries_and_levels_may_be_dynamic(tmp_path: Path) -> None:
     for sizes in ((2, 9, 5, 4), (3, 17, 20, 7)):
         values = drawn(*sizes)
         assert_close(answer(path, *values), Attention()(*(v.double() for v in values)), Attention()(*values))
+
+
+@pytest.mark.parametrize("name", ["deform_splat", "deform_roi_pool"])
+def test_sizes_that_no_other_test_changes_stay_dynamic(name: str, tmp_path: Path) -> None:
+    """The size onto which is splatted, and the number of images from which RoIs are pooled."""
+    (call,) = (call for call in resized(1) if call.name == name)
+    path = tmp_path / "model.onnx"
+    dk.onnx.export(call.module, call.draw(2, 6), path, dynamic_shapes=call.dynamic_shapes())
+    values = call.draw(3, 9)
+    expected = call.module(*values)
+    truth = call.module.double()(*(v.double() for v in values))
+    assert_close(answer(path, *values), truth, expected)
 
 
 class Convolutions(nn.Module):

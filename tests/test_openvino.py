@@ -16,8 +16,6 @@ openvino: Any = pytest.importorskip("openvino")
 pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::DeprecationWarning", "ignore::UserWarning")
 
 CALLS = [each for axes in (1, 2, 3) for each in resized(axes)]
-# The export of a module fixes the batch of the one and the size of the other.
-FIXED = ("deform_roi_pool", "deform_splat")
 EXACT = {"INFERENCE_PRECISION_HINT": "f32"}
 
 
@@ -42,7 +40,7 @@ def check(model: Any, module: nn.Module, *values: Tensor) -> None:
 def test_every_operator(each: Resized) -> None:
     model = ours.convert(each.module.eval(), each.draw(2, 6), dynamic_shapes=each.dynamic_shapes())
     assert ("DeformableConvolution" in operations(model)) == (str(each) == "deform_conv-2d")
-    check(model, each.module, *each.draw(*((2, 6) if each.name in FIXED else (3, 9))))
+    check(model, each.module, *each.draw(3, 9))
 
 
 class Convolutions(nn.Module):

@@ -5,7 +5,6 @@ import signal
 import sys
 from collections.abc import Iterator
 from importlib import import_module
-from importlib.util import find_spec
 from io import BytesIO
 from pathlib import Path
 from typing import Any
@@ -17,9 +16,8 @@ from torch import Tensor, nn
 import deformkit as dk
 
 FOLDER = Path(__file__).parents[1] / "examples" / "served_detector"
-NEEDED = ("fastapi", "uvicorn", "httpx", "PIL", "onnxruntime", "onnxscript")
-MISSING = [package for package in NEEDED if find_spec(package) is None]
-pytestmark = pytest.mark.skipif(bool(MISSING), reason=f"needs {', '.join(MISSING)}")
+for package in ("fastapi", "uvicorn", "httpx", "PIL", "onnxruntime", "onnxscript"):
+    pytest.importorskip(package)
 
 
 class Tiny(nn.Module):

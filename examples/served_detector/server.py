@@ -33,13 +33,11 @@ SECONDS_TO_SEND = 10
 
 
 class Detector:
-    """The model in ONNX Runtime; ``library`` has kernels for the operators of deformkit."""
+    """The model in ONNX Runtime."""
 
-    def __init__(self, model: Path, library: Path | None = None, threads: int = 1) -> None:
+    def __init__(self, model: Path, threads: int = 1) -> None:
         options = onnxruntime.SessionOptions()
         options.intra_op_num_threads = threads
-        if library is not None:
-            options.register_custom_ops_library(str(library))
         self.session = onnxruntime.InferenceSession(str(model), options)
         self.input = self.session.get_inputs()[0]
         _, self.channels, self.height, self.width = self.input.shape
@@ -179,7 +177,6 @@ def application(detector: Detector, workers: int = 2, waiting: int = 32) -> Fast
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("model", type=Path, help="the ONNX file")
-    parser.add_argument("--library", type=Path, help="deformkit_onnxruntime.so; without it, the file's functions run")
     parser.add_argument("--host", default="127.0.0.1")
     parser.add_argument("--port", type=int, default=8000)
     parser.add_argument("--workers", type=int, default=os.cpu_count(), help="images that are answered at the same time")
@@ -187,7 +184,7 @@ def main() -> None:
     parser.add_argument("--waiting", type=int, default=32, help="images that may wait; more are refused with 503")
     given = parser.parse_args()
     Image.MAX_IMAGE_PIXELS = MOST_PIXELS
-    app = application(Detector(given.model, given.library, given.threads), given.workers, given.waiting)
+    app = application(Detector(given.model, given.threads), given.workers, given.waiting)
     uvicorn.run(app, host=given.host, port=given.port, log_level="warning", limit_concurrency=512)
 
 

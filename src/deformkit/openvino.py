@@ -67,8 +67,7 @@ def convert(
     """Convert a model with operators of deformkit to a model of OpenVINO.
 
     Two-dimensional convolutions with ``boundary="zeros"`` become ``DeformableConvolution`` of OpenVINO; all other
-    operators of deformkit become standard operations. The export of a module fixes the batch of
-    :func:`~deformkit.deform_roi_pool` and the size of :func:`~deformkit.deform_splat`.
+    operators of deformkit become standard operations.
 
     Args:
         model: a module in eval mode, a program of :func:`torch.export.export`, or the path of an ONNX file.

@@ -5,7 +5,7 @@ from typing import Any
 import pytest
 import torch
 import torch._dynamo.testing
-from rooms import CALLS, Call, double, representatives
+from rooms import CALLS, Call, also, double, representatives
 from torch import Tensor
 
 from deformkit._testing import assert_close, evaluate
@@ -81,15 +81,7 @@ def test_dynamic_shapes_compile_once(call: Call) -> None:
     assert counts == counts[:1] * 3  # 2 if the first call made a real number among the arguments constant
 
 
-@pytest.mark.parametrize(
-    ("call", "strict"),
-    [
-        pytest.param(call, strict, id=f"{call}-{'strict' if strict else 'non-strict'}")
-        for call in representatives()
-        for strict in (False, True)
-        if not strict or call.case.axes == 2
-    ],
-)
+@also("strict", "non-strict", "strict")
 def test_exports_as_one_node_with_a_dynamic_batch(call: Call, strict: bool) -> None:
     layer = Layer(call, call.arguments())
     batch = torch.export.Dim("batch", min=1, max=64)

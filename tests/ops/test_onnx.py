@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 import torch
-from rooms import Call, public, representatives
+from rooms import Call, also, public
 from torch import Tensor, nn
 
 import deformkit as dk
@@ -38,16 +38,7 @@ def answer(path: Path, values: list[Tensor]) -> Tensor:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(
-    ("call", "dynamo"),
-    [
-        pytest.param(call, dynamo, id=f"{call}-{'dynamo' if dynamo else 'trace'}")
-        for call in representatives()
-        for dynamo in (False, True)
-        # Both exporters write the same operations: the slower one is tested with planes.
-        if not dynamo or call.case.axes == 2
-    ],
-)
+@also("dynamo", "trace", "dynamo")
 def test_onnxruntime_computes_the_same(call: Call, dynamo: bool, tmp_path: Path) -> None:
     if dynamo:
         pytest.importorskip("onnxscript")

@@ -24,12 +24,14 @@ FLOATING = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 def ntuple(value: int | Sequence[int], axes: int, name: str, least: int) -> list[int]:
     """Return ``value`` as a list of ``axes`` integers, each at least ``least``."""
+    values: list[Any]
     if type(value) is int:
         values = [value] * axes
     else:
+        several: Any = value
         try:
-            # The compiler knows the type of a symbolic int, but not its __index__.
-            values = [v if type(v) is int else int(v.__index__()) for v in value]  # type: ignore[union-attr]
+            # A size that a program of torch.export leaves open stays so.
+            values = [v if type(v) is int or isinstance(v, torch.SymInt) else int(v.__index__()) for v in several]
         except (TypeError, AttributeError):
             raise TypeError(f"{name} is {value!r}; it must be an int or a sequence of {axes} ints") from None
         if len(values) == 1:

@@ -1,5 +1,7 @@
 """The position-sensitive RoI pooling of DCNv2 by the names of ``dcn_v2``."""
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 
@@ -58,23 +60,24 @@ def dcn_v2_pooling(
     )
 
 
+# The extensions take numbers in this order, by their places.
+NUMBERS = (
+    "no_trans",
+    "spatial_scale",
+    "output_dim",
+    "group_size",
+    "pooled_size",
+    "part_size",
+    "sample_per_part",
+    "trans_std",
+)
+
+
 @torch.no_grad()
-def psroi_pooling_forward(
-    input: Tensor,
-    rois: Tensor,
-    offset: Tensor,
-    no_trans: int,
-    spatial_scale: float,
-    output_dim: int,
-    group_size: int,
-    pooled_size: int,
-    part_size: int,
-    sample_per_part: int,
-    trans_std: float,
-) -> tuple[Tensor, Tensor]:
+def psroi_pooling_forward(input: Tensor, rois: Tensor, offset: Tensor, *numbers: float) -> tuple[Tensor, Tensor]:
     """The function of the extensions: the output of :func:`dcn_v2_pooling`, and what is to be given to the backward."""
-    numbers = (pooled_size, output_dim, bool(no_trans), group_size, part_size, sample_per_part, trans_std)
-    output = dcn_v2_pooling(input, rois, offset, spatial_scale, *numbers)
+    named: dict[str, Any] = dict(zip(NUMBERS, numbers, strict=True))
+    output = dcn_v2_pooling(input, rois, offset, **named)
     # The number of samples in each mean; the backward here has no use for it.
     return output, input.new_empty(0)
 
@@ -86,23 +89,16 @@ def psroi_pooling_backward(
     rois: Tensor,
     offset: Tensor,
     output_count: Tensor,
-    no_trans: int,
-    spatial_scale: float,
-    output_dim: int,
-    group_size: int,
-    pooled_size: int,
-    part_size: int,
-    sample_per_part: int,
-    trans_std: float,
+    *numbers: float,
 ) -> tuple[Tensor, Tensor]:
     """The gradients by ``input`` and ``offset``, which is 0 with ``no_trans``."""
-    numbers = (pooled_size, output_dim, bool(no_trans), group_size, part_size, sample_per_part, trans_std)
+    named: dict[str, Any] = dict(zip(NUMBERS, numbers, strict=True))
 
     def forward(input: Tensor, *moved: Tensor) -> Tensor:
-        return dcn_v2_pooling(input, rois, moved[0] if moved else offset, spatial_scale, *numbers)
+        return dcn_v2_pooling(input, rois, moved[0] if moved else offset, **named)
 
-    grads = recomputed(forward, [input] if no_trans else [input, offset], grad_output)
-    return grads[0], torch.zeros_like(offset) if no_trans else grads[1]
+    grads = recomputed(forward, [input] if named["no_trans"] else [input, offset], grad_output)
+    return grads[0], torch.zeros_like(offset) if named["no_trans"] else grads[1]
 
 
 class DCNv2Pooling(nn.Module):

@@ -7,8 +7,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..sample.gpu import Steps, largest_index, product, rule, steps, unravel
+from ..sample.gpu import Steps, product, unravel
 from ..sample.gpu_heads import Heads
+from ..sample.gpu_launch import largest_index, rule, steps
 
 
 class Settings(NamedTuple):

@@ -11,7 +11,7 @@ from triton import Config
 
 from .._shape import prod
 from ..gpu.launch import Blocks, launch, row_configs, target
-from ..sample.gpu import FieldGradient, asked_for, largest, largest_index, lifted, packed, rule, steps, strided
+from ..sample.gpu_launch import FieldGradient, asked_for, largest, largest_index, lifted, packed, rule, steps, strided
 from .gpu_kernels import (
     Groups,
     Inputs,

@@ -23,29 +23,23 @@ from ..gpu.launch import Blocks, launch, row_configs
 from ..sample.gpu import (
     Columns,
     Field,
-    FieldGradient,
     Gradient,
     Rule,
-    asked_for,
     coordinates,
     defined,
     differentiate,
     follows,
     interpolate,
-    largest,
-    largest_index,
-    lifted,
     load_parts,
     locate,
-    packed,
     positions_of,
     read_size,
     store_coordinates,
     store_parts,
-    strided,
     unravel,
     zeros,
 )
+from ..sample.gpu_launch import FieldGradient, asked_for, largest, largest_index, lifted, packed, strided
 from .reference import MOST_SAMPLES, cells_of
 
 _MOST_SAMPLES = tl.constexpr(MOST_SAMPLES)

@@ -130,7 +130,7 @@ def _pool(
     # One field of all images and groups, one after the other along the first axis; each ends in its last row twice, so
     # that the cell of a point on that row does not reach into the next one.
     field = torch.cat([input, input[:, :, -1:]], 2)
-    field = field.reshape(len(input), input.shape[1] // groups, groups * (size[0] + 1), *size[1:])
+    field = field.reshape(input.shape[0], input.shape[1] // groups, groups * (size[0] + 1), *size[1:])
     field = field.transpose(0, 1).flatten(1, 2).unsqueeze(0)
     group = group_of_bins(output_size, group_size, image.device).flatten()
     rows = (image.unsqueeze(1) * groups + group) * (size[0] + 1)

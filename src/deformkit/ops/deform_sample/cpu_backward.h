@@ -43,16 +43,10 @@ class PointsInPlace {
       : problem_(problem), input_(input), grad_(grad_output), grad_points_(grad_points) {}
 
   void run() const {
-    const int64_t blocks = problem_.blocks();
-    each(
-        problem_.batch * problem_.groups * blocks, [] { return Scratch(); },
-        [&](Scratch& scratch, int64_t item) {
-          const int64_t group = item / blocks % problem_.groups, b = item / blocks / problem_.groups;
-          const int64_t first = item % blocks * block<N>, points = std::min(block<N>, problem_.points - first);
-          scratch.points.read(coordinates_of<A>(problem_, b, group, first), points);
-          slopes_of(scratch, b, group * problem_.group_channels(), first, points);
-          scratch.write(problem_, b, group, first, points, false, grad_points_);
-        });
+    for_blocks<Scratch, A>(problem_, [&](Scratch& scratch, int64_t b, int64_t group, int64_t first, int64_t points) {
+      slopes_of(scratch, b, group * problem_.group_channels(), first, points);
+      scratch.write(problem_, b, group, first, points, false, grad_points_);
+    });
   }
 
  private:

@@ -15,18 +15,12 @@ class ForwardInPlace {
       : problem_(problem), input_(input), output_(output) {}
 
   void run() const {
-    const int64_t blocks = problem_.blocks();
-    each(
-        problem_.batch * problem_.groups * blocks, [] { return Scratch(); },
-        [&](Scratch& scratch, int64_t item) {
-          const int64_t group = item / blocks % problem_.groups, b = item / blocks / problem_.groups;
-          const int64_t first = item % blocks * block<N>, points = std::min(block<N>, problem_.points - first);
-          scratch.points.read(coordinates_of<A>(problem_, b, group, first), points);
-          if constexpr (is_usual<A, Index>) {
-            if (problem_.is_in_registers(input_)) return by_registers(scratch, b, group, first, points);
-          }
-          by_planes(scratch, b, group, first, points);
-        });
+    for_blocks<Scratch, A>(problem_, [&](Scratch& scratch, int64_t b, int64_t group, int64_t first, int64_t points) {
+      if constexpr (is_usual<A, Index>) {
+        if (problem_.is_in_registers(input_)) return by_registers(scratch, b, group, first, points);
+      }
+      by_planes(scratch, b, group, first, points);
+    });
   }
 
  private:

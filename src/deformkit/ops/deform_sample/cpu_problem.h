@@ -112,6 +112,21 @@ const A* coordinates_of(const Problem<N>& problem, int64_t batch, int64_t group,
          ((batch * problem.groups + group) * problem.points + point) * N;
 }
 
+// Calls f(scratch, batch, group, first, points) for each block of points of each group, an item of work each, when
+// scratch.points has read it. Each thread has a Scratch.
+template <typename Scratch, typename A, int N, typename F>
+void for_blocks(const Problem<N>& problem, const F& f) {
+  const int64_t blocks = problem.blocks();
+  each(
+      problem.batch * problem.groups * blocks, [] { return Scratch(); },
+      [&](Scratch& scratch, int64_t item) {
+        const int64_t group = item / blocks % problem.groups, b = item / blocks / problem.groups;
+        const int64_t first = item % blocks * block<N>, points = std::min(block<N>, problem.points - first);
+        scratch.points.read(coordinates_of<A>(problem, b, group, first), points);
+        f(scratch, b, group, first, points);
+      });
+}
+
 // Some channels of a group, and where they are laid out.
 struct Slice {
   int64_t batch, group, channel, channels, place;

@@ -9,8 +9,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..sample.gpu import largest_index, rule
 from ..sample.gpu_heads import Heads
+from ..sample.gpu_launch import largest_index, rule
 
 
 @triton.jit

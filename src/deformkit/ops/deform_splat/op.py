@@ -96,7 +96,7 @@ def _check(input: Tensor, points: Tensor, size: Sequence[int], boundary: int) ->
     if points.dim() != 4 or points.shape[-1] not in (1, 2, 3):
         raise ValueError(f"points has shape {list(points.shape)}; it must be [B, G, P, N] with 1, 2 or 3 coordinates N")
     axes = points.shape[-1]
-    if len(size) != axes or min(size) < 1:
+    if len(size) != axes or any(s < 1 for s in size):
         raise ValueError(f"size is {list(size)}; it must be {axes} ints of at least 1, one for each coordinate")
     batch, channels, count = input.shape
     if batch * channels * prod(size) > 2**62:

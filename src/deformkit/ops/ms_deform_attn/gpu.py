@@ -8,8 +8,9 @@ import triton.language as tl
 from torch import Tensor
 
 from .._shape import name_of
-from ..sample.gpu import Rule, largest_index
+from ..sample.gpu import Rule
 from ..sample.gpu_heads import Heads
+from ..sample.gpu_launch import largest_index
 
 
 @triton.jit

@@ -22,27 +22,23 @@ from ..gpu.launch import Blocks, launch, row_configs
 from .gpu import (
     Columns,
     Field,
-    FieldGradient,
     Gradient,
     Rule,
-    asked_for,
     coordinates,
     defined,
     differentiate,
     interpolate,
-    largest,
     load_parts,
     locate,
-    packed,
     read_size,
     slopes_of,
     store_coordinates,
     store_parts,
-    strided,
     tile_rows,
     total,
     zeros,
 )
+from .gpu_launch import FieldGradient, asked_for, largest, packed, strided
 
 
 @triton.jit
