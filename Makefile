@@ -7,7 +7,8 @@ EDITABLE := $(INSTALL) --no-build-isolation --editable
 # GCC or Clang under the usual names; CMakeLists.txt asks for the version.
 COMPILER := command -v $${CXX:-c++} >/dev/null || command -v g++ >/dev/null || command -v clang++ >/dev/null \
   || { echo "deformkit needs a C++ compiler, g++ 12 or newer or clang++ 15 or newer (Debian and Ubuntu: apt install g++)" >&2; exit 1; }
-NATIVE := $(wildcard src/deformkit/ops/*/*.cpp src/deformkit/ops/*/*.h packaging/*.cpp)
+FOLDERS := src/deformkit/ops/* src/deformkit/hosts src/deformkit/hosts/*
+NATIVE := $(wildcard $(FOLDERS:=/*.cpp) $(FOLDERS:=/*.h) packaging/*.cpp)
 RECENT_TORCH := import torch; assert tuple(map(int, torch.__version__.split(".")[:2])) >= (2, 10)
 TORCH_HOME := $(RECENT_TORCH); import pathlib; print(pathlib.Path(torch.__file__).parents[1])
 SITE := import sysconfig; print(sysconfig.get_path("purelib"))

@@ -11,7 +11,7 @@ import torch
 
 ROOT = Path(__file__).parent.parent
 PACKAGING = ROOT / "packaging"
-SOURCES = sorted((ROOT / "src" / "deformkit" / "ops").glob("**/*.cpp"))
+SOURCES = sorted(path for folder in ("ops", "hosts") for path in (ROOT / "src/deformkit" / folder).glob("**/*.cpp"))
 COMPILER = os.environ.get("CXX") or shutil.which("c++") or shutil.which("g++") or shutil.which("clang++")
 
 
@@ -30,7 +30,7 @@ def oldest_torch() -> Path:
 @pytest.mark.skipif(COMPILER is None, reason="needs a C++ compiler")
 @pytest.mark.parametrize("source", SOURCES, ids=lambda path: f"{path.parent.name}/{path.name}")
 def test_sources_compile_against_the_oldest_torch(source: Path, oldest_torch: Path, tmp_path: Path) -> None:
-    definitions = ["-DTORCH_TARGET_VERSION=0x020a000000000000ULL", '-DDEFORMKIT_ISA="baseline"']
+    definitions = ["-DTORCH_TARGET_VERSION=0x020a000000000000ULL", '-DDEFORMKIT_VERSION="0"']
     folders = [f"-I{ROOT / 'src/deformkit'}", f"-I{ROOT / 'src/deformkit/ops'}", "-isystem", f"{oldest_torch}/include"]
     subprocess.run([sys.executable, PACKAGING / "schemas.py", tmp_path / "schemas.inc"], check=True)
     folders.append(f"-I{tmp_path}")

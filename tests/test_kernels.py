@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 import torch
+from native_library import compiled
 
 import deformkit
 from deformkit._kernels import ISAS, LIBRARY, selection
@@ -120,6 +121,28 @@ def test_a_broken_library_is_named_and_the_next_one_loaded(chosen: dict[str, lis
     assert f"because a library of kernels does not load. deformkit_{broken}.so: " in said and "pip install" in said
     assert f"uses {f'the {isa} library' if isa else 'the slow reference'} because" in said
     assert "does not load" in reasons[broken]
+
+
+@needs_kernels
+def test_kernels_of_another_version_are_refused(tmp_path: Path) -> None:
+    (tmp_path / "lib").mkdir()
+    assert selection.library is not None and selection.isa is not None
+    shutil.copy(selection.library, tmp_path / "lib")
+    compiled("other_version", tmp_path).rename(tmp_path / "lib" / f"deformkit_{selection.isa}.so")
+    done = subprocess.run(
+        [sys.executable, "-c", CHOOSE, json.dumps({"mixed": ([str(tmp_path)], "")})], capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr
+    isa, _, _, (said,) = json.loads(done.stdout)["mixed"]
+    version = f"it is of deformkit 0.0.7, and what loads it of {deformkit.__version__}: reinstall deformkit"
+    assert isa is None and f"deformkit_{selection.isa}.so: {version}" in said
+
+
+@needs_kernels
+@pytest.mark.skipif(sys.platform != "linux", reason="looks at the library with ldd")
+def test_kernels_need_no_framework() -> None:
+    linked = subprocess.run(["ldd", str(selection.path)], capture_output=True, text=True, check=True).stdout
+    assert "libstdc++" in linked and not any(name in linked for name in ("torch", "c10", "python"))
 
 
 @needs_kernels

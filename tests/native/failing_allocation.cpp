@@ -1,4 +1,4 @@
-// Loaded before all else, this makes one chosen allocation of deformkit's kernels fail; those of others it leaves
+// Loaded before all else, this makes one chosen allocation of deformkit's libraries fail; those of others it leaves
 // alone.
 #include <dlfcn.h>
 
@@ -14,7 +14,9 @@ std::atomic<long> chosen{-1}, seen{0};  // the number of the allocation, from 1 
 bool fails(void* caller) {
   if (chosen < 0) return false;
   Dl_info info;
-  if (!dladdr(caller, &info) || !info.dli_fname || !std::strstr(info.dli_fname, "deformkit_")) return false;
+  if (!dladdr(caller, &info) || !info.dli_fname) return false;
+  const char* const slash = std::strrchr(info.dli_fname, '/');
+  if (!std::strstr(slash ? slash : info.dli_fname, "deformkit")) return false;
   return ++seen == chosen;
 }
 

@@ -1,19 +1,16 @@
 // The adjoints on the CPU: the kernels of their partners, as ops/_adjoint.py explains.
 #include <algorithm>
 
-#include "cpu/partners.h"
+#include "cpu/operators.h"
+#include "cpu/tensor.h"
 
 namespace deformkit {
 namespace {
 
 // Stands for the x of a partner F that is linear in x: has its shape, and one element of memory, which nothing reads.
 Tensor unread(const Tensor& like, const Sizes& sizes) {
-  const Tensor element = torch::stable::new_empty(like, {1});
-  const Sizes strides(sizes.size(), 0);
-  AtenTensorHandle result = nullptr;
-  TORCH_ERROR_CODE_CHECK(aoti_torch__reinterpret_tensor(element.get(), static_cast<int64_t>(sizes.size()), sizes.data(),
-                                                        strides.data(), 0, &result));
-  return Tensor(result);
+  const Tensor element = new_scratch(Sizes{1}, like.scalar_type());
+  return {element.data_ptr(), like.scalar_type(), sizes, Sizes(sizes.size(), 0), element.storage(), element.owner()};
 }
 
 // Raises unless the gradient of an output of these sizes has them, and the dtype of the input.
@@ -45,6 +42,8 @@ Sizes splat_size(const Tensor& input, const Tensor& points, const Sizes& size) {
   return result;
 }
 
+}  // namespace
+
 Tensor deform_splat(const Tensor& input, const Tensor& points, const Sizes& size, int64_t boundary) {
   const Tensor field = unread(input, splat_size(input, points, size));
   return std::get<0>(deform_sample_backward(input, field, points, boundary, 0, {true, false}));
@@ -64,6 +63,8 @@ std::tuple<Tensor, Tensor> deform_splat_backward(const Tensor& grad_output, cons
 
 // The correlation, the adjoint of attention by its weights.
 
+namespace {
+
 Sizes correlated_size(const Tensor& query, const Tensor& sampling_locations) {
   check_tensor("query", query);
   check_tensor("sampling_locations", sampling_locations);
@@ -72,6 +73,8 @@ Sizes correlated_size(const Tensor& query, const Tensor& sampling_locations) {
   result.pop_back();
   return result;
 }
+
+}  // namespace
 
 Tensor deform_correlate(const Tensor& query, const Tensor& key, const Sizes& spatial_shapes,
                         const Tensor& sampling_locations, const Sizes& num_points, int64_t mode) {
@@ -101,6 +104,8 @@ std::tuple<Tensor, Tensor, Tensor> deform_correlate_backward(const Tensor& grad_
 
 // The transposed convolution, the adjoint of the convolution.
 
+namespace {
+
 Sizes transposed_size(const Tensor& input, const Tensor& weight, const Sizes& stride, const Sizes& padding,
                       const Sizes& output_padding, int64_t groups, const Sizes& dilation) {
   check_tensor("input", input);
@@ -126,6 +131,8 @@ Sizes transposed_size(const Tensor& input, const Tensor& weight, const Sizes& st
   }
   return result;
 }
+
+}  // namespace
 
 Tensor deform_conv_transpose(const Tensor& input, const Tensor& offset, const Tensor& weight, const Sizes& stride,
                              const Sizes& padding, const Sizes& output_padding, int64_t groups, const Sizes& dilation,
@@ -153,15 +160,4 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> deform_conv_transpose_backward(
                                    boundary, {false, output_mask[1], output_mask[2], false, output_mask[3]});
   return {grad_input, grad_offset, grad_weight, grad_mask};
 }
-
-}  // namespace
 }  // namespace deformkit
-
-STABLE_TORCH_LIBRARY_IMPL(deformkit, CPU, m) {
-  m.impl("deform_splat", TORCH_BOX(&deformkit::deform_splat));
-  m.impl("deform_splat_backward", TORCH_BOX(&deformkit::deform_splat_backward));
-  m.impl("deform_correlate", TORCH_BOX(&deformkit::deform_correlate));
-  m.impl("deform_correlate_backward", TORCH_BOX(&deformkit::deform_correlate_backward));
-  m.impl("deform_conv_transpose", TORCH_BOX(&deformkit::deform_conv_transpose));
-  m.impl("deform_conv_transpose_backward", TORCH_BOX(&deformkit::deform_conv_transpose_backward));
-}

@@ -196,8 +196,9 @@ inline void add_sums(const V (&v)[4], A* out) {
 }
 
 // to[c * to_pitch + r] = from[r * from_pitch + c] for eight rows and columns.
-inline void transpose_8x8(const float* from, int64_t from_pitch, float* to, int64_t to_pitch) {
-  typedef Lanes<float, 8>::type V;
+template <typename A>
+inline void transpose_8x8(const A* from, int64_t from_pitch, A* to, int64_t to_pitch) {
+  typedef typename Lanes<A, 8>::type V;
   V row[8], next[8];
   for (int i = 0; i < 8; ++i) row[i] = read_lanes<V>(from + i * from_pitch);
   // Neighbours are interleaved: single elements, then pairs, then halves.
@@ -221,7 +222,7 @@ inline void transpose_8x8(const float* from, int64_t from_pitch, float* to, int6
 template <typename A>
 void transpose(const A* from, int64_t rows, int64_t columns, int64_t from_pitch, A* to, int64_t to_pitch) {
   int64_t row = 0;
-  if constexpr (std::is_same_v<A, float>) {
+  if constexpr (sizeof(A) <= 4) {
     for (; row + 8 <= rows; row += 8) {
       int64_t column = 0;
       for (; column + 8 <= columns; column += 8)

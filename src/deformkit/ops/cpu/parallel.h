@@ -39,19 +39,16 @@ class Turns {
   std::atomic<bool> failed_{false};
 };
 
-// Runs f(scratch, 0) ... f(scratch, items - 1) on torch's threads, with one scratch = make() for each thread. What an
-// item computes must not depend on the thread: work is divided by shape, so that results are bit-identical for any
-// number of threads. The first exception ends the work, releases waiting threads, and is thrown again.
+// Runs f(scratch, 0) ... f(scratch, items - 1) on the host's threads, with one scratch = make() for each. What an item
+// computes must not depend on the thread: work is divided by shape, so that results are bit-identical for any number of
+// threads. The first exception ends the work, releases waiting threads, and is thrown again.
 template <typename M, typename F>
 void each(int64_t items, const M& make, const F& f, Turns* turns = nullptr) {
   std::atomic<int64_t> next{0};
   std::atomic<bool> failed{false};
   std::exception_ptr failure;
-  // One range for each thread, even for a single item: libraries called from f then see a parallel region and do not
-  // start threads of their own, which could sum in another order.
-  const int64_t threads = torch::stable::get_num_threads();
-  torch::stable::parallel_for(0, threads, 1, [&](int64_t, int64_t) {
-    // torch's own parallel_for would lose the text of an exception.
+  auto work = [&] {
+    // A host's threads would lose the text of an exception.
     try {
       if (next.load() >= items) return;
       auto scratch = make();
@@ -60,7 +57,8 @@ void each(int64_t items, const M& make, const F& f, Turns* turns = nullptr) {
       if (!failed.exchange(true)) failure = std::current_exception();
       if (turns) turns->fail();
     }
-  });
+  };
+  if (items > 0) current_host->parallel(items, [](void* data) { (*static_cast<decltype(work)*>(data))(); }, &work);
   if (failure) std::rethrow_exception(failure);
 }
 

@@ -1,26 +1,12 @@
 // Views of tensors for the kernels: element types, strides, and the dispatch over dtype and number of spatial axes.
 #pragma once
 
-#include <torch/csrc/stable/library.h>
-#include <torch/csrc/stable/ops.h>
-#include <torch/csrc/stable/tensor.h>
-#include <torch/headeronly/core/ScalarType.h>
-#include <torch/headeronly/util/BFloat16.h>
-#include <torch/headeronly/util/Exception.h>
-#include <torch/headeronly/util/Half.h>
-
-#include <cstdint>
 #include <cstring>
-#include <optional>
 #include <type_traits>
-#include <vector>
+
+#include "cpu/host.h"
 
 namespace deformkit {
-
-using torch::headeronly::BFloat16;
-using torch::headeronly::Half;
-using torch::headeronly::ScalarType;
-using torch::stable::Tensor;
 
 // The type of coordinates and sums: double for double, float for everything else.
 template <typename T>
@@ -97,24 +83,23 @@ void dispatch_sums(ScalarType dtype, int64_t axes, F&& f) {
   });
 }
 
-inline std::vector<int64_t> sizes_of(const Tensor& tensor) {
+inline Sizes sizes_of(const Tensor& tensor) {
   return {tensor.sizes().begin(), tensor.sizes().end()};
 }
 
 // Raises unless a tensor has real numbers, is on the CPU, and has its memory: sharding and offloading free memory of
 // tensors that still exist.
 inline void check_tensor(const char* name, const Tensor& tensor) {
-  STD_TORCH_CHECK(tensor.is_cpu(), name, " is not on the CPU; it must be, as the other tensors are");
+  STD_TORCH_CHECK(tensor.storage().on_cpu, name, " is not on the CPU; it must be, as the other tensors are");
   const ScalarType dtype = tensor.scalar_type();
   STD_TORCH_CHECK(dtype == ScalarType::Float || dtype == ScalarType::Double || dtype == ScalarType::Half ||
                       dtype == ScalarType::BFloat16,
                   name, " must have the dtype float16, bfloat16, float32 or float64");
   if (tensor.numel() == 0) return;
-  int64_t found = 0, last = tensor.storage_offset();
-  TORCH_ERROR_CODE_CHECK(aoti_torch_get_storage_size(tensor.get(), &found));
+  int64_t last = tensor.storage().offset;
   const auto sizes = tensor.sizes(), strides = tensor.strides();
   for (size_t axis = 0; axis < sizes.size(); ++axis) last += (sizes[axis] - 1) * strides[axis];
-  const int64_t needed = (last + 1) * static_cast<int64_t>(tensor.element_size());
+  const int64_t found = tensor.storage().bytes, needed = (last + 1) * tensor.element_size();
   STD_TORCH_CHECK(found >= needed, name, " has a storage of ", found, " bytes; it must have ", needed,
                   ": it was freed or cut");
 }
@@ -138,18 +123,32 @@ inline void check_window(int64_t size, int64_t kernel, int64_t stride, int64_t p
                   "offset's spatial size does not fit the input, kernel_size, stride, padding and dilation");
 }
 
-// An uninitialised tensor like another, or one without elements if it is not requested.
-inline Tensor empty_like(const Tensor& like, bool asked) {
-  return torch::stable::new_empty(like, asked ? sizes_of(like) : std::vector<int64_t>{0});
+// An uninitialised tensor of these sizes, of the dtype of another, for an operator to return.
+inline Tensor new_result(const Tensor& like, SizesView sizes) {
+  return current_host->allocate(sizes, like.scalar_type(), true);
 }
 
-// `sums` in another dtype; the same tensor if it has that dtype.
-inline Tensor rounded(const Tensor& sums, ScalarType dtype) {
-  if (sums.scalar_type() == dtype) return sums;
-  Tensor result = torch::stable::new_empty(sums, sizes_of(sums), dtype);
-  torch::stable::copy_(result, sums);
-  return result;
+// An uninitialised tensor that no operator returns.
+inline Tensor new_scratch(SizesView sizes, ScalarType dtype) {
+  return current_host->allocate(sizes, dtype, false);
 }
+
+// A result of the sizes of another, or a tensor without elements if it is not requested.
+inline Tensor empty_like(const Tensor& like, bool asked) {
+  return asked ? new_result(like, like.sizes()) : new_scratch(Sizes{0}, like.scalar_type());
+}
+
+// Zeros of the sizes of another: a result if they have its dtype, too.
+Tensor zeros_like(const Tensor& like, ScalarType dtype);
+
+// Sets all elements of a contiguous tensor to 0.
+void set_to_zero(const Tensor& tensor);
+
+// The same tensor if it is contiguous, else a copy that is.
+Tensor contiguous(const Tensor& tensor);
+
+// `sums`, contiguous, in another dtype; the same tensor if it has that dtype.
+Tensor rounded(const Tensor& sums, ScalarType dtype);
 
 // A tensor whose spatial axes form one run of positions with a fixed stride, copied if necessary.
 class Map {
@@ -161,7 +160,7 @@ class Map {
   static Map with_heads(const Tensor& tensor) {
     const auto axes = static_cast<size_t>(tensor.dim());
     const bool dense = tensor.sizes()[axes - 1] < 2 || tensor.strides()[axes - 1] == 1;
-    Map map(dense ? tensor : torch::stable::contiguous(tensor), axes - 1, 1, axes - 2);
+    Map map(dense ? tensor : contiguous(tensor), axes - 1, 1, axes - 2);
     map.channel_stride = 1;
     map.head_stride = map.tensor_.strides()[axes - 2];
     return map;
@@ -186,7 +185,7 @@ class Map {
 
  private:
   Map(Tensor tensor, size_t channel_axis, size_t first, size_t last) : tensor_(std::move(tensor)) {
-    if (!collapses(first, last)) tensor_ = torch::stable::contiguous(tensor_);
+    if (!collapses(first, last)) tensor_ = contiguous(tensor_);
     data_ = tensor_.data_ptr();
     dtype_ = tensor_.scalar_type();
     const auto sizes = tensor_.sizes();
@@ -251,7 +250,7 @@ const A* view_run(const Map& map, int64_t batch, int64_t channel, int64_t positi
 // A contiguous tensor of any dtype to which runs of A are written.
 class Sink {
  public:
-  explicit Sink(const Tensor& tensor) : data_(tensor.mutable_data_ptr()), dtype_(tensor.scalar_type()) {}
+  explicit Sink(const Tensor& tensor) : data_(tensor.data_ptr()), dtype_(tensor.scalar_type()) {}
 
   // Stores `count` values from element `at` on, or adds them if `add`.
   template <typename A>

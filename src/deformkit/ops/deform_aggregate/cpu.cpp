@@ -1,4 +1,5 @@
 // The CPU kernels of deformable aggregation. The formula is in op.py, the sampling in sample/heads.h.
+#include "cpu/operators.h"
 #include "sample/heads.h"
 
 namespace deformkit {
@@ -50,6 +51,8 @@ Heads<N> make_heads(const Tensor& value, const Tensor& offset, const Tensor& wei
   return call;
 }
 
+}  // namespace
+
 Tensor deform_aggregate(const Tensor& value, const Tensor& offset, const Tensor& weight,
                         const std::vector<int64_t>& kernel_size, const std::vector<int64_t>& stride,
                         const std::vector<int64_t>& padding, const std::vector<int64_t>& dilation, double offset_scale,
@@ -83,10 +86,4 @@ std::tuple<Tensor, Tensor, Tensor> deform_aggregate_backward(
   });
   return results;
 }
-}  // namespace
 }  // namespace deformkit
-
-STABLE_TORCH_LIBRARY_IMPL(deformkit, CPU, m) {
-  m.impl("deform_aggregate", TORCH_BOX(&deformkit::deform_aggregate));
-  m.impl("deform_aggregate_backward", TORCH_BOX(&deformkit::deform_aggregate_backward));
-}

@@ -2,7 +2,7 @@
 // the sampler in sample/.
 #include <tuple>
 
-#include "cpu/partners.h"
+#include "cpu/operators.h"
 #include "deform_conv/cpu_backward.h"
 #include "deform_conv/cpu_forward.h"
 #include "deform_conv/cpu_planar.h"
@@ -47,17 +47,16 @@ Tensor deform_conv(const Tensor& input, const Tensor& offset, const Tensor& weig
     const Problem<N>& problem = call.problem;
     std::vector<int64_t> size{problem.batch, problem.out_channels};
     size.insert(size.end(), problem.out_size.begin(), problem.out_size.end());
-    output = torch::stable::new_empty(input, size);
+    output = new_result(input, size);
     if (problem.batch == 0) return;
-    const std::vector<A> values = bias ? values_of<A>(torch::stable::contiguous(*bias)) : std::vector<A>{};
+    const std::vector<A> values = bias ? values_of<A>(contiguous(*bias)) : std::vector<A>{};
     const int64_t bytes = sizeof(A);
     if (problem.is_planar() && problem.field() * bytes <= field_bytes)
       return forward_planar(call, values, Sink(output));
     const Cut cut = cut_field<A>(problem, problem.channels, field_bytes);
     // Sums over slices of the channels are not rounded to a half-precision output in between.
     const auto dtype = sum_dtype(input.scalar_type());
-    if (cut.channels < problem.channels && dtype != input.scalar_type())
-      output = torch::stable::new_empty(input, size, dtype);
+    if (cut.channels < problem.channels && dtype != input.scalar_type()) output = new_scratch(size, dtype);
     forward<A>(call, cut, values, Sink(output));
     output = rounded(output, input.scalar_type());
   };
@@ -89,9 +88,12 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> deform_conv_backward(
                     "grad_output must have the output's shape");
     STD_TORCH_CHECK(grad_output.scalar_type() == input.scalar_type(), "grad_output must have input's dtype");
 
-    for (int i = 0; i < 5; ++i) results[i] = empty_like(like[i] ? *like[i] : input, output_mask[i] && like[i]);
+    // Where the gradient by the input is summed up depends on the call.
+    const auto make = [&](int i, bool asked) { results[i] = empty_like(like[i] ? *like[i] : input, asked && like[i]); };
+    for (int i = 0; i < 5; ++i) make(i, i > 0 && output_mask[i]);
     if (problem.batch == 0) {
-      for (Tensor& result : results) torch::stable::zero_(result);
+      make(0, output_mask[0]);
+      for (Tensor& result : results) set_to_zero(result);
       return;
     }
     const Map grad_map(grad_output);
@@ -105,6 +107,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> deform_conv_backward(
     if (weight_wanted) gradients.weight.emplace(results[2]);
     if (mask_wanted) gradients.mask.emplace(results[4]);
     if (problem.is_planar() && problem.field() * int64_t(sizeof(A)) <= grad_field_bytes) {
+      make(0, input_wanted);
       if (input_wanted) gradients.input.emplace(results[0]);
       return PlanarBackward<A, N>(call, grad_map, gradients).run();
     }
@@ -118,10 +121,10 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> deform_conv_backward(
     });
     const auto dtype = sum_dtype(input.scalar_type());
     std::array<Tensor, 5> sums = results;
-    if (input_wanted && !whole) sums[0] = torch::stable::new_zeros(input, sizes_of(input), dtype);
+    if (input_wanted) sums[0] = whole ? empty_like(input, true) : zeros_like(input, dtype);
     for (int i : {1, 4})
       if (split && output_mask[i] && like[i] && like[i]->scalar_type() != dtype)
-        sums[i] = torch::stable::new_empty(*like[i], sizes_of(*like[i]), dtype);
+        sums[i] = new_scratch(like[i]->sizes(), dtype);
     if (input_wanted) gradients.input.emplace(sums[0]);
     if (offset_wanted) gradients.offset.emplace(sums[1]);
     if (mask_wanted) gradients.mask.emplace(sums[4]);
@@ -132,8 +135,3 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> deform_conv_backward(
   return {results[0], results[1], results[2], results[3], results[4]};
 }
 }  // namespace deformkit::conv
-
-STABLE_TORCH_LIBRARY_IMPL(deformkit, CPU, m) {
-  m.impl("deform_conv", TORCH_BOX(&deformkit::conv::deform_conv));
-  m.impl("deform_conv_backward", TORCH_BOX(&deformkit::conv::deform_conv_backward));
-}

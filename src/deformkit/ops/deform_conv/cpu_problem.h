@@ -208,7 +208,7 @@ struct Call {
 
   Call(Problem<N> p, const Tensor& input_, const Tensor& offset_, const Tensor& weight_,
        const std::optional<Tensor>& mask_)
-      : problem(std::move(p)), input(input_), offset(offset_), weight(torch::stable::contiguous(weight_)) {
+      : problem(std::move(p)), input(input_), offset(offset_), weight(contiguous(weight_)) {
     if (mask_) mask.emplace(*mask_);
   }
 };

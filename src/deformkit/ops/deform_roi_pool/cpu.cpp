@@ -1,6 +1,7 @@
 // The CPU kernels of deformable RoI pooling. The formula is in op.py, the sampler in sample/.
 #include <tuple>
 
+#include "cpu/operators.h"
 #include "deform_roi_pool/cpu_points.h"
 #include "sample/touched.h"
 
@@ -302,6 +303,8 @@ void forward(const Pooling<A, N>& problem, const Map& input, const Sink& output)
   }
 }
 
+}  // namespace
+
 Tensor deform_roi_pool(const Tensor& input, const Tensor& rois, const std::optional<Tensor>& offset,
                        const std::vector<int64_t>& output_size, double spatial_scale, int64_t sampling_ratio,
                        double gamma, const std::vector<int64_t>& group_size) {
@@ -313,7 +316,7 @@ Tensor deform_roi_pool(const Tensor& input, const Tensor& rois, const std::optio
     const Pooling<A, N> problem(input, rois, offset, output_size, spatial_scale, sampling_ratio, gamma, group_size);
     std::vector<int64_t> shape{static_cast<int64_t>(problem.rois.size()), problem.channels};
     shape.insert(shape.end(), output_size.begin(), output_size.end());
-    output = torch::stable::new_empty(input, shape);
+    output = new_result(input, shape);
     const Map map = problem.map(input);
     problem.is_wide() ? forward<A, N, int64_t>(problem, map, Sink(output))
                       : forward<A, N, int32_t>(problem, map, Sink(output));
@@ -345,12 +348,12 @@ std::tuple<Tensor, Tensor> deform_roi_pool_backward(const Tensor& grad_output, c
     grad_offset = empty_like(offset ? *offset : input, by_offset);
     const ScalarType sums = sum_dtype(input.scalar_type()), offset_dtype = grad_offset.scalar_type();
     // A sum of several slices is not rounded to half precision in between.
-    if (by_offset && offset_dtype != sums) grad_offset = torch::stable::new_empty(grad_offset, sizes_of(*offset), sums);
-    if (by_offset && problem.channels == 0) torch::stable::zero_(grad_offset);
+    if (by_offset && offset_dtype != sums) grad_offset = new_scratch(offset->sizes(), sums);
+    if (by_offset && problem.channels == 0) set_to_zero(grad_offset);
     RoiGradients gradients;
     if (by_input) gradients.input.emplace(grad_input);
     if (by_offset) gradients.offset.emplace(grad_offset);
-    const Tensor grad = torch::stable::contiguous(grad_output);
+    const Tensor grad = contiguous(grad_output);
     const Map map = problem.map(input);
     if (by_input || by_offset)
       problem.is_wide() ? Backward<A, N, int64_t>(problem, map, grad, slices, gradients).run()
@@ -359,10 +362,4 @@ std::tuple<Tensor, Tensor> deform_roi_pool_backward(const Tensor& grad_output, c
   });
   return {grad_input, grad_offset};
 }
-}  // namespace
 }  // namespace deformkit
-
-STABLE_TORCH_LIBRARY_IMPL(deformkit, CPU, m) {
-  m.impl("deform_roi_pool", TORCH_BOX(&deformkit::deform_roi_pool));
-  m.impl("deform_roi_pool_backward", TORCH_BOX(&deformkit::deform_roi_pool_backward));
-}

@@ -62,9 +62,9 @@ struct Pooling {
       STD_TORCH_CHECK(sizes_of(*offset_) == expected, "offset's shape does not fit rois and output_size");
       STD_TORCH_CHECK((offset_->scalar_type() == ScalarType::Double) == (std::is_same_v<A, double>),
                       "offset's dtype does not fit input's");
-      offset = torch::stable::contiguous(*offset_);
+      offset = contiguous(*offset_);
     }
-    read_rois(torch::stable::contiguous(rois_), shape[0], static_cast<A>(spatial_scale), sampling_ratio);
+    read_rois(contiguous(rois_), shape[0], static_cast<A>(spatial_scale), sampling_ratio);
   }
 
   // The fields of an image, of one channel of the output: one for each group, one after the other along the first axis.
@@ -77,7 +77,7 @@ struct Pooling {
   // The input as these fields.
   Map map(const Tensor& input) const {
     if (groups == 1) return Map(input);
-    Map all(torch::stable::contiguous(input));
+    Map all(contiguous(input));
     all.positions *= groups, all.channel_stride = all.positions, all.position_stride = 1;
     return all;
   }

@@ -1,5 +1,5 @@
 // Deformable sampling on the CPU: checks the call, and chooses how its field is held.
-#include "cpu/partners.h"
+#include "cpu/operators.h"
 #include "deform_sample/cpu_backward.h"
 #include "deform_sample/cpu_forward.h"
 
@@ -13,7 +13,7 @@ Tensor deform_sample(const Tensor& input, const Tensor& points, int64_t boundary
   Tensor output;
   dispatch_sums(input.scalar_type(), input.dim() - 2, [&]<typename A, int N>() {
     const Problem<N> problem(input, points, boundary, mode);
-    output = torch::stable::new_empty(input, {problem.batch, problem.channels, problem.points});
+    output = new_result(input, Sizes{problem.batch, problem.channels, problem.points});
     if (output.numel() == 0) return;
     const Map field(input);
     if (problem.is_laid_out(field, sizeof(A))) return forward_laid_out<A>(problem, field, Sink(output));
@@ -38,7 +38,7 @@ std::tuple<Tensor, Tensor> deform_sample_backward(const Tensor& grad_output, con
     STD_TORCH_CHECK(sizes_of(grad_output) == shape && grad_output.scalar_type() == input.scalar_type(),
                     "grad_output must have the output's shape and input's dtype");
     grad_input = empty_like(input, output_mask[0]), grad_points = empty_like(points, output_mask[1]);
-    const Tensor grad = torch::stable::contiguous(grad_output);
+    const Tensor grad = contiguous(grad_output);
     if (output_mask[0]) backward_by_input<A>(problem, grad, Sink(grad_input));
     // The gradient by the input alone does not read it.
     if (output_mask[1]) backward_by_points<A>(problem, Map(input), grad, Sink(grad_points));
@@ -47,8 +47,3 @@ std::tuple<Tensor, Tensor> deform_sample_backward(const Tensor& grad_output, con
 }
 
 }  // namespace deformkit
-
-STABLE_TORCH_LIBRARY_IMPL(deformkit, CPU, m) {
-  m.impl("deform_sample", TORCH_BOX(&deformkit::deform_sample));
-  m.impl("deform_sample_backward", TORCH_BOX(&deformkit::deform_sample_backward));
-}

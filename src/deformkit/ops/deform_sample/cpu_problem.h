@@ -28,7 +28,7 @@ struct Problem {
   Tensor coordinates;  // [B, G, P, N]
 
   Problem(const Tensor& input, const Tensor& points_, int64_t boundary_, int64_t mode)
-      : boundary(boundary_of(boundary_)), nearest(mode == 1), coordinates(torch::stable::contiguous(points_)) {
+      : boundary(boundary_of(boundary_)), nearest(mode == 1), coordinates(contiguous(points_)) {
     const auto sizes = sizes_of(input), shape = sizes_of(points_);
     STD_TORCH_CHECK(mode == 0 || mode == 1, "mode must be 0 (linear) or 1 (nearest)");
     STD_TORCH_CHECK(sizes.size() == N + 2 && shape.size() == 4 && shape[3] == N,

@@ -1,5 +1,5 @@
 // The CPU kernels of multi-scale deformable attention. The formula is in op.py, the sampling in sample/heads.h.
-#include "cpu/partners.h"
+#include "cpu/operators.h"
 #include "sample/heads.h"
 
 namespace deformkit {
@@ -79,8 +79,3 @@ std::tuple<Tensor, Tensor, Tensor> ms_deform_attn_backward(const Tensor& grad_ou
   return results;
 }
 }  // namespace deformkit
-
-STABLE_TORCH_LIBRARY_IMPL(deformkit, CPU, m) {
-  m.impl("ms_deform_attn", TORCH_BOX(&deformkit::ms_deform_attn));
-  m.impl("ms_deform_attn_backward", TORCH_BOX(&deformkit::ms_deform_attn_backward));
-}

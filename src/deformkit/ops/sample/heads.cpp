@@ -293,7 +293,7 @@ void dispatch_held(bool laid_out, ScalarType dtype, const F& f) {
 
 template <int N>
 Tensor attend(const Heads<N>& call, const Tensor& value) {
-  const Tensor output = torch::stable::new_empty(value, call.output_shape);
+  const Tensor output = new_result(value, call.output_shape);
   // Where samples and heads are few, the items are runs of queries, in place: that changes no bit of a sum.
   const bool laid_out = is_laid_out(call, seldom) && call.batch * call.heads >= 8;
   const bool wide = is_wide(call, laid_out ? padded(call.channels) : call.value.position_stride);
@@ -310,7 +310,7 @@ std::tuple<Tensor, Tensor, Tensor> attend_backward(Heads<N> call, const Tensor& 
   STD_TORCH_CHECK(output_mask.size() == 3, "output_mask must have 3 values");
   STD_TORCH_CHECK(sizes_of(grad_output) == call.output_shape && grad_output.scalar_type() == value.scalar_type(),
                   "grad_output must have the output's shape and dtype");
-  const Tensor grad = torch::stable::contiguous(grad_output);
+  const Tensor grad = contiguous(grad_output);
   // One item of work for each sample and head; for each level of it, where those are few.
   std::vector<Span> spans{{0, call.points, 0, call.positions}};
   if (call.batch * call.heads < 8 && call.levels.size() > 1) {
@@ -326,8 +326,8 @@ std::tuple<Tensor, Tensor, Tensor> attend_backward(Heads<N> call, const Tensor& 
   if (laid_out || !output_mask[0]) {
     grad_value = empty_like(value, output_mask[0]);
   } else {
-    grad_value = torch::stable::new_zeros(value, sizes_of(value), grad_dtype(call));
-    call.value = Map::with_heads(torch::stable::contiguous(value));
+    grad_value = zeros_like(value, grad_dtype(call));
+    call.value = Map::with_heads(contiguous(value));
   }
   HeadGradients gradients;
   if (output_mask[0]) gradients.value.emplace(grad_value);

@@ -29,7 +29,7 @@ struct Affine {
 class RowsOfHeads {
  public:
   RowsOfHeads(const Tensor& tensor, size_t inner) : tensor_(tensor) {
-    if (!has_rows(inner)) tensor_ = torch::stable::contiguous(tensor);
+    if (!has_rows(inner)) tensor_ = contiguous(tensor);
     const auto sizes = tensor_.sizes(), strides = tensor_.strides();
     const size_t head = sizes.size() - inner - 1;
     batch_stride_ = strides[0], head_stride_ = strides[head];

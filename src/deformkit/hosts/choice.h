@@ -1,0 +1,26 @@
+// The choice of the library of kernels for this processor, among those beside the library that asks.
+#pragma once
+
+#include <string>
+
+#include "cpu/kernels.h"
+
+#ifdef _WIN32
+#define DEFORMKIT_EXPORT extern "C" __declspec(dllexport)
+#else
+#define DEFORMKIT_EXPORT extern "C" __attribute__((visibility("default")))
+#endif
+
+namespace deformkit {
+
+// The kernels in use, null without any; the name of their instruction set; and why each other library is not in use:
+// lines of "isa: reason".
+struct Choice {
+  const Kernels* kernels = nullptr;
+  std::string isa, reasons;
+};
+
+// Loads the kernels when it is called first.
+const Choice& choice();
+
+}  // namespace deformkit
