@@ -10,6 +10,7 @@ last checkpoint, and so do all workers if one of them dies and torchrun was give
 import os
 import shutil
 import time
+import warnings
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
@@ -191,6 +192,8 @@ def divided(model: nn.Module, strategy: Strategy, mesh: DeviceMesh, precision: P
     if strategy is Strategy.ddp:
         return DistributedDataParallel(model)
     if strategy is Strategy.fsdp:
+        # Outputs of the heads are views of matrix products. Nothing changes them in place.
+        warnings.filterwarnings("ignore", "FSDP2-wrapped module .* returned a view")
         policy = MixedPrecisionPolicy()
         if precision is Precision.bfloat16:
             policy = MixedPrecisionPolicy(
