@@ -77,6 +77,8 @@ def _show(setting: Setting, plans: list[Plan], model: str, dtype: str) -> None:
         highlight=False,
     )
     console.print(_operators(setting))
+    if any(found.collectives for found in plans):
+        console.print(_collectives(plans))
     console.print(_strategies(plans))
     console.print(
         "Predicted, not measured: the least time at the figures of the data sheets, without latency. "
@@ -101,17 +103,27 @@ def _operators(setting: Setting) -> Table:
     return table
 
 
+def _collectives(plans: list[Plan]) -> Table:
+    right = [Column(head, justify="right") for head in ("calls", "sent")]
+    table = Table(
+        "strategy", "collective", *right, box=SIMPLE, title="What a rank sends in a step", title_justify="left"
+    )
+    for found in plans:
+        for one in found.collectives:
+            table.add_row(found.strategy, one.kind, str(one.calls), _short(one.sent, "B"))
+    return table
+
+
 def _strategies(plans: list[Plan]) -> Table:
-    heads = ("calls", "sent", "memory", "compute", "send", "step", "samples/s")
+    heads = ("sent", "memory", "compute", "send", "step", "samples/s")
     right = [Column(head, justify="right") for head in heads]
-    table = Table("strategy", *right, box=SIMPLE, title="A rank, in each step", title_justify="left")
+    table = Table("strategy", *right, box=SIMPLE, title="A step of one rank, times in ms", title_justify="left")
     for found in plans:
         table.add_row(
             found.strategy,
-            ", ".join(f"{one.calls} {one.kind}" for one in found.collectives) or "none",
             _short(sum(one.sent for one in found.collectives), "B"),
             _short(sum(found.memory.values()), "B"),
-            *(f"{1e3 * seconds:.2f} ms" for seconds in (found.compute, found.communication, found.seconds)),
+            *(f"{1e3 * seconds:.2f}" for seconds in (found.compute, found.communication, found.seconds)),
             f"{found.samples / found.seconds:.0f}",
         )
     return table
