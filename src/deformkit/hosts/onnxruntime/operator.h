@@ -74,6 +74,13 @@ Status* guarded(const Api& api, const F& f) noexcept {
   }
 }
 
+// The text of a check that failed, without the place in the source, "function, file:line, ", before it.
+inline std::string reason_of(const std::exception& error) {
+  const std::string text = error.what();
+  const size_t file = text.find(", deformkit/"), end = text.find(", ", file + 1);
+  return file == text.npos || end == text.npos ? text : text.substr(end + 2);
+}
+
 template <auto entry>
 struct Defined;
 template <typename... Args, Entry<Tensor(Args...)> Kernels::* entry>
@@ -117,7 +124,8 @@ struct Defined<entry> : Declared {
       } catch (const std::bad_alloc&) {
         throw;
       } catch (const std::exception& error) {
-        throw std::runtime_error("deformkit." + own.schema.name + ": " + error.what() + "; the call: " + given.text());
+        throw std::runtime_error("deformkit." + own.schema.name + ": " + reason_of(error) +
+                                 "; the call: " + given.text());
       }
     });
   }
