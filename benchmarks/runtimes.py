@@ -13,6 +13,7 @@ import sys
 import tempfile
 import warnings
 from collections.abc import Callable, Sequence
+from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -70,12 +71,15 @@ def compiled(each: Resized, folder: Path) -> Callable[[Values], Tensor]:
     return run
 
 
-def onnx_runtime(each: Resized, folder: Path) -> Callable[[Values], Tensor]:
+def onnx_runtime(each: Resized, folder: Path, library: bool = False) -> Callable[[Values], Tensor]:
     import onnxruntime
 
     path = folder / "model.onnx"
     dk.onnx.export(each.module, each.draw(*TRACED), path, dynamic_shapes=each.dynamic_shapes())
-    session = onnxruntime.InferenceSession(path)
+    options = onnxruntime.SessionOptions()
+    if library:
+        options.register_custom_ops_library(dk.onnx.library())
+    session = onnxruntime.InferenceSession(path, options)
     names = [node.name for node in session.get_inputs()]
     return lambda values: torch.from_numpy(
         session.run(None, {n: v.numpy() for n, v in zip(names, values, strict=True)})[0]
@@ -129,6 +133,7 @@ RUNTIMES: dict[str, tuple[Callable[..., Callable[[Values], Tensor]], tuple[str, 
     "exported": (exported, ()),
     "AOTInductor in C++": (compiled, ()),
     "ONNX Runtime": (onnx_runtime, ("onnxruntime", "onnxscript")),
+    "ONNX Runtime with our library": (partial(onnx_runtime, library=True), ("onnxruntime", "onnxscript")),
     "OpenVINO": (openvino, ("openvino",)),
     "ExecuTorch": (executorch, ("executorch",)),
     "TVM": (tvm, ("tvm",)),

@@ -1,5 +1,6 @@
 """``deformkit.onnx``: the forms of a file, and their results in ONNX Runtime."""
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -9,6 +10,7 @@ from rooms import Call, Of, representatives
 from torch import Tensor, nn
 
 import deformkit as dk
+from deformkit._kernels import selection
 from deformkit._testing import assert_close
 from deformkit._testing.resized import resized
 from deformkit.onnx import _translate
@@ -20,10 +22,22 @@ pytest.importorskip("onnxscript")
 pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::DeprecationWarning", "ignore::UserWarning")
 
 
-def answer(path: Path, *values: Tensor) -> Tensor:
-    session = onnxruntime.InferenceSession(path)
+def answer(path: Path, *values: Tensor, library: bool = False) -> Tensor:
+    options = onnxruntime.SessionOptions()
+    if library:
+        options.register_custom_ops_library(dk.onnx.library())
+    session = onnxruntime.InferenceSession(path, options)
     feeds = {node.name: value.numpy() for node, value in zip(session.get_inputs(), values, strict=True)}
     return torch.from_numpy(session.run(None, feeds)[0])
+
+
+def check_answers(path: Path, values: Sequence[Tensor], truth: Tensor, expected: Tensor) -> None:
+    """The functions in the file and, if it is built, the library give the same result."""
+    assert_close(answer(path, *values), truth, expected)
+    if selection.path is not None:
+        found = answer(path, *values, library=True)
+        assert_close(found, truth, expected)
+        assert found.dtype == expected.dtype
 
 
 def check_constants(path: Path) -> None:
@@ -49,7 +63,7 @@ def test_every_operator_is_a_node_with_a_function(call: Call, tmp_path: Path) ->
     check_constants(path)
     expected = model(*model.values)
     truth = call.operator.reference(*call.arguments(torch.float64)).reshape(expected.shape)
-    assert_close(answer(path, *model.values), truth, expected)
+    check_answers(path, model.values, truth, expected)
 
 
 class Attention(nn.Module):
@@ -73,7 +87,7 @@ def test_batch_sizes_queries_and_levels_may_be_dynamic(tmp_path: Path) -> None:
     check_constants(path)
     for sizes in ((2, 9, 5, 4), (3, 17, 20, 7)):
         values = drawn(*sizes)
-        assert_close(answer(path, *values), Attention()(*(v.double() for v in values)), Attention()(*values))
+        check_answers(path, values, Attention()(*(v.double() for v in values)), Attention()(*values))
 
 
 @pytest.mark.parametrize("name", ["deform_splat", "deform_roi_pool"])
@@ -85,7 +99,7 @@ def test_sizes_that_no_other_test_changes_stay_dynamic(name: str, tmp_path: Path
     values = call.draw(3, 9)
     expected = call.module(*values)
     truth = call.module.double()(*(v.double() for v in values))
-    assert_close(answer(path, *values), truth, expected)
+    check_answers(path, values, truth, expected)
 
 
 class Convolutions(nn.Module):
@@ -112,9 +126,8 @@ def test_convolutions(form: Any, dtype: torch.dtype, tmp_path: Path) -> None:
     report = dk.onnx.export(model, (input,), path, form=form)
     with torch.no_grad():
         expected, truth = model(input), model.double()(input.double())
-    found = answer(path, input)
-    assert found.dtype == dtype
-    assert_close(found, truth, expected)
+    assert answer(path, input).dtype == dtype
+    check_answers(path, [input], truth, expected)
     if form == "standard":
         assert report.operators["DeformConv"] == 3 and not report.inside and report.opset == 19
         assert "OpenVINO: with the rules" in str(report) and "DeformConv 3" in str(report)

@@ -1,4 +1,4 @@
-"""The ONNX project's own tests of ``DeformConv``: results of its node, our function and our rule for OpenVINO."""
+"""The ONNX project's own tests of ``DeformConv``, by its node, our function, our library and our rule for OpenVINO."""
 
 import warnings
 from collections.abc import Callable
@@ -6,12 +6,15 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
+import nodes
 import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
 
 import deformkit as dk
+from deformkit._kernels import selection
+from deformkit.ops._library import operators
 
 onnx = pytest.importorskip("onnx")
 onnxruntime = pytest.importorskip("onnxruntime")
@@ -40,9 +43,13 @@ class Convolution(nn.Module):
         self.stride, self.padding = known.get("strides", [1, 1]), pads[:2]
         self.dilation = known.get("dilations", [1, 1])
 
-    def forward(self, *values: Tensor) -> Tensor:
+    def ordered(self, *values: Tensor) -> list[Tensor | None]:
+        """Those that are given, and None for the others."""
         left = iter(values)
-        x, w, offset, b, mask = (next(left) if given else None for given in self.given)
+        return [next(left) if given else None for given in self.given]
+
+    def forward(self, *values: Tensor) -> Tensor:
+        x, w, offset, b, mask = self.ordered(*values)
         assert x is not None and w is not None and offset is not None
         return dk.deform_conv2d(x, offset, w, b, self.stride, self.padding, self.dilation, mask=mask)
 
@@ -60,6 +67,16 @@ def by_function(case: Any, values: list[Any], path: Path) -> Any:
     return session.run(None, dict(zip([i.name for i in session.get_inputs()], values, strict=True)))[0]
 
 
+def by_library(case: Any, values: list[Any], path: Path) -> Any:
+    if selection.path is None:
+        pytest.skip("no library of kernels is built")
+    (node,) = case.model.graph.node
+    module = Convolution(node)
+    x, w, offset, b, mask = module.ordered(*map(torch.from_numpy, values))
+    args = [x, offset, w, b, module.stride, module.padding, module.dilation, mask, 0]
+    return nodes.result(operators["deform_conv"], args).numpy()
+
+
 def by_openvino(case: Any, values: list[Any], path: Path) -> Any:
     openvino = pytest.importorskip("openvino")
     onnx.save(case.model, path)
@@ -67,7 +84,7 @@ def by_openvino(case: Any, values: list[Any], path: Path) -> Any:
     return model(values)[0]
 
 
-@pytest.mark.parametrize("way", [by_runtime, by_function, by_openvino], ids=lambda way: way.__name__)
+@pytest.mark.parametrize("way", [by_runtime, by_function, by_library, by_openvino], ids=lambda way: way.__name__)
 def test_node_tests(way: Callable[..., Any], tmp_path: Path, record_property: Callable[[str, object], None]) -> None:
     found, worst = cases(), 0.0
     assert {"test_basic_deform_conv_with_padding", "test_deform_conv_with_multiple_offset_groups"} <= found.keys()

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 import deformkit as dk
+from deformkit._kernels import selection
 
 FOLDER = Path(__file__).parents[1] / "examples" / "served_detector"
 for package in ("fastapi", "uvicorn", "httpx", "PIL", "onnxruntime", "onnxscript"):
@@ -47,7 +48,8 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Any, str,
     sys.path.append(str(FOLDER))
     try:
         load = import_module("load")
-        with load.served(str(path), "--workers", "1", "--waiting", "1") as (url, process):
+        library = ["--library", dk.onnx.library()] if selection.path else []
+        with load.served(str(path), "--workers", "1", "--waiting", "1", *library) as (url, process):
             yield load, url, process
     finally:
         sys.path.remove(str(FOLDER))
@@ -93,7 +95,8 @@ def test_answers_without_torch(server: tuple[Any, str, Any]) -> None:
     assert both["boxes"] == [[0, 0, 40, 20], [10, 10, 30, 20]] and both["labels"] == [4, 3]
     assert httpx.get(f"{url}/health").json() == {"status": "ok", "busy": 0, "torch": False}
     if sys.platform == "linux":
-        assert "libtorch" not in Path(f"/proc/{process.pid}/maps").read_text()
+        mapped = Path(f"/proc/{process.pid}/maps").read_text()
+        assert "libtorch" not in mapped and ("deformkit_onnxruntime.so" in mapped) == (selection.path is not None)
 
 
 def test_refuses_with_a_reason(server: tuple[Any, str, Any]) -> None:

@@ -43,7 +43,7 @@ def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_one_wheel_for_every_python(wheel: Path) -> None:
     assert "-py3-none-" in wheel.name
     names = zipfile.ZipFile(wheel).namelist()
-    libraries = {"deformkit/lib/deformkit_baseline.so", "deformkit/lib/libdeformkit.so"}
+    libraries = {f"deformkit/lib/{name}.so" for name in ("deformkit_baseline", "libdeformkit", "deformkit_onnxruntime")}
     assert (libraries | {"deformkit/lib/cmake/deformkit/deformkitConfig.cmake"}) <= set(names)
     assert not [name for name in names if name.endswith((".cpp", ".h"))]
 

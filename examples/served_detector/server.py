@@ -35,9 +35,11 @@ SECONDS_TO_SEND = 10
 class Detector:
     """The model in ONNX Runtime."""
 
-    def __init__(self, model: Path, threads: int = 1) -> None:
+    def __init__(self, model: Path, threads: int = 1, library: Path | None = None) -> None:
         options = onnxruntime.SessionOptions()
         options.intra_op_num_threads = threads
+        if library:
+            options.register_custom_ops_library(str(library))
         self.session = onnxruntime.InferenceSession(str(model), options)
         self.input = self.session.get_inputs()[0]
         _, self.channels, self.height, self.width = self.input.shape
@@ -182,9 +184,10 @@ def main() -> None:
     parser.add_argument("--workers", type=int, default=os.cpu_count(), help="images that are answered at the same time")
     parser.add_argument("--threads", type=int, default=1, help="threads for each image")
     parser.add_argument("--waiting", type=int, default=32, help="images that may wait; more are refused with 503")
+    parser.add_argument("--library", type=Path, help="deformkit_onnxruntime.so: run the model by deformkit's kernels")
     given = parser.parse_args()
     Image.MAX_IMAGE_PIXELS = MOST_PIXELS
-    app = application(Detector(given.model, given.threads), given.workers, given.waiting)
+    app = application(Detector(given.model, given.threads, given.library), given.workers, given.waiting)
     uvicorn.run(app, host=given.host, port=given.port, log_level="warning", limit_concurrency=512)
 
 

@@ -3,4 +3,5 @@
 from ._export import Form as Form
 from ._export import export as export
 from ._report import Report as Report
+from ._runtime import library as library
 from ._translate import translation_table as translation_table

@@ -1,0 +1,113 @@
+"""Times deformkit's library inside ONNX Runtime against what the runtime has itself, and against eager calls.
+
+python benchmarks/onnx_runtime.py             every case, on one thread and on two
+python benchmarks/onnx_runtime.py encoder     only cases with "encoder" in their name
+
+All take turns in one process, with the same values. Outputs are compared with eager ones first.
+"""
+
+import argparse
+import tempfile
+import warnings
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+import deformkit as dk
+from deformkit._testing import half_of_digits
+from deformkit._testing.timing import alternate
+from deformkit.onnx import Form
+from deformkit.ops._library import operators
+from deformkit.ops.deform_conv import cases as conv
+from deformkit.ops.ms_deform_attn import cases as attn
+
+FORMS: dict[str, Form] = {
+    "ours": "deformkit",
+    "DeformConv": "standard",
+    "GridSample": "gridsample",
+    "gathers": "plain",
+}
+CASES = {
+    "conv 2d 64x128x128": ("deform_conv", conv.BENCHMARKS, "2d 64x128x128", ("ours", "DeformConv", "gathers")),
+    "conv 2d 256x56x84": ("deform_conv", conv.BENCHMARKS, "2d 256x56x84", ("ours", "DeformConv", "gathers")),
+    "attention, encoder": ("ms_deform_attn", attn.BENCHMARKS, "2d encoder", ("ours", "GridSample", "gathers")),
+    "attention, decoder": ("ms_deform_attn", attn.BENCHMARKS, "2d decoder", ("ours", "GridSample", "gathers")),
+}
+
+
+class Called(nn.Module):
+    """An operator with its tensors as inputs; weights of a convolution are parameters."""
+
+    def __init__(self, name: str, args: list[Any]) -> None:
+        super().__init__()
+        self.operator, self.args = operators[name], args
+        fixed = ("weight", "bias") if name == "deform_conv" else ()
+        self.places = [
+            i for i in self.operator.tensors if args[i] is not None and operators[name].arguments[i] not in fixed
+        ]
+
+    @property
+    def values(self) -> tuple[Tensor, ...]:
+        return tuple(self.args[i] for i in self.places)
+
+    def forward(self, *values: Tensor) -> Tensor:
+        args = list(self.args)
+        for place, value in zip(self.places, values, strict=True):
+            args[place] = value
+        return self.operator(*args)
+
+
+def session(module: Called, form: str, threads: int) -> Callable[[], Any]:
+    import onnxruntime
+
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "model.onnx"
+        dk.onnx.export(module, module.values, path, form=FORMS[form])
+        options = onnxruntime.SessionOptions()
+        options.intra_op_num_threads = threads
+        if form == "ours":
+            options.register_custom_ops_library(dk.onnx.library())
+        made = onnxruntime.InferenceSession(path, options)
+    feeds = {node.name: value.numpy() for node, value in zip(made.get_inputs(), module.values, strict=True)}
+    return partial(made.run, None, feeds)
+
+
+def timed(name: str, threads: int, seconds: float) -> dict[str, float]:
+    """Seconds per call of each, the median."""
+    operator, cases, of, forms = CASES[name]
+    (case,) = (case for case in cases if case.name == of)
+    module = Called(operator, operators[operator].ordered(case.arguments()))
+    torch.set_num_threads(threads)
+    expected = module(*module.values)
+    calls: dict[str, Callable[[], Any]] = {"eager": partial(module, *module.values)}
+    for form in forms:
+        call = session(module, form, threads)
+        worst = (torch.from_numpy(call()[0]) - expected).abs().max() / expected.abs().max()
+        if worst > half_of_digits(torch.float32):
+            raise AssertionError(f"{name}, {form}: differs by {worst:.2g} of the largest value")
+        calls[form] = call
+    return {form: timing.median for form, timing in alternate(calls, seconds).items()}
+
+
+def main(names: list[str], seconds: float) -> None:
+    warnings.simplefilter("ignore")
+    for name in CASES:
+        if names and not any(each in name for each in names):
+            continue
+        for threads in (1, 2):
+            with torch.no_grad():
+                found = timed(name, threads, seconds)
+            ratios = ", ".join(f"{form} {time / found['ours']:.2f}x" for form, time in found.items() if form != "ours")
+            print(f"{name}, threads {threads}: ours {found['ours'] * 1e3:.2f} ms; {ratios}", flush=True)
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("names", nargs="*", help="all, if none is given")
+    parser.add_argument("--seconds", type=float, default=3.0, help="for each of the calls")
+    given = parser.parse_args()
+    main(given.names, given.seconds)
