@@ -29,7 +29,8 @@ help:
 	@echo "make sdist    pack the sources into dist/, and check them"
 	@echo "make headers  fetch the headers of the oldest torch that is served (79 MB); a test compiles against them"
 	@echo "make docs     build the documentation into build/docs/ (GALLERY=1 runs the examples)"
-	@echo "make sanitize make $(CALLS) random calls of kernels built with AddressSanitizer and UndefinedBehaviorSanitizer"
+	@echo "make sanitize make $(CALLS) random calls of kernels built with AddressSanitizer and UndefinedBehaviorSanitizer,"
+	@echo "              and run $(MODELS) random models with the library for ONNX Runtime"
 	@echo "make sanitize-threads  make $(CALLS) random calls of kernels built with ThreadSanitizer"
 	@echo "make clean    remove what was built; $(VENV) stays"
 
@@ -84,15 +85,19 @@ docs: $(VENV)/.docs
 
 # The sanitizers' own libraries have to be in the process first, and libstdc++ with them, whose exceptions they watch.
 CALLS := 10000
+MODELS := 2000
 SANITIZED = $(VENV)/bin/cmake -S . -B build/sanitize-$(1) -G Ninja -DCMAKE_MAKE_PROGRAM=$(abspath $(VENV)/bin/ninja) \
   -DPython_EXECUTABLE=$(abspath $(PY)) -DDEFORMKIT_SANITIZE=$(1) && $(VENV)/bin/cmake --build build/sanitize-$(1)
 LIBRARY = $$($${CXX:-g++} -print-file-name=$(1))
 FUZZ = $(PY) tests/fuzz.py --calls $(CALLS) --libraries build/sanitize-$(1)
 
+WATCHED = LD_PRELOAD="$(call LIBRARY,libasan.so) $(call LIBRARY,libubsan.so) $(call LIBRARY,libstdc++.so)" \
+  ASAN_OPTIONS=detect_leaks=0:allocator_may_return_null=1 UBSAN_OPTIONS=halt_on_error=1:print_stacktrace=1
+
 sanitize: $(VENV)/.dev
 	$(call SANITIZED,memory)
-	LD_PRELOAD="$(call LIBRARY,libasan.so) $(call LIBRARY,libubsan.so) $(call LIBRARY,libstdc++.so)" \
-	  ASAN_OPTIONS=detect_leaks=0:allocator_may_return_null=1 UBSAN_OPTIONS=halt_on_error=1:print_stacktrace=1 $(call FUZZ,memory)
+	$(WATCHED) $(call FUZZ,memory)
+	$(WATCHED) $(PY) tests/fuzz_onnxruntime.py --models $(MODELS) --library build/sanitize-memory/lib/deformkit_onnxruntime.so
 
 # Of torch, which is not compiled for it, ThreadSanitizer sees only what openmp_order.cpp reports. It needs fixed addresses.
 sanitize-threads: $(VENV)/.dev
