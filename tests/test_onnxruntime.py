@@ -54,6 +54,10 @@ def convolution(**changes: Any) -> tuple[bytes, dict[str, Any]]:
         ),
         ({"weight": torch.randn(2, 4, 3).double()}, "weight must have input's dtype; the call: input float32"),
         ({"input": torch.randn(4, 9)}, "must be 1, 2 or 3 spatial axes, not 0; the call: input float32 [4, 9]"),
+        (
+            {"offset": torch.ones(1, 1, 1, 1, 1, 1, 1, 1, 9)},
+            "deformkit.deform_conv: offset has 9 axes; it must have at most 8",
+        ),
         ({"bias": torch.zeros(3)}, "bias must have weight's output channels; the call: "),
         ({"stride": [1, 1]}, "stride, padding and dilation must have 1 values; the call: "),
         ({"boundary": 3}, "boundary must be 0 (zeros), 1 (border) or 2 (reflect); the call: "),

@@ -2,7 +2,6 @@
 // output.
 #pragma once
 
-#include <cstring>
 #include <sstream>
 #include <stdexcept>
 #include <string>
@@ -58,7 +57,7 @@ inline const char* name_of(ScalarType dtype) {
   }
 }
 
-inline Tensor tensor_of(const Api& api, const Value* value) {
+inline Tensor tensor_of(const Api& api, const std::string& name, const Value* value) {
   Shape* shape = nullptr;
   check(api, shape_of(api, value, &shape));
   const auto release = [&api](Shape* held) { release_shape(api, held); };
@@ -67,6 +66,7 @@ inline Tensor tensor_of(const Api& api, const Value* value) {
   size_t axes = 0;
   check(api, dtype_of(api, shape, &dtype));
   check(api, axes_of(api, shape, &axes));
+  STD_TORCH_CHECK(axes <= Tensor::most_axes, name, " has ", axes, " axes; it must have at most ", Tensor::most_axes);
   Sizes sizes(axes);
   check(api, ort::sizes_of(api, shape, sizes.data(), axes));
   void* data = nullptr;
@@ -103,13 +103,11 @@ class OrtHost final : public Host {
     check(api_, parallel_for(api_, context_, call, calls, calls, &given));
   }
 
-  // Writes the result of an operator, unless it is in the output already.
-  void finish(const Tensor& result) {
-    if (output_ && result.data_ptr() == result_.data_ptr() && std::ranges::equal(result.sizes(), result_.sizes()))
-      return;
-    STD_TORCH_CHECK(!output_, "the kernel returned another tensor than its result");
-    const Tensor written = allocate(result.sizes(), result.scalar_type(), true);
-    std::memcpy(written.data_ptr(), result.data_ptr(), static_cast<size_t>(written.storage().bytes));
+  // Raises unless an operator returned what it has written into the output.
+  void check_result(const Tensor& result) const {
+    STD_TORCH_CHECK(
+        output_ && result.data_ptr() == result_.data_ptr() && std::ranges::equal(result.sizes(), result_.sizes()),
+        "the kernel returned another tensor than its result");
   }
 
  private:
@@ -134,7 +132,7 @@ class Given {
       if (!schema.arguments[i].input || index++ >= count) continue;
       const Value* value = nullptr;
       check(api, input(api, context, index - 1, &value));
-      if (value) inputs_[i] = tensor_of(api, value);
+      if (value) inputs_[i] = tensor_of(api, schema.arguments[i].name, value);
     }
   }
 

@@ -81,6 +81,18 @@ inline std::string reason_of(const std::exception& error) {
   return file == text.npos || end == text.npos ? text : text.substr(end + 2);
 }
 
+// What f() returns; the reason of its error becomes text(reason).
+template <typename F, typename G>
+auto explained(const F& f, const G& text) {
+  try {
+    return f();
+  } catch (const std::bad_alloc&) {
+    throw;
+  } catch (const std::exception& error) {
+    throw std::runtime_error(text(reason_of(error)));
+  }
+}
+
 template <auto entry>
 struct Defined;
 template <typename... Args, Entry<Tensor(Args...)> Kernels::* entry>
@@ -115,18 +127,16 @@ struct Defined<entry> : Declared {
   static Status* compute_output(void* kernel, Context* context) noexcept {
     const Kernel& own = *static_cast<const Kernel*>(kernel);
     return guarded(own.api, [&] {
-      const Given given(own.api, context, own.schema, own.attributes);
-      try {
-        OrtHost host(own.api, context);
-        [&]<size_t... i>(std::index_sequence<i...>) {
-          host.finish((own.kernels.*entry).call(host, given.get<Args>(i)...));
-        }(std::index_sequence_for<Args...>());
-      } catch (const std::bad_alloc&) {
-        throw;
-      } catch (const std::exception& error) {
-        throw std::runtime_error("deformkit." + own.schema.name + ": " + reason_of(error) +
-                                 "; the call: " + given.text());
-      }
+      const auto named = [&](const std::string& reason) { return "deformkit." + own.schema.name + ": " + reason; };
+      const Given given = explained([&] { return Given(own.api, context, own.schema, own.attributes); }, named);
+      explained(
+          [&] {
+            OrtHost host(own.api, context);
+            [&]<size_t... i>(std::index_sequence<i...>) {
+              host.check_result((own.kernels.*entry).call(host, given.get<Args>(i)...));
+            }(std::index_sequence_for<Args...>());
+          },
+          [&](const std::string& reason) { return named(reason + "; the call: " + given.text()); });
     });
   }
 };
