@@ -90,7 +90,8 @@ def timed(name: str, threads: int, seconds: float) -> dict[str, float]:
         if worst > half_of_digits(torch.float32):
             raise AssertionError(f"{name}, {form}: differs by {worst:.2g} of the largest value")
         calls[form] = call
-    return {form: timing.median for form, timing in alternate(calls, seconds).items()}
+    # The threads of a session spin for a while after it has run.
+    return {form: timing.median for form, timing in alternate(calls, seconds, rest=0.1).items()}
 
 
 def main(names: list[str], seconds: float) -> None:

@@ -38,6 +38,7 @@ def alternate(
     most: int = 30,
     least: int | None = None,
     wait: Callable[[], object] | None = None,
+    rest: float = 0.0,
 ) -> dict[str, Timing]:
     """Time each call in turn, round after round, so that other load on the machine affects all of them alike.
 
@@ -47,6 +48,8 @@ def alternate(
         most: the largest number of samples.
         least: the smallest number of samples; None: five, or three of a call that takes more than a second.
         wait: waits for the device on which the calls run; None for the CPU.
+        rest: seconds in which threads that another call has left spinning go to sleep; an untimed call follows, before
+            each sample.
     """
     repeats, counts = {}, {}
     for name, call in calls.items():
@@ -64,6 +67,9 @@ def alternate(
             for name, call in calls.items():
                 # Fewer samples than rounds are spread over all the rounds.
                 if (turn + 1) * counts[name] // rounds > turn * counts[name] // rounds:
+                    if rest:
+                        time.sleep(rest)
+                        call()
                     samples[name].append(_time(call, repeats[name], wait))
     finally:
         if collecting:
