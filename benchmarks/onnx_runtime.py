@@ -19,11 +19,10 @@ from torch import Tensor, nn
 
 import deformkit as dk
 from deformkit._testing import half_of_digits
+from deformkit._testing.cases import ROOMS
 from deformkit._testing.timing import alternate
 from deformkit.onnx import Form
 from deformkit.ops._library import operators
-from deformkit.ops.deform_conv import cases as conv
-from deformkit.ops.ms_deform_attn import cases as attn
 
 FORMS: dict[str, Form] = {
     "ours": "deformkit",
@@ -31,11 +30,16 @@ FORMS: dict[str, Form] = {
     "GridSample": "gridsample",
     "gathers": "plain",
 }
+# The runtime's own operator of each, and the cases that are timed.
+OWN = {"deform_conv": "DeformConv", "ms_deform_attn": "GridSample"}
 CASES = {
-    "conv 2d 64x128x128": ("deform_conv", conv.BENCHMARKS, "2d 64x128x128", ("ours", "DeformConv", "gathers")),
-    "conv 2d 256x56x84": ("deform_conv", conv.BENCHMARKS, "2d 256x56x84", ("ours", "DeformConv", "gathers")),
-    "attention, encoder": ("ms_deform_attn", attn.BENCHMARKS, "2d encoder", ("ours", "GridSample", "gathers")),
-    "attention, decoder": ("ms_deform_attn", attn.BENCHMARKS, "2d decoder", ("ours", "GridSample", "gathers")),
+    f"{name} {case.name}": (name, case)
+    for name, chosen in (
+        ("deform_conv", ("2d 64x128x128", "2d 256x56x84")),
+        ("ms_deform_attn", ("2d encoder", "2d decoder")),
+    )
+    for case in ROOMS[name].BENCHMARKS
+    if case.name in chosen
 }
 
 
@@ -78,13 +82,12 @@ def session(module: Called, form: str, threads: int) -> Callable[[], Any]:
 
 def timed(name: str, threads: int, seconds: float) -> dict[str, float]:
     """Seconds per call of each, the median."""
-    operator, cases, of, forms = CASES[name]
-    (case,) = (case for case in cases if case.name == of)
+    operator, case = CASES[name]
     module = Called(operator, operators[operator].ordered(case.arguments()))
     torch.set_num_threads(threads)
     expected = module(*module.values)
     calls: dict[str, Callable[[], Any]] = {"eager": partial(module, *module.values)}
-    for form in forms:
+    for form in ("ours", OWN[operator], "gathers"):
         call = session(module, form, threads)
         worst = (torch.from_numpy(call()[0]) - expected).abs().max() / expected.abs().max()
         if worst > half_of_digits(torch.float32):

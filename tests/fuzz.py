@@ -445,16 +445,21 @@ def run(
 
     Without ``refuse``, all calls are valid.
     """
+    return outcomes(calls, seed, progress, lambda number: run_one(number, (number - seed) % compare_every == 0, refuse))
+
+
+def outcomes(calls: int, seed: int, progress: bool, once: Callable[[int], str]) -> dict[str, int]:
+    """Count what ``once`` returns for each of ``calls`` seeds. The first error is raised again with its seed."""
     counts: dict[str, int] = {}
     start = time.monotonic()
     for n in range(calls):
         try:
-            outcome = run_one(seed + n, n % compare_every == 0, refuse)
+            outcome = once(seed + n)
         except Exception as error:
             raise AssertionError(f"seed {seed + n}: {error}") from error
         counts[outcome] = counts.get(outcome, 0) + 1
         if progress and (n + 1) % 500 == 0:
-            print(f"{n + 1} of {calls} calls in {time.monotonic() - start:.0f} s: {counts}", flush=True)
+            print(f"{n + 1} of {calls} in {time.monotonic() - start:.0f} s: {counts}", flush=True)
     return counts
 
 

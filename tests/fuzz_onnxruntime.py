@@ -83,14 +83,11 @@ def spoil_attribute(draw: random.Random, inputs: dict[str, Any], attributes: dic
 
 def run(models: int, seed: int = 0, library: str | None = None, compare_every: int = 1) -> dict[str, int]:
     """Run random models and count their outcomes. The first wrong result raises an error with its seed."""
-    counts: dict[str, int] = {}
-    for n in range(models):
-        try:
-            outcome = run_one(seed + n, library, n % compare_every == 0)
-        except Exception as error:
-            raise AssertionError(f"seed {seed + n}: {error}") from error
-        counts[outcome] = counts.get(outcome, 0) + 1
-    return counts
+
+    def once(number: int) -> str:
+        return run_one(number, library, (number - seed) % compare_every == 0)
+
+    return fuzz.outcomes(models, seed, False, once)
 
 
 def main() -> None:

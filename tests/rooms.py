@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 import deformkit
 import deformkit.ops
+from deformkit._kernels import selection
 from deformkit._testing import assert_close, assert_equal, evaluate
 from deformkit.ops._library import Operator, operators
 from deformkit.ops._shape import CHOICES, name_of
@@ -179,6 +180,9 @@ def has_kernel(name: str) -> bool:
     """Whether there is a CPU kernel of an operator, or of the partner of an adjoint."""
     name = operators[name].partner or name
     return torch._C._dispatch_has_kernel_for_dispatch_key(f"deformkit::{name}", "CPU")
+
+
+needs_kernels = pytest.mark.skipif(selection.path is None, reason="no library of kernels is built")
 
 
 def needs_kernel(name: str) -> pytest.MarkDecorator:

@@ -12,13 +12,13 @@ from typing import Any
 import pytest
 import torch
 from native_library import compiled
+from rooms import needs_kernels
 
 import deformkit
 from deformkit._kernels import ISAS, LIBRARY, selection
 
 LEVELS = ["DEFAULT", "AVX2", "AVX512"]
 BEST = next(i for i in reversed(range(3)) if LEVELS[i] in (torch.backends.cpu.get_cpu_capability(), "DEFAULT"))
-needs_kernels = pytest.mark.skipif(selection.path is None, reason="no library of kernels is built")
 # A process in which a library was loaded cannot unload it, but copies of it choose again.
 CHOOSE = """
 import json, os, pathlib, sys, warnings
@@ -139,10 +139,14 @@ def test_kernels_of_another_version_are_refused(tmp_path: Path) -> None:
 
 
 @needs_kernels
-@pytest.mark.skipif(sys.platform != "linux", reason="looks at the library with ldd")
-def test_kernels_need_no_framework() -> None:
-    linked = subprocess.run(["ldd", str(selection.path)], capture_output=True, text=True, check=True).stdout
-    assert "libstdc++" in linked and not any(name in linked for name in ("torch", "c10", "python"))
+@pytest.mark.skipif(sys.platform != "linux", reason="ldd is a program of Linux")
+@pytest.mark.parametrize("which", ["kernels", "onnxruntime"])
+def test_libraries_need_no_framework(which: str) -> None:
+    assert selection.path is not None
+    library = selection.path if which == "kernels" else selection.path.with_name("deformkit_onnxruntime.so")
+    linked = subprocess.run(["ldd", str(library)], capture_output=True, text=True, check=True).stdout
+    assert "libstdc++" in linked
+    assert not any(name in linked for name in ("torch", "c10", "python", "libonnxruntime"))
 
 
 @needs_kernels

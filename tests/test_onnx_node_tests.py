@@ -10,10 +10,10 @@ import nodes
 import numpy as np
 import pytest
 import torch
+from rooms import needs_kernels
 from torch import Tensor, nn
 
 import deformkit as dk
-from deformkit._kernels import selection
 from deformkit.ops._library import operators
 
 onnx = pytest.importorskip("onnx")
@@ -68,8 +68,6 @@ def by_function(case: Any, values: list[Any], path: Path) -> Any:
 
 
 def by_library(case: Any, values: list[Any], path: Path) -> Any:
-    if selection.path is None:
-        pytest.skip("no library of kernels is built")
     (node,) = case.model.graph.node
     module = Convolution(node)
     x, w, offset, b, mask = module.ordered(*map(torch.from_numpy, values))
@@ -84,7 +82,10 @@ def by_openvino(case: Any, values: list[Any], path: Path) -> Any:
     return model(values)[0]
 
 
-@pytest.mark.parametrize("way", [by_runtime, by_function, by_library, by_openvino], ids=lambda way: way.__name__)
+WAYS = [by_runtime, by_function, pytest.param(by_library, marks=needs_kernels), by_openvino]
+
+
+@pytest.mark.parametrize("way", WAYS, ids=lambda way: way.__name__)
 def test_node_tests(way: Callable[..., Any], tmp_path: Path, record_property: Callable[[str, object], None]) -> None:
     found, worst = cases(), 0.0
     assert {"test_basic_deform_conv_with_padding", "test_deform_conv_with_multiple_offset_groups"} <= found.keys()

@@ -7,10 +7,8 @@ from pathlib import Path
 
 import pytest
 from native_library import compiled
+from rooms import needs_kernels
 
-from deformkit import _kernels
-
-needs_kernels = pytest.mark.skipif(_kernels.selection.isa is None, reason="no kernels")
 TESTS = Path(__file__).parents[1]
 
 FAILING = """

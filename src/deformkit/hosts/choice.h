@@ -5,12 +5,6 @@
 
 #include "cpu/kernels.h"
 
-#ifdef _WIN32
-#define DEFORMKIT_EXPORT extern "C" __declspec(dllexport)
-#else
-#define DEFORMKIT_EXPORT extern "C" __attribute__((visibility("default")))
-#endif
-
 namespace deformkit {
 
 // The kernels in use, null without any; the name of their instruction set; and why each other library is not in use:

@@ -14,10 +14,9 @@ struct Options;         // of a session
 struct Shape;           // the dtype and the sizes of a value
 struct Status;          // an error; null if there is none
 struct Value;           // an input or an output
-struct MemoryInfo;      // unused
 struct ShapeInference;  // unused
 
-enum Code : int { fail = 1, invalid_argument = 2 };
+enum Code : int { fail = 1 };
 enum Dtype : int { undefined = 0, float32 = 1, int64 = 7, float16 = 10, float64 = 11, bfloat16 = 16 };
 enum Characteristic : int { required = 0, optional = 1 };
 

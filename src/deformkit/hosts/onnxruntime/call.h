@@ -2,6 +2,7 @@
 // output.
 #pragma once
 
+#include <algorithm>
 #include <sstream>
 #include <stdexcept>
 #include <string>
@@ -23,38 +24,25 @@ inline void check(const Api& api, Status* status, const std::string& about = "")
   throw std::runtime_error(text);
 }
 
-inline ScalarType dtype_from(Dtype dtype) {
-  switch (dtype) {
-    case float16:
-      return ScalarType::Half;
-    case bfloat16:
-      return ScalarType::BFloat16;
-    case float32:
-      return ScalarType::Float;
-    case float64:
-      return ScalarType::Double;
-    case int64:
-      return ScalarType::Long;
-    default:
-      return ScalarType::Undefined;  // Kernels refuse it.
-  }
-}
+// A dtype as the runtime, as kernels and as people know it.
+struct Known {
+  Dtype dtype;
+  ScalarType ours;
+  const char* name;
+};
+constexpr Known dtypes[] = {
+    {float16, ScalarType::Half, "float16"},
+    {bfloat16, ScalarType::BFloat16, "bfloat16"},
+    {float32, ScalarType::Float, "float32"},
+    {float64, ScalarType::Double, "float64"},
+    {int64, ScalarType::Long, "int64"},
+    {undefined, ScalarType::Undefined, "of another dtype"},  // Kernels refuse it.
+};
 
-inline const char* name_of(ScalarType dtype) {
-  switch (dtype) {
-    case ScalarType::Half:
-      return "float16";
-    case ScalarType::BFloat16:
-      return "bfloat16";
-    case ScalarType::Float:
-      return "float32";
-    case ScalarType::Double:
-      return "float64";
-    case ScalarType::Long:
-      return "int64";
-    default:
-      return "of another dtype";
-  }
+// Of the dtypes, the one for which f is true, or the last.
+template <typename F>
+const Known& known_dtype(const F& f) {
+  return *std::find_if(std::begin(dtypes), std::end(dtypes) - 1, f);
 }
 
 inline Tensor tensor_of(const Api& api, const std::string& name, const Value* value) {
@@ -71,7 +59,7 @@ inline Tensor tensor_of(const Api& api, const std::string& name, const Value* va
   check(api, ort::sizes_of(api, shape, sizes.data(), axes));
   void* data = nullptr;
   check(api, data_of(api, const_cast<Value*>(value), &data));
-  return {data, dtype_from(dtype), sizes, nullptr};
+  return {data, known_dtype([&](const Known& known) { return known.dtype == dtype; }).ours, sizes, nullptr};
 }
 
 class OrtHost final : public Host {
@@ -155,7 +143,9 @@ class Given {
       out << (i ? ", " : "") << schema_.arguments[i].name << " ";
       if (schema_.arguments[i].input) {
         if (inputs_[i]) {
-          list(out << name_of(inputs_[i]->scalar_type()) << " ", inputs_[i]->sizes());
+          const ScalarType dtype = inputs_[i]->scalar_type();
+          list(out << known_dtype([&](const Known& known) { return known.ours == dtype; }).name << " ",
+               inputs_[i]->sizes());
         } else {
           out << "absent";
         }

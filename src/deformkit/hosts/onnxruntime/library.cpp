@@ -5,17 +5,13 @@
 
 #include "hosts/choice.h"
 #include "hosts/onnxruntime/operator.h"
+#include "hosts/schemas.h"
 
 DEFORMKIT_EXPORT deformkit::ort::Status* RegisterCustomOps(deformkit::ort::Options* options,
                                                            const deformkit::ort::Base* base);
 
 namespace deformkit::ort {
 namespace {
-
-// Generated from the calls of define() in ops/*/op.py by packaging/schemas.py.
-const char* const schemas[] = {
-#include "schemas.inc"
-};
 
 const Schema& schema_of(const std::string& name) {
   static const auto& parsed = *new std::vector<Schema>(std::begin(schemas), std::end(schemas));

@@ -1,7 +1,6 @@
 // An operator as ONNX Runtime knows it, for values of one dtype.
 #pragma once
 
-#include <array>
 #include <utility>
 
 #include "hosts/onnxruntime/call.h"

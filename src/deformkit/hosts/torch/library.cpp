@@ -5,6 +5,7 @@
 #include <cstdint>
 
 #include "hosts/choice.h"
+#include "hosts/schemas.h"
 #include "hosts/torch/boxed.h"
 
 #ifndef _WIN32
@@ -21,11 +22,6 @@ DEFORMKIT_EXPORT const char* deformkit_reasons();
 
 namespace {
 
-// Generated from the calls of define() in ops/*/op.py by packaging/schemas.py.
-const char* const schemas[] = {
-#include "schemas.inc"
-};
-
 // What is defined already stays: Python defines the operators itself if it finds no library when it is imported.
 void define(TorchLibraryHandle library, const char* schema) {
 #ifndef _WIN32
@@ -41,8 +37,8 @@ void define(TorchLibraryHandle library, const char* schema) {
 // The operators exist while their library object does, which is until the process ends.
 void define_all() {
   static TorchLibraryHandle library = nullptr;
-  if (aoti_torch_library_init_fragment("deformkit", "deformkit/ops/library.cpp", 0, &library) != 0) return;
-  for (const char* schema : schemas) define(library, schema);
+  if (aoti_torch_library_init_fragment("deformkit", __FILE__, __LINE__, &library) != 0) return;
+  for (const char* schema : deformkit::schemas) define(library, schema);
 }
 
 // The kernels answer while their library object lives, which is until the process ends, too.

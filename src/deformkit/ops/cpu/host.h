@@ -106,7 +106,8 @@ class Tensor {
 // What a call needs of the program that makes it.
 class Host {
  public:
-  // A contiguous tensor whose elements may be anything. `result`: an operator returns it.
+  // A contiguous tensor whose elements may be anything. `result`: an operator returns it, and has no other such tensor
+  // for the same result.
   virtual Tensor allocate(SizesView sizes, ScalarType dtype, bool result) = 0;
 
   // Calls work(data) at most `most` times, on as many threads as there are, and returns when all calls have returned. A

@@ -1,12 +1,6 @@
 // What a library of kernels exports.
 #include "cpu/kernels.h"
 
-#ifdef _WIN32
-#define DEFORMKIT_EXPORT extern "C" __declspec(dllexport)
-#else
-#define DEFORMKIT_EXPORT extern "C" __attribute__((visibility("default")))
-#endif
-
 DEFORMKIT_EXPORT const deformkit::Kernels* deformkit_kernels();
 
 const deformkit::Kernels* deformkit_kernels() {

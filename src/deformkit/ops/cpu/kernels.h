@@ -3,6 +3,13 @@
 
 #include "cpu/operators.h"
 
+// Before a function that a library exports.
+#ifdef _WIN32
+#define DEFORMKIT_EXPORT extern "C" __declspec(dllexport)
+#else
+#define DEFORMKIT_EXPORT extern "C" __attribute__((visibility("default")))
+#endif
+
 #define DEFORMKIT_OPERATORS(F)      \
   F(deform_aggregate)               \
   F(deform_aggregate_backward)      \

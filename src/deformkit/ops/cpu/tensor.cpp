@@ -108,13 +108,11 @@ Tensor contiguous(const Tensor& tensor) {
   return result;
 }
 
-Tensor rounded(const Tensor& sums, ScalarType dtype) {
-  if (sums.scalar_type() == dtype) return sums;
-  const Tensor result = current_host->allocate(sums.sizes(), dtype, true);
+void write_rounded(const Tensor& sums, const Tensor& result) {
   const Sink out(result);
   each(ceil_div(sums.numel(), piece), [&](int64_t item) {
     const int64_t begin = item * piece, count = std::min(piece, sums.numel() - begin);
-    dispatch_dtype(dtype, [&]<typename T>() {
+    dispatch_dtype(result.scalar_type(), [&]<typename T>() {
       if (sums.scalar_type() == ScalarType::Double) {
         store_run(static_cast<const double*>(sums.data_ptr()) + begin, count, out.data<T>() + begin);
       } else {
@@ -122,6 +120,12 @@ Tensor rounded(const Tensor& sums, ScalarType dtype) {
       }
     });
   });
+}
+
+Tensor rounded(const Tensor& sums, ScalarType dtype) {
+  if (sums.scalar_type() == dtype) return sums;
+  const Tensor result = current_host->allocate(sums.sizes(), dtype, true);
+  write_rounded(sums, result);
   return result;
 }
 

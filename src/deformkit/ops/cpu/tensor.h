@@ -147,6 +147,9 @@ void set_to_zero(const Tensor& tensor);
 // The same tensor if it is contiguous, else a copy that is.
 Tensor contiguous(const Tensor& tensor);
 
+// Writes contiguous `sums` to a contiguous tensor of the same sizes and of another dtype.
+void write_rounded(const Tensor& sums, const Tensor& result);
+
 // `sums`, contiguous, in another dtype; the same tensor if it has that dtype.
 Tensor rounded(const Tensor& sums, ScalarType dtype);
 

@@ -56,9 +56,10 @@ Tensor deform_conv(const Tensor& input, const Tensor& offset, const Tensor& weig
     const Cut cut = cut_field<A>(problem, problem.channels, field_bytes);
     // Sums over slices of the channels are not rounded to a half-precision output in between.
     const auto dtype = sum_dtype(input.scalar_type());
-    if (cut.channels < problem.channels && dtype != input.scalar_type()) output = new_scratch(size, dtype);
-    forward<A>(call, cut, values, Sink(output));
-    output = rounded(output, input.scalar_type());
+    const bool apart = cut.channels < problem.channels && dtype != input.scalar_type();
+    const Tensor sums = apart ? new_scratch(size, dtype) : output;
+    forward<A>(call, cut, values, Sink(sums));
+    if (apart) write_rounded(sums, output);
   };
   dispatch_sums(input.scalar_type(), input.dim() - 2, run);
   return output;
