@@ -10,6 +10,7 @@ from typing import Any
 
 import fuzz
 import nodes
+import random_calls
 import torch
 from torch import Tensor
 
@@ -23,11 +24,11 @@ def run_one(seed: int, library: str | None = None, compare: bool = True) -> str:
 
     draw = random.Random(seed)
     torch.manual_seed(seed)
-    name = draw.choice(list(fuzz.GENERATORS))
-    call, operator = fuzz.GENERATORS[name](draw), operators[name]
+    name = draw.choice(list(random_calls.GENERATORS))
+    call, operator = random_calls.GENERATORS[name](draw), operators[name]
     args, hostile = nodes.as_stored(call.args), draw.random() < 0.7
     if hostile and draw.random() < 0.4:
-        args = fuzz.spoil(draw, args)
+        args = random_calls.spoil(draw, args)
     inputs, attributes = nodes.inputs_of(operator, args), nodes.attributes_of(operator, args)
     result = args[0].dtype
     if hostile:

@@ -1,4 +1,5 @@
 import fuzz
+import random_calls
 
 from deformkit.ops._library import operators
 
@@ -9,4 +10,4 @@ def test_random_calls() -> None:
 
 
 def test_every_operator_has_a_generator() -> None:
-    assert set(fuzz.GENERATORS) == {name for name in operators if not name.endswith("_backward")}
+    assert set(random_calls.GENERATORS) == {name for name in operators if not name.endswith("_backward")}

@@ -3,9 +3,9 @@
 import random
 from typing import Any
 
-import fuzz
 import hypothesis.strategies as st
 import pytest
+import random_calls
 import torch
 from hypothesis import given, settings
 from rooms import CALLS, Call, check, check_bits, needs_kernel
@@ -46,7 +46,7 @@ def test_the_scalar_products_are_equal(name: str) -> None:
     @given(st.integers(0, 2**31 - 1))
     def law(seed: int) -> None:
         torch.manual_seed(seed)
-        call = fuzz.GENERATORS[name](random.Random(seed))
+        call = random_calls.GENERATORS[name](random.Random(seed))
         args = [v.double().nan_to_num(0.25, 3e9, -3e9) if isinstance(v, Tensor) else v for v in call.args]
         named = dict(zip(operators[name].arguments, args, strict=True))
         for choice in CHOICES.keys() & named.keys():

@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 
 import fuzz
 import pytest
+import random_calls
 import torch
 from rooms import CALLS, LAYOUTS, Call, check, double, representatives
 from torch import Tensor
@@ -143,7 +144,8 @@ def test_special_coordinates(call: Call, deterministic: bool) -> None:
     args = call.arguments()
     for i in call.operator.coordinates:
         if args[i] is not None and call.operator.arguments[i] != "rois":
-            values = torch.tensor((*fuzz.WILD, torch.nan))[torch.randint(len(fuzz.WILD) + 1, args[i].shape)]
+            wild = torch.tensor((*random_calls.WILD, torch.nan))
+            values = wild[torch.randint(len(wild), args[i].shape)]
             args[i] = torch.where(torch.rand(args[i].shape) < 0.2, values, args[i])
     check(call, args)
 

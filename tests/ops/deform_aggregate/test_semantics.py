@@ -3,8 +3,8 @@
 from dataclasses import replace
 from typing import Any
 
-import fuzz
 import pytest
+import random_calls
 import torch
 from rooms import CALLS, Call, check, check_survives
 from torch import Tensor
@@ -54,7 +54,7 @@ def test_nan_offset_is_visible_and_local(axes: int, boundary: str) -> None:
 
 
 @every_case
-@pytest.mark.parametrize("specials", [fuzz.WILD, (*fuzz.WILD, torch.nan)], ids=["far", "far and nan"])
+@pytest.mark.parametrize("specials", [random_calls.WILD, (*random_calls.WILD, torch.nan)], ids=["far", "far and nan"])
 def test_special_offsets_agree_with_the_reference(call: Call, specials: tuple[float, ...]) -> None:
     named = call.case.arguments()
     values = torch.tensor(specials)[torch.randint(len(specials), named["offset"].shape)]

@@ -2,8 +2,8 @@
 
 from typing import Any
 
-import fuzz
 import pytest
+import random_calls
 import torch
 from rooms import CALLS, Call, check, check_survives
 from torch import Tensor
@@ -241,7 +241,7 @@ def test_a_bin_moved_far_away_is_zero(axes: int, far: float) -> None:
 
 
 @pytest.mark.parametrize("call", [c for c in OURS if c.case.with_offset], ids=lambda c: c.case.name)
-@pytest.mark.parametrize("specials", [fuzz.WILD, (*fuzz.WILD, torch.nan)], ids=["far", "far and nan"])
+@pytest.mark.parametrize("specials", [random_calls.WILD, (*random_calls.WILD, torch.nan)], ids=["far", "far and nan"])
 def test_special_offsets_agree_with_the_reference(call: Call, specials: tuple[float, ...]) -> None:
     args = call.arguments()
     values = torch.tensor(specials)[torch.randint(len(specials), args[2].shape)]

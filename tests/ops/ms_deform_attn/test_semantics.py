@@ -3,8 +3,8 @@
 import math
 from typing import Any
 
-import fuzz
 import pytest
+import random_calls
 import torch
 from rooms import CALLS, Call, check, check_survives
 from torch import Tensor
@@ -171,7 +171,7 @@ def test_a_nan_location_shows_even_with_weight_zero(axes: int) -> None:
 
 @modes
 @every_case
-@pytest.mark.parametrize("specials", [fuzz.WILD, (*fuzz.WILD, torch.nan)], ids=["far", "far and nan"])
+@pytest.mark.parametrize("specials", [random_calls.WILD, (*random_calls.WILD, torch.nan)], ids=["far", "far and nan"])
 def test_special_locations_agree_with_the_reference(call: Call, specials: tuple[float, ...], mode: str) -> None:
     args = call.arguments()
     args[-1] = code_of("mode", mode)
