@@ -121,7 +121,7 @@ $(VENV)/.torch:
 	  home=$$($(PYTHON) -c '$(TORCH_HOME)' 2>/dev/null) || home=; \
 	  $(PYTHON) -m venv $${home:+--system-site-packages} $(VENV) || exit 1; \
 	  test -z "$$home" || $(PY) -c '$(RECENT_TORCH)' 2>/dev/null || echo "$$home" > "$$($(PY) -c '$(SITE)')/torch_home.pth"; }
-	@$(PY) -c '$(RECENT_TORCH)' 2>/dev/null || $(INSTALL) torch==2.13.0
+	@$(PY) -c '$(RECENT_TORCH)' 2>/dev/null || { echo "installing torch"; $(INSTALL) torch==2.13.0; }
 	@touch $@
 
 $(VENV)/.tools: $(VENV)/.torch Makefile
