@@ -1,4 +1,4 @@
-"""Under torchrun: layers divided by TensorParallel, against the same layers in one process."""
+"""On several processes: layers divided by TensorParallel, against the same layers in one process."""
 
 import copy
 from collections.abc import Callable
@@ -65,10 +65,8 @@ def check(name: str, mesh: DeviceMesh) -> None:
 
 
 def main() -> None:
-    dist.init_process_group("gloo")
     mesh = init_device_mesh("cpu", (dist.get_world_size(),))
     report({name: partial(check, name, mesh) for name in LAYERS})
-    dist.destroy_process_group()
 
 
 if __name__ == "__main__":

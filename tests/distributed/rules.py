@@ -1,4 +1,4 @@
-"""Under torchrun: every operator divided by each of its rules, against the whole operator.
+"""On several processes: every operator divided by each of its rules, against the whole operator.
 
 With the argument ``compiled`` every one of these calls is compiled, which takes minutes. Without it, one call of each
 operator is, on four ranks of the convolution alone.
@@ -133,7 +133,6 @@ def check_options(mesh: DeviceMesh) -> None:
 
 
 def main() -> None:
-    dist.init_process_group("gloo")
     ranks = dist.get_world_size()
     mesh = init_device_mesh("cpu", (ranks,))
     checks: dict[str, Callable[[], None]] = {"options": partial(check_options, mesh)}
@@ -150,7 +149,6 @@ def main() -> None:
             if ranks == 2 or op.name == "deform_conv":
                 checks.setdefault(f"{op.name}, compiled", partial(one, compiled=True))
     report(checks)
-    dist.destroy_process_group()
 
 
 if __name__ == "__main__":

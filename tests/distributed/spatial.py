@@ -1,4 +1,4 @@
-"""Under torchrun: operators on images and volumes that are cut along an axis, against the whole ones."""
+"""On several processes: operators on images and volumes that are cut along an axis, against the whole ones."""
 
 from collections.abc import Callable
 from functools import partial
@@ -177,7 +177,6 @@ def compiled(mesh: DeviceMesh) -> None:
 
 
 def main() -> None:
-    dist.init_process_group("gloo")
     ranks = dist.get_world_size()
     mesh = init_device_mesh("cpu", (ranks,))
     checks: dict[str, Callable[[], None]] = {
@@ -217,7 +216,6 @@ def main() -> None:
     if ranks == 4:
         checks["two axes"] = partial(conv, init_device_mesh("cpu", (2, 2)), 2, 1, 2.0, {"padding": 1})
     report(checks)
-    dist.destroy_process_group()
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""Under torchrun: the example of training with several strategies, and what it communicates beside its plan."""
+"""On several processes: the example of training with several strategies, and what it communicates beside its plan."""
 
 import json
 import os
@@ -54,7 +54,6 @@ def predicted(task: str, strategy: str) -> dict[str, int]:
 
 def main() -> None:
     folder = Path(sys.argv[1])
-    dist.init_process_group("gloo")
     ranks, found = dist.get_world_size(), {}
     step = example.take_step
     counted: dict[str, int] = {}
@@ -81,7 +80,6 @@ def main() -> None:
             run(folder / "large", strategy="spatial", **LARGE)
     if dist.get_rank() == 0:
         Path(os.environ["FOUND"]).write_text(json.dumps(found))
-    dist.destroy_process_group()
 
 
 if __name__ == "__main__":
