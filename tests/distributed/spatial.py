@@ -1,5 +1,6 @@
 """On several processes: operators on images and volumes that are cut along an axis, against the whole ones."""
 
+import math
 from collections.abc import Callable
 from functools import partial
 from typing import Any
@@ -86,13 +87,15 @@ def conv(mesh: DeviceMesh, axes: int, cut: int, spread: float, options: dict[str
     )
 
 
-def aggregate(mesh: DeviceMesh, axes: int, cut: int, options: dict[str, Any]) -> None:
+def aggregate(mesh: DeviceMesh, axes: int, cut: int, options: dict[str, Any], nan: bool = False) -> None:
     torch.manual_seed(axes + cut)
     size, kernel = SIZE[:axes], (3, 3, 1)[:axes]
     taps = torch.Size(kernel).numel() - options.get("remove_center", False)
     offset = normal(2, *size, 2, taps, axes, scale=options.get("max_offset", 2.0))
     if options.get("max_offset"):
         offset = offset.clamp(-options["max_offset"], options["max_offset"])
+    if nan:
+        offset.flatten()[::7] = torch.nan
     tensors = [normal(2, *size, 2, 3), offset, normal(2, *size, 2, taps)]
     padding = [k // 2 for k in kernel]
     plain = {name: value for name, value in options.items() if name != "max_offset"}
@@ -105,10 +108,12 @@ def aggregate(mesh: DeviceMesh, axes: int, cut: int, options: dict[str, Any]) ->
     )
 
 
-def sample(mesh: DeviceMesh, axes: int, cut: int, options: dict[str, Any]) -> None:
+def sample(mesh: DeviceMesh, axes: int, cut: int, options: dict[str, Any], nan: bool = False) -> None:
     torch.manual_seed(axes + cut)
     size = SIZE[:axes]
     points = 1.4 * torch.rand(2, 2, 7, 3, axes).double() * torch.tensor(size) - 0.2 * torch.tensor(size)
+    if nan:
+        points.flatten()[::7] = torch.nan
     whole, spatial = partial(dk.deform_sample, **options), partial(spatial_deform_sample, **options)
     if options.get("mode") == "nearest":
         points = points.floor() + 0.25
@@ -149,29 +154,44 @@ def moved_bytes(mesh: DeviceMesh) -> None:
             assert counted == expected.total, (queries, divide, counted, expected)
 
 
-def beyond(mesh: DeviceMesh) -> None:
-    """One offset on one rank is larger than promised: an error on each."""
-    offset = torch.zeros(1, 6, 12)
-    offset[0, 0, 0] = 2.5
-    parts = [distribute_tensor(t, mesh, [Shard(2)]) for t in (torch.randn(1, 2, 12), offset[:, :3])]
+def bounded(mesh: DeviceMesh, axes: int, cut: int, operator: str, largest: float) -> tuple[Any, list[Tensor]]:
+    """A call whose offsets along the axis that is cut are promised to be at most 2, and are at most ``largest``."""
+    torch.manual_seed(axes + cut)
+    size, kernel, taps = SIZE[:axes], (3,) * axes, 3**axes
+    if operator == "conv":
+        offset = torch.rand(2, taps * axes, *size).double() * 4 - 2
+        offset[0, cut].select(cut, 1).fill_(largest)
+        tensors, placed = [normal(2, 2, *size), offset], [Shard(2 + cut)]
+        call = partial(spatial_deform_conv, weight=normal(2, 2, *kernel), padding=1, max_offset=2.0)
+    else:
+        offset = torch.rand(2, *size, 2, taps, axes).double() * 4 - 2
+        offset[0].select(cut, 1)[..., cut] = largest
+        tensors, placed = [normal(2, *size, 2, 3), offset, normal(2, *size, 2, taps)], [Shard(1 + cut)]
+        call = partial(spatial_deform_aggregate, kernel_size=kernel, padding=1, max_offset=2.0)
+    return call, [distribute_tensor(t, mesh, placed).requires_grad_() for t in tensors]
+
+
+def beyond(mesh: DeviceMesh, axes: int, cut: int, operator: str) -> None:
+    """An offset that is promised is taken; on one rank the next larger number is an error on each."""
+    call, parts = bounded(mesh, axes, cut, operator, -2.0)
+    call(*parts)
+    call, parts = bounded(mesh, axes, cut, operator, math.nextafter(-2.0, -3.0))
     try:
-        spatial_deform_conv(*parts, torch.randn(2, 2, 3), padding=1, max_offset=2.0)
+        call(*parts)
     except ValueError as error:
         assert "max_offset is 2.0" in str(error), error
     else:
         raise AssertionError("no error")
 
 
-def compiled(mesh: DeviceMesh) -> None:
+def compiled(mesh: DeviceMesh, axes: int, cut: int, operator: str) -> None:
     """With a bound the halo is known, and the whole call is one graph."""
-    x, o, w = normal(1, 2, 12), torch.rand(1, 3, 12).double() * 4 - 2, normal(2, 2, 3)
-    parts = [distribute_tensor(t, mesh, [Shard(2)]).requires_grad_() for t in (x, o)]
-    call = partial(spatial_deform_conv, padding=1, max_offset=2.0)
+    torch.compiler.reset()
+    call, parts = bounded(mesh, axes, cut, operator, -2.0)
     function = torch.compile(lambda *args: call(*args).to_local(), fullgraph=True, backend="aot_eager")
-    output = function(*parts, w)
-    expected = call(*parts, w).to_local()
-    assert_close(output, expected)
-    grads = [torch.autograd.grad(out.square().sum(), parts) for out in (output, expected)]
+    outputs = [function(*parts), call(*parts).to_local()]
+    assert_close(*outputs)
+    grads = [torch.autograd.grad(out.square().sum(), parts) for out in outputs]
     for one, truth in zip(*grads, strict=True):
         assert_close(one.full_tensor(), truth.full_tensor())
 
@@ -180,8 +200,6 @@ def main() -> None:
     ranks = dist.get_world_size()
     mesh = init_device_mesh("cpu", (ranks,))
     checks: dict[str, Callable[[], None]] = {
-        "beyond": partial(beyond, mesh),
-        "compiled": partial(compiled, mesh),
         "bytes": partial(moved_bytes, mesh),
     }
     grid: list[dict[str, Any]] = [
@@ -199,12 +217,18 @@ def main() -> None:
         checks[f"attention {axes} few"] = partial(attention, mesh, axes, 3, "auto", (2, 0, 1), "linear")
         checks[f"attention {axes} nearest"] = partial(attention, mesh, axes, 13, "auto", (2, 3, 1), "nearest")
         for cut in range(axes):
+            for operator in ("conv", "aggregate"):
+                checks[f"beyond {axes} {cut} {operator}"] = partial(beyond, mesh, axes, cut, operator)
+                if cut == axes - 1:
+                    checks[f"compiled {axes} {operator}"] = partial(compiled, mesh, axes, cut, operator)
             for i, options in enumerate(grid):
                 if axes == 3 and cut == 1 and i not in (0, 3):
                     continue
                 for spread in (0.0, 2.0, 30.0) if i < 3 else (2.0,):
                     checks[f"conv {axes} {cut} {spread} {options}"] = partial(conv, mesh, axes, cut, spread, options)
             checks[f"conv {axes} {cut} nan"] = partial(conv, mesh, axes, cut, 2.0, {"padding": 1}, True)
+            checks[f"aggregate {axes} {cut} nan"] = partial(aggregate, mesh, axes, cut, {}, True)
+            checks[f"sample {axes} {cut} nan"] = partial(sample, mesh, axes, cut, {}, True)
             for more in (
                 {},
                 {"boundary": "border", "offset_scale": 0.7},

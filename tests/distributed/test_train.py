@@ -108,7 +108,7 @@ import sys
 from pathlib import Path
 sys.path[:0] = {paths!r}
 import train
-with train.address_space(train.ROOM):
+with train.address_space(train.MEGABYTES):
     train.run(Path(sys.argv[1]), **train.LARGE)
 """
     command = [sys.executable, "-c", code, str(folder / "too_large")]

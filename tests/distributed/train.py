@@ -35,7 +35,7 @@ UNDISTURBED: dict[str, Any] = {
     "report_every": 1,
 }
 LARGE: dict[str, Any] = {"task": "segment", "steps": 1, "batch": 4, "size": 60}
-ROOM = 500
+MEGABYTES = 500
 
 
 def run(output: Path, task: str = "detect", strategy: str = "ddp", precision: str = "float32", **options: Any) -> Any:
@@ -76,7 +76,7 @@ def main() -> None:
     example.take_step = step
     if ranks == 2:
         run(folder / "undisturbed", **UNDISTURBED)
-        with address_space(ROOM):
+        with address_space(MEGABYTES):
             run(folder / "large", strategy="spatial", **LARGE)
     if dist.get_rank() == 0:
         Path(os.environ["FOUND"]).write_text(json.dumps(found))
