@@ -168,9 +168,10 @@ def _progress(folder: Path) -> Iterator[None]:
 
     def watch() -> None:
         while not stop.wait(_SECONDS_BETWEEN_LINES):
-            total, done = _counted(folder)
+            total, done, new = _counted(folder, start)
             if total:
-                say(f"{done} of {total} files compiled, {time.time() - start:.0f} s")
+                count = f"{new} of {total} files compiled" if new == done else f"{new} files compiled anew"
+                say(f"{count}, {time.time() - start:.0f} s")
 
     watcher = threading.Thread(target=watch, daemon=True)
     say("compiling the kernels, which takes two to five minutes on two cores when nothing is compiled yet")
@@ -184,11 +185,12 @@ def _progress(folder: Path) -> Iterator[None]:
             terminal.close()
 
 
-def _counted(folder: Path) -> tuple[int, int]:
-    """How many files ninja compiles in ``folder``, and how many of them are there."""
+def _counted(folder: Path, start: float) -> tuple[int, int, int]:
+    """How many files ninja compiles in ``folder``, how many of them are there, and how many since ``start``."""
     try:
         rules = (folder / "build.ninja").read_text()
     except OSError:
-        return 0, 0
-    objects = re.findall(r"^build (\S+\.o(?:bj)?): CXX", rules, re.MULTILINE)
-    return len(objects), sum((folder / name).is_file() for name in objects)
+        return 0, 0, 0
+    objects = [folder / name for name in re.findall(r"^build (\S+\.o(?:bj)?): CXX", rules, re.MULTILINE)]
+    times = [file.stat().st_mtime for file in objects if file.is_file()]
+    return len(objects), len(times), sum(time >= start for time in times)
