@@ -31,7 +31,7 @@ help:
 	@echo "make docs     build the documentation into build/docs/ (GALLERY=1 runs the examples)"
 	@echo "make sanitize make $(CALLS) random calls of kernels built with AddressSanitizer and UndefinedBehaviorSanitizer,"
 	@echo "              and run $(MODELS) random models with the library for ONNX Runtime"
-	@echo "make sanitize-threads  make $(CALLS) random calls of kernels built with ThreadSanitizer"
+	@echo "make sanitize-threads  the same with ThreadSanitizer and up to three threads"
 	@echo "make clean    remove what was built; $(VENV) stays"
 
 build: $(VENV)/.build
@@ -99,12 +99,19 @@ sanitize: $(VENV)/.dev
 	$(WATCHED) $(call FUZZ,memory)
 	$(WATCHED) $(PY) tests/fuzz_onnxruntime.py --models $(MODELS) --library build/sanitize-memory/lib/deformkit_onnxruntime.so
 
-# Of torch, which is not compiled for it, ThreadSanitizer sees only what openmp_order.cpp reports. It needs fixed addresses.
+# Of torch and ONNX Runtime, which are not compiled for it, ThreadSanitizer sees only what these two libraries report. It
+# needs fixed addresses.
+ORDER = $${CXX:-g++} -std=c++20 -O2 -shared -fPIC tests/native/$(1)_order.cpp -o build/sanitize-threads/$(1)_order.so -ldl
+ORDERED = LD_PRELOAD="$(call LIBRARY,libtsan.so) $(call LIBRARY,libstdc++.so) $(abspath build/sanitize-threads/openmp_order.so)" \
+  TSAN_OPTIONS=ignore_noninstrumented_modules=1:allocator_may_return_null=1:halt_on_error=1 setarch -R
+
 sanitize-threads: $(VENV)/.dev
 	$(call SANITIZED,threads)
-	$${CXX:-g++} -std=c++20 -O2 -shared -fPIC tests/native/openmp_order.cpp -o build/sanitize-threads/openmp_order.so -ldl
-	LD_PRELOAD="$(call LIBRARY,libtsan.so) $(call LIBRARY,libstdc++.so) $(abspath build/sanitize-threads/openmp_order.so)" \
-	  TSAN_OPTIONS=ignore_noninstrumented_modules=1:allocator_may_return_null=1:halt_on_error=1 setarch -R $(call FUZZ,threads)
+	$(call ORDER,openmp)
+	$(call ORDER,onnxruntime) -Isrc/deformkit -Wl,-z,nodelete \
+	  -DLIBRARY='"$(abspath build/sanitize-threads/lib/deformkit_onnxruntime.so)"'
+	$(ORDERED) $(call FUZZ,threads)
+	$(ORDERED) $(PY) tests/fuzz_onnxruntime.py --models $(MODELS) --library build/sanitize-threads/onnxruntime_order.so
 
 clean:
 	rm -rf build dist .hypothesis .mypy_cache .pytest_cache .ruff_cache

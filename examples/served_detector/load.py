@@ -1,6 +1,6 @@
 """Measures the server on this machine: requests per second, latency, and its memory over many requests.
 
-python load.py detector.onnx
+python load.py detector.onnx --library deformkit_onnxruntime.so
 """
 
 import argparse
@@ -79,8 +79,8 @@ async def ask(url: str, clients: int, requests: int) -> tuple[float, list[float]
     return time.perf_counter() - start, latencies, refused
 
 
-def main(model: Path, requests: int, many: int) -> None:
-    with served(str(model)) as (url, process):
+def main(model: Path, library: Path | None, requests: int, many: int) -> None:
+    with served(str(model), *(["--library", str(library)] if library else [])) as (url, process):
         asyncio.run(ask(url, 1, 20))
         print("| clients | requests / s | median | 95th percentile | refused |\n| --- | --- | --- | --- | --- |")
         for clients in (1, 8, 32):
@@ -97,6 +97,7 @@ def main(model: Path, requests: int, many: int) -> None:
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("model", type=Path)
+    parser.add_argument("--library", type=Path, help="given to the server")
     parser.add_argument("--requests", type=int, default=500, help="for each number of clients")
     parser.add_argument("--many", type=int, default=10_000, help="requests over which memory is watched")
     main(**vars(parser.parse_args()))

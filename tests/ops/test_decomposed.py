@@ -27,6 +27,8 @@ MISSING = (
     "einsum",
     "grid_sampler",
 )
+# What other runtimes do by plain numbers alone.
+BY_NUMBERS = (torch.ops.aten.clamp.default, torch.ops.aten.split_with_sizes.default)
 
 
 class Recorded(TorchDispatchMode):
@@ -71,6 +73,9 @@ def test_programs_with_dynamic_sizes(name: str) -> None:
     auto = tuple({axis: torch.export.Dim.AUTO for axis in range(value.dim())} for value in model.values)
     program = exported(model, dynamic_shapes=(auto,))
     check_plain({n.target for n in program.graph.nodes if isinstance(n.target, torch._ops.OpOverload)})
+    sizes = {n for n in program.graph.nodes if isinstance(n.meta.get("val"), torch.SymInt | torch.SymFloat)}
+    assert all(isinstance(n.meta["val"], torch.SymInt) for n in sizes), "half of a size is no size"
+    assert not [n for n in program.graph.nodes if n.target in BY_NUMBERS and sizes.intersection(n.all_input_nodes)]
     assert all(value.numel() <= 64 for value in program.constants.values() if isinstance(value, Tensor))
     assert torch.allclose(program.module()(*model.values), model(*model.values), atol=1e-5)
 

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from .. import _torch
 from .._shape import compute_dtype
-from ..sample.reference import has_nan, sample, tap_grid
+from ..sample.reference import clamped, has_nan, sample, tap_grid
 
 MOST_SAMPLES = 1024
 
@@ -120,9 +120,11 @@ def _pool(
     points = _points(start, length, moved, output_size, samples)
 
     undefined = has_nan(points)
-    margin = 0.5 if group_size else 1.0
+    # Twice the margin: half of a symbolic size is a number that other runtimes do not know.
+    margin = 1 if group_size else 2
+    twice = points * 2
     sides = (
-        (points[..., axis] < -margin).logical_or(points[..., axis] > size[axis] - 1 + margin) for axis in range(axes)
+        (twice[..., axis] < -margin).logical_or(twice[..., axis] > 2 * size[axis] - 2 + margin) for axis in range(axes)
     )
     outside = reduce(torch.logical_or, sides).logical_and(~undefined)
     points = points.masked_fill(outside.unsqueeze(-1), 0.0)
@@ -135,7 +137,7 @@ def _pool(
     group = group_of_bins(output_size, group_size, image.device).flatten()
     rows = (image.unsqueeze(1) * groups + group) * (size[0] + 1)
     base = torch.stack([rows, *[torch.zeros_like(rows)] * (axes - 1)], -1).unsqueeze(2)
-    first = torch.where(undefined, points[..., 0], points[..., 0].clamp(0, size[0] - 1))
+    first = torch.where(undefined, points[..., 0], clamped(points[..., 0], size[0] - 1))
     points = torch.cat([first.unsqueeze(-1), points[..., 1:]], -1)
     values = sample(field, base, points.unsqueeze(0), "border")[0]
     sums = values.masked_fill(outside, 0.0).transpose(0, 1).sum(-1)

@@ -9,7 +9,7 @@ they make has more than five axes, and they use only operations that other runti
 
 from collections.abc import Iterator, Sequence
 from functools import reduce
-from itertools import product
+from itertools import accumulate, product
 from math import prod
 from typing import Any
 
@@ -140,16 +140,26 @@ def _corners(
         for axis, (upper, length) in enumerate(zip(corner, size, strict=True)):
             coordinate = lower[axis] + upper * step[axis]
             if boundary == "border":
-                coordinate = coordinate.clamp(0, length - 1)
+                coordinate = clamped(coordinate, length - 1)
             if boundary == "reflect":
-                # A tensor, because the exporter of ONNX knows no remainder by a symbolic number.
-                period = torch.full((), 2 * length, dtype=torch.int64, device=coordinate.device)
+                period = number(2 * length, coordinate)
                 coordinate = coordinate.remainder(period)
                 coordinate = torch.minimum(coordinate, period - 1 - coordinate)
             weight = weight * (fraction[axis] if upper else 1 - fraction[axis])
             inside = inside.logical_and(coordinate >= 0).logical_and(coordinate < length)
-            index = index * length + coordinate.clamp(0, length - 1)
-        yield index, inside, weight
+            index = index * length + coordinate
+        yield index.masked_fill(~inside, 0), inside, weight
+
+
+def number(value: float, like: Tensor) -> Tensor:
+    """``value`` as a tensor without axes, because other runtimes combine few operations with a symbolic number."""
+    return torch.full((), value, dtype=like.dtype, device=like.device)
+
+
+def clamped(values: Tensor, bound: int) -> Tensor:
+    """``values.clamp(0, bound)``, where ``bound`` may be symbolic."""
+    limit = number(bound, values)
+    return torch.where(values > limit, limit, values.masked_fill(values < 0, 0))
 
 
 def level_samples(
@@ -166,15 +176,16 @@ def level_samples(
     """
     axes, dtype = sampling_locations.shape[-1], compute_dtype(value.dtype)
     sizes = [list(spatial_shapes[i : i + axes]) for i in range(0, len(spatial_shapes), axes)]
-    fields = value.permute(0, 2, 3, 1).flatten(0, 1).split([prod(size) for size in sizes], -1)
+    # Slices, because other runtimes do not split at symbolic places.
+    fields, ends = value.permute(0, 2, 3, 1).flatten(0, 1), list(accumulate(map(prod, sizes)))
     # Per sample and head: [B*H, Q, P, N], in tensor-axis order.
     locations = sampling_locations.flip(-1).to(dtype).transpose(1, 2).flatten(0, 1).split(list(num_points), 2)
-    for size, field, location in zip(sizes, fields, locations, strict=True):
-        point = torch.stack([location[..., axis] * size[axis] for axis in range(axes)], -1)
+    for size, end, location in zip(sizes, ends, locations, strict=True):
+        point = torch.stack([location[..., axis] * number(size[axis], location) for axis in range(axes)], -1)
         # A large number minus half a pixel may round to the same number, so its integer part is kept apart.
-        whole = torch.stack([point[..., axis].clamp(0, size[axis]) for axis in range(axes)], -1).floor()
+        whole = torch.stack([clamped(point[..., axis], size[axis]) for axis in range(axes)], -1).floor()
         base, shift = whole.nan_to_num(0.0).to(torch.int64), point - whole
-        field = field.unflatten(-1, size)
+        field = fields[..., end - prod(size) : end].unflatten(-1, size)
         if mode == "nearest":
             # The published rule is floor(location * size + 1/2).
             yield sample(field, base, shift, "border", "nearest")
