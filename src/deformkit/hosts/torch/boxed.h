@@ -5,11 +5,8 @@
 #include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
 
-#if defined(__linux__)
-#include <sys/mman.h>
-#endif
-
 #include "cpu/kernels.h"
+#include "cpu/pages.h"
 
 namespace deformkit {
 
@@ -29,25 +26,12 @@ inline Tensor view_of(const TorchTensor& tensor, std::shared_ptr<void> owner = n
           std::move(owner)};
 }
 
-// Asks the system to give a large tensor huge pages when it is written. The C library takes memory of this size from
-// the system each time and gives it back, so that every call would wait for thousands of small pages.
-inline void ask_for_huge_pages(const Tensor& tensor) {
-  constexpr uintptr_t least = 32 << 20, page = 2 << 20;
-  const auto bytes = static_cast<uintptr_t>(tensor.numel() * tensor.element_size());
-  if (bytes < least) return;
-#if defined(__linux__)
-  const auto data = reinterpret_cast<uintptr_t>(tensor.data_ptr());
-  const uintptr_t first = (data + page - 1) / page * page, last = (data + bytes) / page * page;
-  madvise(reinterpret_cast<void*>(first), last - first, MADV_HUGEPAGE);
-#endif
-}
-
 class TorchHost final : public Host {
  public:
   Tensor allocate(SizesView sizes, ScalarType dtype, bool) override {
     auto owner = std::make_shared<TorchTensor>(torch::stable::empty({sizes.data(), sizes.size()}, dtype));
     const Tensor tensor = view_of(*owner, owner);
-    ask_for_huge_pages(tensor);
+    ask_for_huge_pages(tensor.data_ptr(), static_cast<uint64_t>(tensor.numel() * tensor.element_size()));
     return tensor;
   }
 

@@ -7,8 +7,9 @@
 namespace deformkit::sampling {
 
 constexpr int64_t run_bytes = 2 * mib;  // of the gradient by the field, to a run of points
-constexpr int64_t run_blocks = 16;      // the fewest blocks of points of a run
-constexpr int64_t most_overlap = 3;     // of the rows of as many of the longest runs as there are, in times the field's
+constexpr int64_t longest_run_bytes = 4 * run_bytes;
+constexpr int64_t run_blocks = 16;   // the fewest blocks of points of a run
+constexpr int64_t most_overlap = 3;  // of the rows of as many of the longest runs as there are, in times the field's
 
 // Of those groups of points that lie in order. A group is divided alike in any batch, so that its bits stay.
 template <int N>
@@ -95,7 +96,9 @@ class Sweep {
       most_rows = std::max(most_rows, parts[i].past - parts[i].first);
       if (i > 0) parts[i].written = std::max(parts[i - 1].written, parts[i - 1].past);
     }
-    in_order_[group] = most_rows * of_group_ <= most_overlap * problem_.size[0];
+    const int64_t row_bytes = problem_.whole().inner() * problem_.group_channels() * int64_t(sizeof(float));
+    in_order_[group] =
+        most_rows * of_group_ <= most_overlap * problem_.size[0] && most_rows * row_bytes <= longest_run_bytes;
     if (!in_order_[group]) return;
     most_rows_ = std::max(most_rows_, most_rows);
     for (int64_t i = 0; i < of_group_; ++i) items_.push_back(static_cast<int64_t>(group) * of_group_ + i);
@@ -172,8 +175,9 @@ void backward(const Problem<N>& problem, const Tensor& input, const Tensor& grad
   if (problem.batch == 0) return;
   std::vector<char> done(problem.batch * problem.groups);
   if constexpr (std::is_same_v<A, float>) {
-    const bool narrow = problem.group_channels() < few_channels && !problem.is_wide(1);
-    if (grad_input && narrow && input.scalar_type() == ScalarType::Float && !problem.nearest && problem.points > 0) {
+    const bool in_registers = input.scalar_type() == ScalarType::Float && !problem.nearest && !problem.is_wide(1);
+    const bool often = problem.points > 0 && problem.points * seldom >= problem.positions();
+    if (grad_input && in_registers && often && problem.group_channels() < few_channels) {
       const Map field(input);
       const Sweep<N> sweep(problem, field, grad_output);
       const bool all = sweep.are_all_in_order() && (!grad_points || problem.is_in_registers(field));
