@@ -50,6 +50,24 @@ def test_same_bits_at_any_number_of_threads_and_in_any_batch(case: Case) -> None
         assert_equal(OPERATOR(*last), output[-1:])
 
 
+@pytest.mark.parametrize("boundary", ["zeros", "border", "reflect"])
+def test_samples_in_order_beside_one_that_is_not(boundary: str) -> None:
+    """The gradient of a field of few channels is added up in another way where points lie in order."""
+    call = Call(OPERATOR, Case("2d", 3, 3, (90, 110), (180, 170), boundary=boundary, spread=2.0))
+    args = call.arguments()
+    args[1][1] = args[1][1, :, torch.randperm(180 * 170, generator=torch.Generator().manual_seed(0))]
+    args[1][2, 0, ::1001, 0] = 2.0**40 if boundary == "border" else -3.25
+    check(call, args)
+    check_bits(call, args)
+    backward = operators["deform_sample_backward"]
+    output = OPERATOR(*args)
+    together = backward(output, *args, [True, True])
+    for b in range(3):
+        alone = backward(output[b : b + 1], args[0][b : b + 1], args[1][b : b + 1], *args[2:], [True, True])
+        for one, all_of_them in zip(alone, together, strict=True):
+            assert_equal(one, all_of_them[b : b + 1], f"gradient of sample {b}")
+
+
 @pytest.mark.parametrize("name", ["1d-windows", "2d-parts"])
 def test_the_gradient_of_the_input_does_not_read_it(name: str) -> None:
     """It is linear in the cotangent alone, as an operator that adds values to points needs it."""

@@ -6,6 +6,7 @@
 #include <torch/csrc/stable/tensor.h>
 
 #include "cpu/kernels.h"
+#include "cpu/pages.h"
 
 namespace deformkit {
 
@@ -29,7 +30,9 @@ class TorchHost final : public Host {
  public:
   Tensor allocate(SizesView sizes, ScalarType dtype, bool) override {
     auto owner = std::make_shared<TorchTensor>(torch::stable::empty({sizes.data(), sizes.size()}, dtype));
-    return view_of(*owner, owner);
+    const Tensor tensor = view_of(*owner, owner);
+    ask_for_huge_pages(tensor.data_ptr(), static_cast<uint64_t>(tensor.numel() * tensor.element_size()));
+    return tensor;
   }
 
   void parallel(int64_t most, void (*work)(void* data), void* data) override {

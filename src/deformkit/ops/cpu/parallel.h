@@ -10,6 +10,7 @@
 #include <thread>
 #include <vector>
 
+#include "cpu/pages.h"
 #include "cpu/tensor.h"
 
 namespace deformkit {
@@ -88,6 +89,7 @@ class Buffer {
     const size_t bytes = static_cast<size_t>(count) * sizeof(T) + 64;
     data_.reset(static_cast<T*>(::operator new(bytes, std::align_val_t{64}, std::nothrow)));
     if (!data_) throw OutOfMemory(bytes);
+    ask_for_huge_pages(data_.get(), bytes);
   }
   T* get() const { return data_.get(); }
   T& operator[](int64_t i) const { return data_.get()[i]; }

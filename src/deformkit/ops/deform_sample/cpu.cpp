@@ -1,7 +1,7 @@
 // Deformable sampling on the CPU: checks the call, and chooses how its field is held.
 #include "cpu/operators.h"
-#include "deform_sample/cpu_backward.h"
 #include "deform_sample/cpu_forward.h"
+#include "deform_sample/cpu_sweep.h"
 
 namespace deformkit {
 
@@ -38,10 +38,10 @@ std::tuple<Tensor, Tensor> deform_sample_backward(const Tensor& grad_output, con
     STD_TORCH_CHECK(sizes_of(grad_output) == shape && grad_output.scalar_type() == input.scalar_type(),
                     "grad_output must have the output's shape and input's dtype");
     grad_input = empty_like(input, output_mask[0]), grad_points = empty_like(points, output_mask[1]);
-    const Tensor grad = contiguous(grad_output);
-    if (output_mask[0]) backward_by_input<A>(problem, grad, Sink(grad_input));
-    // The gradient by the input alone does not read it.
-    if (output_mask[1]) backward_by_points<A>(problem, Map(input), grad, Sink(grad_points));
+    std::optional<Sink> by_input, by_points;
+    if (output_mask[0]) by_input.emplace(grad_input);
+    if (output_mask[1]) by_points.emplace(grad_points);
+    backward<A>(problem, input, contiguous(grad_output), by_input, by_points);
   });
   return {grad_input, grad_points};
 }

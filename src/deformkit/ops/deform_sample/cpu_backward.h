@@ -38,26 +38,56 @@ struct PointScratch {
 // By the points, where the field lies.
 template <typename A, int N, typename Index>
 class PointsInPlace {
+  using Run = Cells<A, N, Index>;
+
  public:
-  PointsInPlace(const Problem<N>& problem, const Map& input, const Tensor& grad_output, const Sink& grad_points)
-      : problem_(problem), input_(input), grad_(grad_output), grad_points_(grad_points) {}
-
-  void run() const {
-    for_blocks<Scratch, A>(problem_, [&](Scratch& scratch, int64_t b, int64_t group, int64_t first, int64_t points) {
-      slopes_of(scratch, b, group * problem_.group_channels(), first, points);
-      scratch.write(problem_, b, group, first, points, false, grad_points_);
-    });
-  }
-
- private:
   struct Scratch : PointScratch<A, N, Index> {
     Buffer<A> grads{block<N>};
   };
-  using Run = Cells<A, N, Index>;
 
+  PointsInPlace(const Problem<N>& problem, const Map& input, const Tensor& grad_output)
+      : problem_(problem), input_(input), grad_(grad_output) {}
+
+  void run(const Sink& grad_points) const {
+    for_blocks<Scratch, A>(problem_, [&](Scratch& scratch, int64_t b, int64_t group, int64_t first, int64_t points) {
+      slopes_of(scratch, b, group * problem_.group_channels(), first, points);
+      scratch.write(problem_, b, group, first, points, false, grad_points);
+    });
+  }
+
+  // All channels of a register of points, before the next points: their slopes, if asked for; then also(cells, i, some)
+  // is called for `some` points from i on, with null in place of the cells where these are not inner ones.
+  template <typename F>
+  void by_registers(Scratch& scratch, int64_t b, int64_t channel, int64_t first, int64_t points, bool asked,
+                    const F& also) const {
+    using Reals = typename Run::Reals;
+    const InnerField<N> field(problem_.size, problem_.boundary);
+    InnerCells<N> inner;
+    for (int64_t i = 0; i < points; i += Run::lanes) {
+      const int64_t some = std::min<int64_t>(Run::lanes, points - i);
+      Reals shift[N], slopes[N];
+      for (int axis = 0; axis < N; ++axis) shift[axis] = read_lanes<Reals>(scratch.points.shift(axis) + i);
+      if (some < Run::lanes || !inner.find(field, shift)) {
+        if (asked) by_planes(scratch, b, channel, first, i, some);
+        also(nullptr, i, some);
+        continue;
+      }
+      if (asked) {
+        const A* const grads = grad_.at<A>(b, channel, first + i);
+        inner.slopes(
+            input_.at<A>(b, channel), input_.channel_stride, problem_.group_channels(),
+            [&](int64_t c) { return read_lanes<Reals>(grads + c * problem_.points); }, slopes);
+        for (int axis = 0; axis < N; ++axis) write_lanes(scratch.slopes[axis] + i, slopes[axis]);
+      }
+      also(&inner, i, some);
+    }
+  }
+
+ private:
   void slopes_of(Scratch& scratch, int64_t b, int64_t channel, int64_t first, int64_t points) const {
     if constexpr (is_usual<A, Index>) {
-      if (problem_.is_in_registers(input_)) return by_registers(scratch, b, channel, first, points);
+      if (problem_.is_in_registers(input_))
+        return by_registers(scratch, b, channel, first, points, true, [](const InnerCells<N>*, int64_t, int64_t) {});
     }
     by_planes(scratch, b, channel, first, 0, points);
   }
@@ -80,53 +110,23 @@ class PointsInPlace {
     cells.slopes_of_values(points, nullptr, slopes, nullptr);
   }
 
-  // All channels of a register of points, before the next points.
-  void by_registers(Scratch& scratch, int64_t b, int64_t channel, int64_t first, int64_t points) const {
-    using Reals = typename Run::Reals;
-    const InnerField<N> field(problem_.size, problem_.boundary);
-    InnerCells<N> inner;
-    for (int64_t i = 0; i < points; i += Run::lanes) {
-      const int64_t some = std::min<int64_t>(Run::lanes, points - i);
-      Reals shift[N], slopes[N];
-      for (int axis = 0; axis < N; ++axis) shift[axis] = read_lanes<Reals>(scratch.points.shift(axis) + i);
-      if (some < Run::lanes || !inner.find(field, shift)) {
-        by_planes(scratch, b, channel, first, i, some);
-        continue;
-      }
-      const A* const grads = grad_.at<A>(b, channel, first + i);
-      inner.slopes(
-          input_.at<A>(b, channel), input_.channel_stride, problem_.group_channels(),
-          [&](int64_t c) { return read_lanes<Reals>(grads + c * problem_.points); }, slopes);
-      for (int axis = 0; axis < N; ++axis) write_lanes(scratch.slopes[axis] + i, slopes[axis]);
-    }
-  }
-
   const Problem<N>& problem_;
   const Map& input_;
   const Map grad_;
-  const Sink& grad_points_;
 };
-
-// Rows of `channels` gradients for a run of points, from planes of them.
-template <typename A>
-void read_grads(const Tensor& grad_output, int64_t plane, int64_t first, int64_t points, int64_t pitch,
-                int64_t channels, A* lines, A* rows) {
-  read_rows(grad_output, plane + first, pitch, channels, points, lines, points);
-  transpose(lines, channels, points, points, rows, channels);
-}
 
 // By the points, row by row, from a field that is laid out.
 template <typename A, int N>
 void points_laid_out(const Problem<N>& problem, const Map& input, const Tensor& grad_output, const Sink& grad_points) {
   struct Scratch : PointScratch<A, N, int32_t> {
-    Buffer<A> lines{block<N> * slice_channels}, grads{block<N> * slice_channels}, total{N * block<N>};
+    Buffer<A> grads{block<N> * slice_channels};
   };
   const int64_t blocks = problem.blocks();
+  const Map grad(grad_output);
   const auto of_slice = [&](Scratch& scratch, const A* rows, const Slice& slice, int64_t first, int64_t points) {
     scratch.points.locate(problem, problem.whole(), points, slice.channels,
                           static_cast<int32_t>(problem.positions() * slice.channels));
-    read_grads(grad_output, (slice.batch * problem.channels + slice.channel) * problem.points, first, points,
-               problem.points, slice.channels, scratch.lines.get(), scratch.grads.get());
+    read_turned(grad, slice.batch, slice.channel, slice.channels, first, points, scratch.grads.get());
     Walk<A, N, LaidOut> walked{};
     walked.field.first = rows + slice.place;
     walked.grad_columns = scratch.grads.get(), walked.pitch = walked.channels = slice.channels;
@@ -136,7 +136,7 @@ void points_laid_out(const Problem<N>& problem, const Map& input, const Tensor& 
   for_slices<A>(
       problem, input, [&](const A* rows, const std::vector<Slice>& slices, const std::vector<int64_t>& groups) {
         const auto of_groups = static_cast<int64_t>(groups.size()) - 1;
-        each(
+        each_in_runs(
             of_groups * blocks, [] { return Scratch(); },
             [&](Scratch& scratch, int64_t item) {
               const int64_t first = item % blocks * block<N>, points = std::min(block<N>, problem.points - first);
@@ -153,12 +153,12 @@ void points_laid_out(const Problem<N>& problem, const Map& input, const Tensor& 
 template <typename A, int N>
 void backward_by_points(const Problem<N>& problem, const Map& input, const Tensor& grad_output,
                         const Sink& grad_points) {
-  if (problem.batch == 0 || problem.points == 0) return;
+  if (problem.points == 0) return;
   if (problem.is_laid_out(input, sizeof(A)) && !problem.nearest)
     return points_laid_out<A>(problem, input, grad_output, grad_points);
   problem.is_wide(std::max<int64_t>(input.position_stride, 1))
-      ? PointsInPlace<A, N, int64_t>(problem, input, grad_output, grad_points).run()
-      : PointsInPlace<A, N, int32_t>(problem, input, grad_output, grad_points).run();
+      ? PointsInPlace<A, N, int64_t>(problem, input, grad_output).run(grad_points)
+      : PointsInPlace<A, N, int32_t>(problem, input, grad_output).run(grad_points);
 }
 
 // By the field.
@@ -174,13 +174,14 @@ class FieldBackward {
         windows_(problem, width_ * int64_t(sizeof(A)), problem.batch * problem.groups * of_group_),
         touches_(problem, windows_) {}
 
-  void run() const {
+  void run(const std::vector<char>& done) const {
     const int64_t items = problem_.batch * problem_.groups * of_group_ * windows_.number;
     each(
         items, [&] { return Scratch(*this); },
         [&](Scratch& scratch, int64_t item) {
           const int64_t slice = item / windows_.number, group = slice / of_group_ % problem_.groups;
           const int64_t begin = slice % of_group_ * width_, b = slice / of_group_ / problem_.groups;
+          if (done[slice / of_group_]) return;
           const int64_t channels = std::min(width_, problem_.group_channels() - begin);
           const auto number = static_cast<uint8_t>(item % windows_.number);
           window(scratch, {windows_.window(problem_, number), number, b * problem_.groups + group,
@@ -191,7 +192,7 @@ class FieldBackward {
  private:
   struct Scratch {
     Points<A, N, Index> points{block<N>};
-    Buffer<A> sums, grads{block<N> * few_channels}, lines{block<N> * few_channels};
+    Buffer<A> sums, grads{block<N> * few_channels};
     Buffer<int64_t> list{2 * block<N>};
 
     explicit Scratch(const FieldBackward& work)
@@ -233,10 +234,9 @@ class FieldBackward {
   // The gradients of points that follow one another: rows, or planes.
   void read(Scratch& scratch, const Item& item, int64_t first, int64_t points) const {
     A* const grads = scratch.grads.get();
-    const int64_t plane = item.channel * problem_.points;
-    if (item.in_rows())
-      return read_grads(grad_output_, plane, first, points, problem_.points, item.channels, scratch.lines.get(), grads);
-    read_rows(grad_output_, plane + first, problem_.points, item.channels, points, grads, block<N>);
+    if (item.in_rows()) return read_turned(Map(grad_output_), 0, item.channel, item.channels, first, points, grads);
+    read_rows(grad_output_, item.channel * problem_.points + first, problem_.points, item.channels, points, grads,
+              block<N>);
   }
 
   void add_listed(Scratch& scratch, const Item& item, int64_t points) const {
@@ -282,11 +282,12 @@ class FieldBackward {
   Touches<A, N, Index> touches_;
 };
 
+// Of the groups that are not done.
 template <typename A, int N>
-void backward_by_input(const Problem<N>& problem, const Tensor& grad_output, const Sink& grad_input) {
-  if (problem.batch == 0) return;
-  problem.is_wide(few_channels) ? FieldBackward<A, N, int64_t>(problem, grad_output, grad_input).run()
-                                : FieldBackward<A, N, int32_t>(problem, grad_output, grad_input).run();
+void backward_by_input(const Problem<N>& problem, const Tensor& grad_output, const Sink& grad_input,
+                       const std::vector<char>& done) {
+  problem.is_wide(few_channels) ? FieldBackward<A, N, int64_t>(problem, grad_output, grad_input).run(done)
+                                : FieldBackward<A, N, int32_t>(problem, grad_output, grad_input).run(done);
 }
 
 }  // namespace deformkit::sampling

@@ -86,11 +86,11 @@ template <typename A, int N>
 void forward_laid_out(const Problem<N>& problem, const Map& input, const Sink& output) {
   struct Scratch {
     Points<A, N, int32_t> points{block<N>};
-    Buffer<A> columns{block<N> * slice_channels}, lines{block<N> * slice_channels};
+    Buffer<A> columns{block<N> * slice_channels};
   };
   const int64_t blocks = problem.blocks();
   for_slices<A>(problem, input, [&](const A* rows, const std::vector<Slice>& slices, const std::vector<int64_t>&) {
-    each(
+    each_in_runs(
         static_cast<int64_t>(slices.size()) * blocks, [] { return Scratch(); },
         [&](Scratch& scratch, int64_t item) {
           const Slice& slice = slices[item / blocks];
@@ -100,12 +100,9 @@ void forward_laid_out(const Problem<N>& problem, const Map& input, const Sink& o
                                 static_cast<int32_t>(problem.positions() * slice.channels));
           gather<true>(scratch.points.cells, points, 1, LaidOut<const A>{rows + slice.place}, slice.channels,
                        scratch.columns.get(), slice.channels);
-          transpose(scratch.columns.get(), points, slice.channels, slice.channels, scratch.lines.get(), block<N>);
-          dispatch_dtype(output.dtype(), [&]<typename T>() {
-            T* const to = output.data<T>() + (slice.batch * problem.channels + slice.channel) * problem.points + first;
-            for (int64_t c = 0; c < slice.channels; ++c)
-              store_run(scratch.lines.get() + c * block<N>, points, to + c * problem.points);
-          });
+          write_turned(scratch.columns.get(), points, slice.channels, output,
+                       (slice.batch * problem.channels + slice.channel) * problem.points + first, problem.points,
+                       false);
         });
   });
 }

@@ -8,12 +8,14 @@
 namespace deformkit::sampling {
 
 // Measured by `python benchmarks/run.py sample` with other values in their place:
-constexpr int64_t field_bytes = 16 * mib;  // of the slices that are laid out at a time
+constexpr int64_t field_bytes = 16 * mib;  // of a slice that is laid out, at most
+constexpr int64_t slice_bytes = 4 * mib;   // of the slices that are laid out at a time, if they have some channels
 constexpr int64_t slice_channels = 64;     // of one slice, at most
 constexpr int64_t few_channels = 8;        // the fewest that are laid out, and whose gradient is summed row by row
 constexpr int64_t some_channels = 16;      // the fewest that are laid out where points could be sampled in registers
 constexpr int64_t planes_together = 4;     // sampled at one register of points, before the next points
-constexpr int64_t seldom = 2;              // positions to a point up to which a field is laid out
+constexpr int64_t least_runs = 32, longest_run = 16;  // of blocks of points
+constexpr int64_t seldom = 2;                         // positions to a point up to which a field is laid out
 
 // Points worked on at a time: what is known of them stays in a core's first cache.
 template <int N>
@@ -76,8 +78,9 @@ class Points {
  public:
   explicit Points(int64_t capacity) : cells(capacity), capacity_(capacity), shifts_(N * capacity) {}
 
-  // The coordinates of points that follow one another, or of those of them in a list.
+  // The coordinates of points that follow one another, or of those of them in a list. Those that follow are asked for.
   void read(const A* from, int64_t points) {
+    for (int64_t i = points * N; i < 2 * points * N; i += line<A>) __builtin_prefetch(from + i);
     for (int axis = 0; axis < N; ++axis) {
       A* const to = shifts_.get() + axis * capacity_;
 #pragma omp simd
@@ -112,12 +115,22 @@ const A* coordinates_of(const Problem<N>& problem, int64_t batch, int64_t group,
          ((batch * problem.groups + group) * problem.points + point) * N;
 }
 
+// Like each(), for items that a thread takes some at a time: those that follow one another read the same rows of a
+// field, which then stay in a core's cache.
+template <typename M, typename F>
+void each_in_runs(int64_t items, const M& make, const F& f) {
+  const int64_t run = std::clamp<int64_t>(items / least_runs, 1, longest_run);
+  each(ceil_div(items, run), make, [&](auto& scratch, int64_t r) {
+    for (int64_t item = r * run; item < std::min((r + 1) * run, items); ++item) f(scratch, item);
+  });
+}
+
 // Calls f(scratch, batch, group, first, points) for each block of points of each group, an item of work each, when
 // scratch.points has read it. Each thread has a Scratch.
 template <typename Scratch, typename A, int N, typename F>
 void for_blocks(const Problem<N>& problem, const F& f) {
   const int64_t blocks = problem.blocks();
-  each(
+  each_in_runs(
       problem.batch * problem.groups * blocks, [] { return Scratch(); },
       [&](Scratch& scratch, int64_t item) {
         const int64_t group = item / blocks % problem.groups, b = item / blocks / problem.groups;
@@ -137,8 +150,10 @@ struct Slice {
 // slices of one group.
 template <typename A, int N, typename F>
 void for_slices(const Problem<N>& problem, const Map& input, const F& f) {
-  const int64_t rows = problem.positions() + 1, fit = field_bytes / (problem.positions() * int64_t(sizeof(A)));
-  const int64_t width = std::min({slice_channels, fit / few_channels * few_channels, problem.group_channels()});
+  const int64_t rows = problem.positions() + 1, plane = problem.positions() * int64_t(sizeof(A));
+  const int64_t fit = std::max(slice_bytes / plane, some_channels);
+  const int64_t width = std::min({slice_channels, fit / some_channels * some_channels,
+                                  field_bytes / plane / few_channels * few_channels, problem.group_channels()});
   const int64_t of_group = ceil_div(problem.group_channels(), width), all = problem.batch * problem.groups * of_group;
   const int64_t together = std::clamp<int64_t>(fit / width, 1, std::max<int64_t>(all, 1));
   const Buffer<A> laid_out(together * width * rows);

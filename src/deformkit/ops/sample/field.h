@@ -9,54 +9,68 @@ namespace deformkit {
 
 constexpr int64_t tile = 256;
 
+// Rows of `channels` elements for `points` positions of some planes, from position `from` on.
+template <typename A>
+void read_turned(const Map& field, int64_t batch, int64_t channel, int64_t channels, int64_t from, int64_t points,
+                 A* rows) {
+  if (field.channel_stride == 1) {
+    dispatch_dtype(field.dtype(), [&]<typename T>() {
+      for (int64_t p = 0; p < points; ++p) {
+        const T* source = field.at<T>(batch, channel, from + p);
+        for (int64_t c = 0; c < channels; ++c) rows[p * channels + c] = load<A>(source[c]);
+      }
+    });
+    return;
+  }
+  A lines[8 * tile];
+  const bool turns = field.position_stride == 1 && field.dtype() == sum_dtype_of<A>;
+  for (int64_t p = 0; p < points; p += tile) {
+    const int64_t some_points = std::min(tile, points - p);
+    for (int64_t c = 0; c < channels; c += 8) {
+      const int64_t some = std::min<int64_t>(8, channels - c);
+      const A* source = lines;
+      if (turns) {
+        source = field.at<A>(batch, channel + c, from + p);
+      } else {
+        for (int64_t i = 0; i < some; ++i)
+          read_run(field, batch, channel + c + i, from + p, some_points, lines + i * tile);
+      }
+      transpose(source, some, some_points, turns ? field.channel_stride : tile, rows + p * channels + c, channels);
+    }
+  }
+}
+
+// The reverse: rows of `channels` elements to planes, `plane` elements apart, of a tensor from element `at` on.
+template <typename A>
+void write_turned(const A* rows, int64_t points, int64_t channels, const Sink& out, int64_t at, int64_t plane,
+                  bool add) {
+  A lines[8 * tile];
+  const bool turns = out.dtype() == sum_dtype_of<A> && !add;
+  for (int64_t p = 0; p < points; p += tile) {
+    const int64_t some_points = std::min(tile, points - p);
+    for (int64_t c = 0; c < channels; c += 8) {
+      const int64_t some = std::min<int64_t>(8, channels - c), to = at + c * plane + p;
+      transpose(rows + p * channels + c, some_points, some, channels, turns ? out.data<A>() + to : lines,
+                turns ? plane : tile);
+      for (int64_t i = 0; i < some && !turns; ++i) out.write(to + i * plane, lines + i * tile, some_points, add);
+    }
+  }
+}
+
 // Rows of `channels` elements for the positions [begin, end) of the window; after its last, one row of zeros for what
 // lies outside.
 template <typename A, int N>
 void pack(const Map& field, int64_t batch, int64_t channel, int64_t channels, const Window<N>& window, int64_t begin,
           int64_t end, A* rows) {
-  const int64_t from = window.first * window.inner();
-  if (field.channel_stride == 1) {
-    dispatch_dtype(field.dtype(), [&]<typename T>() {
-      for (int64_t p = begin; p < end; ++p) {
-        const T* source = field.at<T>(batch, channel, from + p);
-        for (int64_t c = 0; c < channels; ++c) rows[p * channels + c] = load<A>(source[c]);
-      }
-    });
-  } else {
-    A lines[8 * tile];
-    const bool turns = field.position_stride == 1 && field.dtype() == sum_dtype_of<A>;
-    for (int64_t p = begin; p < end; p += tile) {
-      const int64_t points = std::min(tile, end - p);
-      for (int64_t c = 0; c < channels; c += 8) {
-        const int64_t some = std::min<int64_t>(8, channels - c);
-        const A* source = lines;
-        if (turns) {
-          source = field.at<A>(batch, channel + c, from + p);
-        } else {
-          for (int64_t i = 0; i < some; ++i)
-            read_run(field, batch, channel + c + i, from + p, points, lines + i * tile);
-        }
-        transpose(source, some, points, turns ? field.channel_stride : tile, rows + p * channels + c, channels);
-      }
-    }
-  }
+  read_turned(field, batch, channel, channels, window.first * window.inner() + begin, end - begin,
+              rows + begin * channels);
   if (end == window.positions()) std::fill_n(rows + end * channels, channels, A(0));
 }
 
 // Stores rows laid out as by pack() in `out`, [channels, field positions] from element `at` on, or adds them to it.
 template <typename A, int N>
 void unpack(const A* rows, int64_t channels, const Window<N>& window, const Sink& out, int64_t at, bool add) {
-  const int64_t positions = window.positions(), plane = count<N>(window.size);
-  A lines[8 * tile];
-  for (int64_t p = 0; p < positions; p += tile) {
-    const int64_t points = std::min(tile, positions - p);
-    for (int64_t c = 0; c < channels; c += 8) {
-      const int64_t some = std::min<int64_t>(8, channels - c);
-      transpose(rows + p * channels + c, points, some, channels, lines, tile);
-      for (int64_t i = 0; i < some; ++i)
-        out.write(at + (c + i) * plane + window.first * window.inner() + p, lines + i * tile, points, add);
-    }
-  }
+  write_turned(rows, window.positions(), channels, out, at + window.first * window.inner(), count<N>(window.size), add);
 }
 
 // For a field too large to lay out: the corners of these points alone, one channel, as a field of their own. The cells
@@ -300,9 +314,11 @@ void walk(const Cells<A, N, Index>& cells, int64_t points, const A* factor, cons
     case 0:
       return;
     case 1:
-      return as.template operator()<false, false, true, 0>();
+      return dispatch_channels<usual>(
+          w.channels, [&](auto constant) { as.template operator()<false, false, true, constant.value>(); });
     case 2:
-      as.template operator()<false, true, false, 0>();
+      dispatch_channels<usual>(w.channels,
+                               [&](auto constant) { as.template operator()<false, true, false, constant.value>(); });
       break;
     case 3:
       dispatch_channels<usual>(w.channels,

@@ -68,6 +68,12 @@ class InnerCells {
     at_edge_ ? sample_as<true>(plane, pitch, planes, f) : sample_as<false>(plane, pitch, planes, f);
   }
 
+  // Adds the gradient f(c) of the sample of each plane c, times the weight of each corner, to the corners there.
+  template <typename F>
+  void scatter(float* plane, int64_t pitch, int64_t planes, const F& f) const {
+    at_edge_ ? scatter_as<true>(plane, pitch, planes, f) : scatter_as<false>(plane, pitch, planes, f);
+  }
+
   // The slopes along each axis of the samples of all planes c, times their gradients f(c).
   template <typename F>
   void slopes(const float* plane, int64_t pitch, int64_t planes, const F& f, Reals (&slope)[N]) const {
@@ -135,6 +141,23 @@ class InnerCells {
 #pragma GCC unroll 8
       for (int corner = 1; corner < corners; ++corner) sum += weights[corner] * value[corner];
       f(c, sum);
+    }
+  }
+
+  template <bool kEdge, typename F>
+  void scatter_as(float* plane, int64_t pitch, int64_t planes, const F& f) const {
+    for (int64_t c = 0; c < planes; ++c, plane += pitch) {
+      const Reals grad = f(c);
+      // Corner by corner: those of neighbours seldom coincide, and an addition would wait for the one before.
+      for (int corner = 0; corner < corners; ++corner) {
+        Reals product = weight<kEdge>(corner) * grad;
+        if constexpr (kEdge) product = reinterpret_cast<Reals>(reinterpret_cast<Indices>(product) & counts_[corner]);
+        float amount[Run::lanes];
+        write_lanes(amount, product);
+        float* const to = plane + field_->row[corner / 2] + corner % 2;
+#pragma GCC unroll 16
+        for (int lane = 0; lane < Run::lanes; ++lane) to[element_[lane]] += amount[lane];
+      }
     }
   }
 

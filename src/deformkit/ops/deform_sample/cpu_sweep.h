@@ -1,0 +1,194 @@
+// Both gradients of a field of few channels, in one walk over points that lie in order. An item of work is a run of
+// points: it adds up the gradient by the field in rows of its own, and adds these to the rows of the runs before it.
+#pragma once
+
+#include "deform_sample/cpu_backward.h"
+
+namespace deformkit::sampling {
+
+constexpr int64_t run_bytes = 2 * mib;  // of the gradient by the field, to a run of points
+constexpr int64_t longest_run_bytes = 4 * run_bytes;
+constexpr int64_t run_blocks = 16;   // the fewest blocks of points of a run
+constexpr int64_t most_overlap = 3;  // of the rows of as many of the longest runs as there are, in times the field's
+
+// Of those groups of points that lie in order. A group is divided alike in any batch, so that its bits stay.
+template <int N>
+class Sweep {
+  using Slopes = PointsInPlace<float, N, int32_t>;
+  using Run = Cells<float, N, int32_t>;
+  using Reals = typename Run::Reals;
+
+ public:
+  Sweep(const Problem<N>& problem, const Map& input, const Tensor& grad_output)
+      : problem_(problem),
+        slopes_(problem, input, grad_output),
+        grad_(grad_output),
+        of_group_(std::min(
+            std::max(least_items, problem.positions() * problem.group_channels() * int64_t(sizeof(float)) / run_bytes),
+            ceil_div(problem.blocks(), run_blocks))),
+        parts_(problem.batch * problem.groups * of_group_),
+        in_order_(problem.batch * problem.groups) {
+    each(static_cast<int64_t>(parts_.size()), [&](int64_t part) { find_rows(part); });
+    for (size_t group = 0; group < in_order_.size(); ++group) look_at(group);
+  }
+
+  // By group.
+  const std::vector<char>& in_order() const { return in_order_; }
+  bool are_all_in_order() const { return std::find(in_order_.begin(), in_order_.end(), 0) == in_order_.end(); }
+
+  // The gradient by the points may be null.
+  void run(const Sink& grad_input, const Sink* grad_points) const {
+    Turns turns(static_cast<int64_t>(items_.size()));
+    each(
+        static_cast<int64_t>(items_.size()), [&] { return Scratch(*this); },
+        [&](Scratch& scratch, int64_t item) {
+          const int64_t group = items_[item] / of_group_;
+          const Part& part = parts_[items_[item]];
+          std::fill_n(scratch.sums.get(), problem_.group_channels() * pitch(part), 0.0f);
+          for (int64_t i = part.begin; i < part.end; i += block<N>)
+            add_block(scratch, group, part, i, std::min(block<N>, part.end - i), grad_points);
+          if (items_[item] % of_group_ > 0) turns.wait(item, 0);
+          add_rows(scratch, group, part, grad_input.data<float>());
+          turns.finish(item, 0);
+        },
+        &turns);
+  }
+
+ private:
+  // The points [begin, end) of a group, whose corners lie in the rows [first, past) of the field: a run. The runs
+  // before have written the gradient's rows up to `written`.
+  struct Part {
+    int64_t begin, end, first, past, written = 0;
+  };
+
+  struct Scratch : Slopes::Scratch {
+    Buffer<float> sums;
+
+    explicit Scratch(const Sweep& work)
+        : sums(work.problem_.group_channels() * (work.most_rows_ * work.problem_.whole().inner() + 1)) {}
+  };
+
+  // After the rows of a plane, an element for what lies outside.
+  int64_t pitch(const Part& part) const { return (part.past - part.first) * problem_.whole().inner() + 1; }
+
+  // Where a field is reflected, points outside of it may lie in any row: such a run has all.
+  void find_rows(int64_t item) {
+    Part& part = parts_[item];
+    const int64_t blocks = ceil_div(problem_.blocks(), of_group_), group = item / of_group_;
+    part.begin = std::min(item % of_group_ * blocks * block<N>, problem_.points);
+    part.end = std::min(part.begin + blocks * block<N>, problem_.points);
+    const auto [least, most] = reach(coordinates_of<float>(problem_, 0, group, part.begin), part.end - part.begin);
+    const int64_t rows = problem_.size[0];
+    const auto lower_row = [&](float coordinate) {
+      return static_cast<int64_t>(
+          std::clamp(std::floor(double(coordinate)), 0.0, double(std::max<int64_t>(rows - 2, 0))));
+    };
+    const bool mirrored = problem_.boundary == Boundary::reflect && (least < 0 || most > float(rows - 1));
+    part.first = mirrored ? 0 : lower_row(least);
+    part.past = mirrored ? rows : std::min(lower_row(most) + 2, rows);
+  }
+
+  // Whether the runs of a group share few rows, because points that follow one another lie near one another.
+  void look_at(size_t group) {
+    Part* const parts = parts_.data() + group * of_group_;
+    int64_t most_rows = 0;
+    for (int64_t i = 0; i < of_group_; ++i) {
+      most_rows = std::max(most_rows, parts[i].past - parts[i].first);
+      if (i > 0) parts[i].written = std::max(parts[i - 1].written, parts[i - 1].past);
+    }
+    const int64_t row_bytes = problem_.whole().inner() * problem_.group_channels() * int64_t(sizeof(float));
+    in_order_[group] =
+        most_rows * of_group_ <= most_overlap * problem_.size[0] && most_rows * row_bytes <= longest_run_bytes;
+    if (!in_order_[group]) return;
+    most_rows_ = std::max(most_rows_, most_rows);
+    for (int64_t i = 0; i < of_group_; ++i) items_.push_back(static_cast<int64_t>(group) * of_group_ + i);
+  }
+
+  // The least and the largest first coordinate of some points; 0 if none is a number.
+  static std::pair<float, float> reach(const float* from, int64_t points) {
+    constexpr float far = std::numeric_limits<float>::infinity();
+    Reals least[N], most[N];
+    for (int k = 0; k < N; ++k) least[k] = Reals{} + far, most[k] = Reals{} - far;
+    float low = far, high = -far;
+    int64_t i = 0;
+    for (; i + Run::lanes <= points; i += Run::lanes)
+#pragma GCC unroll 3
+      for (int k = 0; k < N; ++k) {
+        const Reals some = read_lanes<Reals>(from + i * N + k * Run::lanes);
+        least[k] = some < least[k] ? some : least[k], most[k] = some > most[k] ? some : most[k];
+      }
+    for (; i < points; ++i) low = std::min(low, from[i * N]), high = std::max(high, from[i * N]);
+    for (int at = 0; at < N * Run::lanes; at += N)
+      low = std::min(low, least[at / Run::lanes][at % Run::lanes]),
+      high = std::max(high, most[at / Run::lanes][at % Run::lanes]);
+    return low <= high ? std::pair{low, high} : std::pair{0.0f, 0.0f};
+  }
+
+  void add_block(Scratch& scratch, int64_t group, const Part& part, int64_t first, int64_t points,
+                 const Sink* grad_points) const {
+    const int64_t b = group / problem_.groups, owner = group % problem_.groups;
+    const int64_t channels = problem_.group_channels(), channel = owner * channels, plane = pitch(part);
+    const Window<N> window{problem_.size, part.first, part.past};
+    const float* const grads = grad_.at<float>(b, channel, first);
+    float* const sums = scratch.sums.get();
+    scratch.points.read(coordinates_of<float>(problem_, b, owner, first), points);
+    const auto add = [&](const InnerCells<N>* cells, int64_t i, int64_t some) {
+      const auto grad = [&](int64_t c) { return read_lanes<Reals>(grads + c * problem_.points + i); };
+      if (cells) return cells->scatter(sums - part.first * window.inner(), plane, channels, grad);
+      scratch.points.locate(problem_, window, some, 1, static_cast<int32_t>(plane - 1), i);
+      for (int64_t c = 0; c < channels; ++c)
+        scatter_plane(scratch.points.cells, some, grads + c * problem_.points + i, sums + c * plane);
+    };
+    slopes_.by_registers(scratch, b, channel, first, points, grad_points != nullptr, add);
+    if (grad_points) scratch.write(problem_, b, owner, first, points, false, *grad_points);
+  }
+
+  // Adds the rows of a run to the gradient; the first to reach a row writes it.
+  void add_rows(const Scratch& scratch, int64_t group, const Part& part, float* grad_input) const {
+    const int64_t inner = problem_.whole().inner(), first = part.first * inner, past = part.past * inner;
+    const int64_t both = std::clamp(part.written, part.first, part.past) * inner;
+    for (int64_t c = 0; c < problem_.group_channels(); ++c) {
+      const float* const sums = scratch.sums.get() + c * pitch(part) - first;
+      float* const to = grad_input + (group * problem_.group_channels() + c) * problem_.positions();
+      if (part.written < part.first) std::fill(to + part.written * inner, to + first, 0.0f);
+#pragma omp simd
+      for (int64_t i = first; i < both; ++i) to[i] += sums[i];
+      std::copy(sums + both, sums + past, to + both);
+      const int64_t done = std::max(part.written, part.past) * inner;
+      if (&part == &parts_[(group + 1) * of_group_ - 1]) std::fill(to + done, to + problem_.positions(), 0.0f);
+    }
+  }
+
+  const Problem<N>& problem_;
+  const Slopes slopes_;
+  const Map grad_;
+  int64_t of_group_, most_rows_ = 0;
+  std::vector<Part> parts_;
+  std::vector<char> in_order_;
+  std::vector<int64_t> items_;  // the parts of the groups that are in order
+};
+
+// The gradients that are asked for.
+template <typename A, int N>
+void backward(const Problem<N>& problem, const Tensor& input, const Tensor& grad_output,
+              const std::optional<Sink>& grad_input, const std::optional<Sink>& grad_points) {
+  if (problem.batch == 0) return;
+  std::vector<char> done(problem.batch * problem.groups);
+  if constexpr (std::is_same_v<A, float>) {
+    const bool in_registers = input.scalar_type() == ScalarType::Float && !problem.nearest && !problem.is_wide(1);
+    const bool often = problem.points > 0 && problem.points * seldom >= problem.positions();
+    if (grad_input && in_registers && often && problem.group_channels() < few_channels) {
+      const Map field(input);
+      const Sweep<N> sweep(problem, field, grad_output);
+      const bool all = sweep.are_all_in_order() && (!grad_points || problem.is_in_registers(field));
+      sweep.run(*grad_input, all && grad_points ? &*grad_points : nullptr);
+      if (all) return;
+      done = sweep.in_order();
+    }
+  }
+  if (grad_input) backward_by_input<A>(problem, grad_output, *grad_input, done);
+  // The gradient by the input alone does not read it.
+  if (grad_points) backward_by_points<A>(problem, Map(input), grad_output, *grad_points);
+}
+
+}  // namespace deformkit::sampling
