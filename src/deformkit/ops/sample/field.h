@@ -15,7 +15,9 @@ template <typename A, int N>
 void pack(const Map& field, int64_t batch, int64_t channel, int64_t channels, const Window<N>& window, int64_t begin,
           int64_t end, A* rows) {
   const int64_t from = window.first * window.inner();
-  if (field.channel_stride == 1) {
+  if (channels == 1) {
+    read_run(field, batch, channel, from + begin, end - begin, rows + begin);
+  } else if (field.channel_stride == 1) {
     dispatch_dtype(field.dtype(), [&]<typename T>() {
       for (int64_t p = begin; p < end; ++p) {
         const T* source = field.at<T>(batch, channel, from + p);
