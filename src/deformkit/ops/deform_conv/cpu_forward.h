@@ -160,7 +160,14 @@ class Forward {
       const int64_t group = plan_.first_group() + g;
       for (int64_t r = 0; r < rows_; r += 8) {
         const int64_t some = std::min<int64_t>(8, rows_ - r);
-        transpose(scratch.sums.get() + g * points * pitch_ + r, points, some, pitch_, scratch.lines.get(), points);
+        const A* const sums = scratch.sums.get() + g * points * pitch_ + r;
+        if (starts_group(group) && output_.dtype() == sum_dtype_of<A>) {
+          const int64_t out_channel = batch * problem_.out_channels + group * rows_ + r;
+          transpose(sums, points, some, pitch_, output_.template data<A>() + out_channel * problem_.positions + begin,
+                    problem_.positions);
+          continue;
+        }
+        transpose(sums, points, some, pitch_, scratch.lines.get(), points);
         for (int64_t i = 0; i < some; ++i)
           write(batch, group * rows_ + r + i, begin, scratch.lines.get() + i * points, points, !starts_group(group));
       }

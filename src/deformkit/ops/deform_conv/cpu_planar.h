@@ -67,7 +67,7 @@ void forward_planar(const Call<N>& call, const std::vector<A>& bias, const Sink&
         std::fill_n(scratch.lines.get() + r * planar_block, points, bias.empty() ? A(0) : bias[c * rows + r]);
       for (int64_t tap = 0; tap < problem.taps; ++tap) {
         locate(call, scratch.points, item / items, group, tap, begin, points);
-        sample_plane(scratch.points.cells, points, plane, samples);
+        sample_in_place<false>(scratch.points.cells, points, plane, samples);
         for (int64_t r = 0; r < rows; ++r) {
           const A w = weight[(c * rows + r) * problem.taps + tap];
           A* const line = scratch.lines.get() + r * planar_block;
@@ -143,7 +143,7 @@ class PlanarBackward {
       for (int64_t tap = 0; tap < taps_; ++tap) {
         const int64_t group = c / together_;
         const A* const factor = locate(call_, scratch.points, batch, group, tap, begin, points);
-        sample_plane(scratch.points.cells, points, plane, scratch.samples.get());
+        sample_in_place<false, true>(scratch.points.cells, points, plane, scratch.samples.get());
         if (gradients_.weight) add_grad_weight(scratch, c, tap, points);
         find_grad_samples(scratch, c, tap, points);
         if (gradients_.by_point()) {

@@ -13,6 +13,7 @@ constexpr int64_t tile = 256;
 template <typename A>
 void read_turned(const Map& field, int64_t batch, int64_t channel, int64_t channels, int64_t from, int64_t points,
                  A* rows) {
+  if (channels == 1) return read_run(field, batch, channel, from, points, rows);
   if (field.channel_stride == 1) {
     dispatch_dtype(field.dtype(), [&]<typename T>() {
       for (int64_t p = 0; p < points; ++p) {

@@ -16,13 +16,41 @@ int64_t padded(int64_t channels) {
   return channels <= 4 ? 4 : ceil_div(channels, 8) * 8;
 }
 
-// Whether a head's field is laid out: it must fit, and be read often. The batch has no say, so that it cannot change a
-// sample's bits.
+// Whether a span of a head's field is laid out: it must fit, and be read often. The batch has no say, so that it cannot
+// change a sample's bits.
 template <int N>
-bool is_laid_out(const Heads<N>& call, int64_t positions_to_a_sample) {
+bool is_laid_out(const Heads<N>& call, const Span& span, int64_t positions_to_a_sample) {
   const int64_t element = sum_dtype(call.value.dtype()) == ScalarType::Double ? 8 : 4;
-  return (call.positions + 1) * padded(call.channels) * element <= plane_bytes &&
-         call.queries * call.points * positions_to_a_sample > call.positions;
+  return (span.positions + 1) * padded(call.channels) * element <= plane_bytes &&
+         call.queries * span.points * positions_to_a_sample > span.positions;
+}
+
+template <int N>
+Span whole(const Heads<N>& call) {
+  return {0, call.points, 0, call.positions};
+}
+
+// The spans that are used in place, and those that are laid out: levels are not held alike where points are dense on
+// small ones alone. Levels side by side share an item of work, unless samples and heads are few.
+template <int N>
+std::array<std::vector<Span>, 2> spans_of(const Heads<N>& call, int64_t positions_to_a_sample) {
+  const bool all = is_laid_out(call, whole(call), positions_to_a_sample), joined = call.batch * call.heads >= 8;
+  std::array<std::vector<Span>, 2> spans;
+  for (const Level<N>& level : call.levels) {
+    const Span own{level.first_point, level.points, level.start, level.positions()};
+    const bool laid_out = all || is_laid_out(call, own, positions_to_a_sample);
+    std::vector<Span>& alike = spans[laid_out];
+    if (joined && !alike.empty() && alike.back().start + alike.back().positions == own.start) {
+      const Span& last = alike.back();
+      const Span both{last.first, last.points + own.points, last.start, last.positions + own.positions};
+      if (!laid_out || is_laid_out(call, both, positions_to_a_sample)) {
+        alike.back() = both;
+        continue;
+      }
+    }
+    alike.push_back(own);
+  }
+  return spans;
 }
 
 // Whether points, or the elements of a field whose positions are `pitch` apart, take 64-bit indices.
@@ -49,12 +77,31 @@ void lay_out(const Map& field, int64_t b, int64_t positions, int64_t channels, i
   std::fill_n(rows, width, A(0));
 }
 
+// The head that an item works on. Threads at work at the same time get heads that are not neighbours: with a row a core
+// may fetch the row beside it, which another core would be writing.
+int64_t head_of(int64_t item, int64_t heads) {
+  const int64_t place = item % heads;
+  return place / 2 + place % 2 * ceil_div(heads, 2);
+}
+
 // The dtype of a gradient that starts at zero: the value's own where the touched rows fit beside it, else that of sums.
 template <int N>
 ScalarType grad_dtype(const Heads<N>& call) {
   const int64_t touched = std::min(call.positions, call.queries * call.points << N);
   const ScalarType dtype = call.value.dtype(), sum = sum_dtype(dtype);
   return touched * call.channels * 4 <= plane_bytes ? dtype : sum;
+}
+
+// Sets the gradient by a span of every sample to 0.
+template <int N>
+void clear(const Heads<N>& call, const Span& span, const Tensor& grad_value) {
+  const int64_t row = call.heads * call.channels * grad_value.element_size();
+  const int64_t run = ceil_div(mib, row), runs = ceil_div(span.positions, run);
+  each(call.batch * runs, [&](int64_t item) {
+    const int64_t first = item % runs * run, place = item / runs * call.positions + span.start + first;
+    std::memset(static_cast<char*>(grad_value.data_ptr()) + place * row, 0,
+                static_cast<size_t>(std::min(run, span.positions - first) * row));
+  });
 }
 
 // Forward: an item is a head of a sample, or some of its queries where it reads the field in place.
@@ -64,8 +111,7 @@ void attend(const Heads<N>& call, const Sink& output) {
   constexpr bool kLaidOut = !kHeld<A>::in_place;
   const int64_t block = block_of(call), channels = call.channels, width = kLaidOut ? padded(channels) : channels;
   const int64_t run = kLaidOut ? call.queries : 8 * block, runs = ceil_div(call.queries, std::max<int64_t>(run, 1));
-  const Plan<A, N, Index> plan(call, {0, call.points, 0, call.positions},
-                               kLaidOut ? width : call.value.position_stride);
+  const Plan<A, N, Index> plan(call, whole(call), kLaidOut ? width : call.value.position_stride);
   struct Scratch {
     QueryPoints<A, N, Index> points;
     Buffer<A> sums, rows;
@@ -76,7 +122,8 @@ void attend(const Heads<N>& call, const Sink& output) {
   };
   const std::vector<T> zeros(channels, T(0));
   each(call.batch * runs * call.heads, make, [&](Scratch& scratch, int64_t item) {
-    const int64_t head = item % call.heads, b = item / call.heads / runs, begin = item / call.heads % runs * run;
+    const int64_t head = head_of(item, call.heads), b = item / call.heads / runs,
+                  begin = item / call.heads % runs * run;
     const Map value = call.value.of_head(head, 0);
     kHeld<const T> field;
     if constexpr (kLaidOut) {
@@ -126,17 +173,16 @@ class Backward {
     }
   }
 
-  void run() const {
-    const int64_t spans = plans_.size();
-    each(
-        call_.batch * call_.heads * spans, [&] { return Scratch(*this); },
-        [&](Scratch& scratch, int64_t item) {
-          const Item at{plans_[item % spans], item / spans / call_.heads, item / spans % call_.heads};
-          Walk<A, N, kHeld, T> walk = open(scratch, at);
-          for (int64_t first = 0; first < call_.queries; first += at.plan.block)
-            queries(scratch, at, walk, first, std::min(at.plan.block, call_.queries - first));
-          close(scratch, at);
-        });
+  int64_t items() const { return call_.batch * call_.heads * spans(); }
+  auto make() const { return Scratch(*this); }
+
+  void run(auto& scratch, int64_t item) const {
+    const int64_t place = item / spans();
+    const Item at{plans_[item % spans()], place / call_.heads, head_of(place, call_.heads)};
+    Walk<A, N, kHeld, T> walk = open(scratch, at);
+    for (int64_t first = 0; first < call_.queries; first += at.plan.block)
+      queries(scratch, at, walk, first, std::min(at.plan.block, call_.queries - first));
+    close(scratch, at);
   }
 
  private:
@@ -156,7 +202,7 @@ class Backward {
         : points(work.capacity_),
           rows(work.plane()),
           grad_rows(work.plane()),
-          grads(work.plans_[0].block * work.width_),
+          grads(block_of(work.call_) * work.width_),
           by_point((N + 1) * work.capacity_),
           stored(N * work.capacity_) {
       std::fill_n(rows.get(), work.width_, T(0));
@@ -169,8 +215,9 @@ class Backward {
 
   static constexpr int corners = 1 << N;
 
+  int64_t spans() const { return static_cast<int64_t>(plans_.size()); }
   int64_t plane() const { return kLaidOut ? (positions_ + 1) * width_ : width_; }
-  int64_t most_touched() const { return std::min(positions_, call_.queries * capacity_ / plans_[0].block * corners); }
+  int64_t most_touched() const { return std::min(positions_, call_.queries * capacity_ / block_of(call_) * corners); }
   int64_t grad_place(const Item& at) const {
     return ((at.b * call_.positions + at.plan.span.start) * call_.heads + at.head) * call_.channels;
   }
@@ -289,13 +336,27 @@ void dispatch_held(bool laid_out, ScalarType dtype, const F& f) {
   dtype == ScalarType::Double ? f.template operator()<LaidOut, double>() : f.template operator()<LaidOut, float>();
 }
 
+template <typename F>
+void dispatch_index(bool wide, const F& f) {
+  wide ? f.template operator()<int64_t>() : f.template operator()<int32_t>();
+}
+
+// The items of both, among the same threads.
+void run(const auto& first, const auto& second) {
+  const auto make = [&] { return std::pair(first.make(), second.make()); };
+  each(first.items() + second.items(), make, [&](auto& scratch, int64_t item) {
+    const int64_t rest = item - first.items();
+    rest < 0 ? first.run(scratch.first, item) : second.run(scratch.second, rest);
+  });
+}
+
 }  // namespace
 
 template <int N>
 Tensor attend(const Heads<N>& call, const Tensor& value) {
   const Tensor output = new_result(value, call.output_shape);
   // Where samples and heads are few, the items are runs of queries, in place: that changes no bit of a sum.
-  const bool laid_out = is_laid_out(call, seldom) && call.batch * call.heads >= 8;
+  const bool laid_out = is_laid_out(call, whole(call), seldom) && call.batch * call.heads >= 8;
   const bool wide = is_wide(call, laid_out ? padded(call.channels) : call.value.position_stride);
   dispatch_held(laid_out, value.scalar_type(), [&]<template <typename> typename kHeld, typename T>() {
     wide ? attend<kHeld, T, N, int64_t>(call, Sink(output)) : attend<kHeld, T, N, int32_t>(call, Sink(output));
@@ -311,32 +372,30 @@ std::tuple<Tensor, Tensor, Tensor> attend_backward(Heads<N> call, const Tensor& 
   STD_TORCH_CHECK(sizes_of(grad_output) == call.output_shape && grad_output.scalar_type() == value.scalar_type(),
                   "grad_output must have the output's shape and dtype");
   const Tensor grad = contiguous(grad_output);
-  // One item of work for each sample and head; for each level of it, where those are few.
-  std::vector<Span> spans{{0, call.points, 0, call.positions}};
-  if (call.batch * call.heads < 8 && call.levels.size() > 1) {
-    spans.clear();
-    for (const Level<N>& level : call.levels)
-      spans.push_back({level.first_point, level.points, level.start, level.positions()});
-  }
   // Where sums have the value's dtype, the gradient in place needs no conversion: that pays a little longer.
-  const bool laid_out = is_laid_out(call, sum_dtype(value.scalar_type()) == value.scalar_type() ? 1 : seldom);
+  const auto spans = spans_of(call, sum_dtype(value.scalar_type()) == value.scalar_type() ? 1 : seldom);
 
-  Tensor grad_value, grad_coordinates = empty_like(coordinates, output_mask[1]);
-  Tensor grad_weights = empty_like(weights, output_mask[2]);
-  if (laid_out || !output_mask[0]) {
-    grad_value = empty_like(value, output_mask[0]);
-  } else {
-    grad_value = zeros_like(value, grad_dtype(call));
+  const bool adds = output_mask[0] && !spans[false].empty();
+  const ScalarType dtype = adds ? grad_dtype(call) : value.scalar_type();
+  const Tensor grad_value =
+      dtype == value.scalar_type() ? empty_like(value, output_mask[0]) : new_scratch(value.sizes(), dtype);
+  const Tensor grad_coordinates = empty_like(coordinates, output_mask[1]);
+  const Tensor grad_weights = empty_like(weights, output_mask[2]);
+  if (adds) {
+    for (const Span& span : spans[false]) clear(call, span, grad_value);
     call.value = Map::with_heads(contiguous(value));
   }
   HeadGradients gradients;
   if (output_mask[0]) gradients.value.emplace(grad_value);
   if (output_mask[1]) gradients.coordinates.emplace(grad_coordinates);
   if (output_mask[2]) gradients.weights.emplace(grad_weights);
-  const bool wide = is_wide(call, laid_out ? padded(call.channels) : call.value.position_stride);
-  dispatch_held(laid_out, value.scalar_type(), [&]<template <typename> typename kHeld, typename T>() {
-    wide ? Backward<kHeld, T, N, int64_t>(call, grad, spans, gradients).run()
-         : Backward<kHeld, T, N, int32_t>(call, grad, spans, gradients).run();
+  dispatch_dtype(value.scalar_type(), [&]<typename T>() {
+    dispatch_index(is_wide(call, call.value.position_stride), [&]<typename Index>() {
+      const Backward<InPlace, T, N, Index> in_place(call, grad, spans[false], gradients);
+      dispatch_index(is_wide(call, padded(call.channels)), [&]<typename Own>() {
+        run(in_place, Backward<LaidOut, Sum<T>, N, Own>(call, grad, spans[true], gradients));
+      });
+    });
   });
   return {rounded(grad_value, value.scalar_type()), grad_coordinates, grad_weights};
 }

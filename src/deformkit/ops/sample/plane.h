@@ -5,24 +5,8 @@
 
 namespace deformkit {
 
-// Samples of one plane at the located cells; what lies at their corners stays in Cells::values().
-template <typename A, int N>
-void sample_plane(const Cells<A, N, int32_t>& cells, int64_t points, const A* plane, A* samples) {
-  for (int corner = 0; corner < 1 << N; ++corner) {
-    const A* const weight = cells.weight(corner);
-    const int32_t* const index = cells.index(corner);
-    A* const values = cells.values(corner);
-    if (corner == 0) std::fill_n(samples, points, A(0));
-#pragma omp simd
-    for (int64_t i = 0; i < points; ++i) {
-      values[i] = plane[index[i]];
-      samples[i] += weight[i] * values[i];
-    }
-  }
-}
-
-// What lies at two corners that are neighbours along the last axis, in a plane where it lies, of any dtype. A corner
-// that does not count has a negative index.
+// What lies at two corners that are neighbours along the last axis, in a plane of any dtype. A corner that does not
+// count has a negative index, or that of a zero.
 template <typename T, typename A, int N, typename Index>
 __attribute__((always_inline)) inline void read_neighbours(const Cells<A, N, Index>& cells, int corner, int64_t i,
                                                            const T* plane, typename Cells<A, N, Index>::Reals& low,
@@ -38,8 +22,9 @@ __attribute__((always_inline)) inline void read_neighbours(const Cells<A, N, Ind
   low = gather_lanes<typename Run::Reals>(plane, first), high = gather_lanes<typename Run::Reals>(plane, second);
 }
 
-// Samples of such a plane; with kOne from the first corner of each cell alone.
-template <bool kOne, typename T, typename A, int N, typename Index>
+// Samples of such a plane; with kOne from the first corner of each cell alone. With kKeep what lies at the corners
+// stays in Cells::values().
+template <bool kOne, bool kKeep = false, typename T, typename A, int N, typename Index>
 void sample_in_place(const Cells<A, N, Index>& cells, int64_t points, const T* plane, A* samples) {
   using Run = Cells<A, N, Index>;
   using Reals = typename Run::Reals;
@@ -53,6 +38,8 @@ void sample_in_place(const Cells<A, N, Index>& cells, int64_t points, const T* p
       for (int corner = 0; corner < 1 << N; corner += 2) {
         Reals low, high;
         read_neighbours(cells, corner, i, plane, low, high);
+        if constexpr (kKeep)
+          write_lanes(cells.values(corner) + i, low), write_lanes(cells.values(corner + 1) + i, high);
         sum +=
             read_lanes<Reals>(cells.weight(corner) + i) * low + read_lanes<Reals>(cells.weight(corner + 1) + i) * high;
       }
