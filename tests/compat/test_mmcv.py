@@ -237,8 +237,10 @@ def test_errors_of_convolution() -> None:
         compat.deform_conv2d(x, offset[:, :9], weight, groups=2)
     with pytest.raises(ValueError, match="bias is True"):
         compat.deform_conv2d(x, offset, weight, 1, 0, 1, 2, 2, True)
-    with pytest.raises(ValueError, match="bias is True"):
-        compat.DeformConv2d(8, 4, 3, bias=True)
+    for options, message in (({"bias": True}, "bias is True"), ({"groups": 3}, "groups")):
+        with pytest.raises(ValueError, match=message) as error:
+            compat.DeformConv2d(8, 4, 3, **options)
+        assert isinstance(error.value, AssertionError)
     with pytest.raises(ValueError, match=r"input has shape \[8, 5, 5\]; it must have 4 axes"):
         compat.deform_conv2d(x[0], offset, weight)
     with pytest.raises(ValueError, match="mask has 9 channels"):

@@ -173,6 +173,14 @@ def test_autocast_is_that_of_torchvision(half: torch.dtype, dtype: torch.dtype) 
         assert_equal(torch.compile(layer, fullgraph=True, backend="eager")(input, offset, mask), expected)
 
 
+def test_torch_fx_keeps_the_call() -> None:
+    """Feature extraction of torchvision traces a model, and has its own layer alone among the leaves."""
+    layer, inputs = compat.DeformConv2d(4, 6, 3, padding=1), (torch.randn(2, 4, 9, 8), torch.randn(2, 18, 9, 8))
+    traced = torch.fx.symbolic_trace(layer, concrete_args={"mask": None})
+    assert compat.deform_conv2d in {node.target for node in traced.graph.nodes}
+    assert_equal(traced(*inputs), layer(*inputs))
+
+
 def test_errors() -> None:
     layer = compat.DeformConv2d(8, 4, 3)
     wrong = (torch.zeros(1, 20, 3, 3), torch.zeros(1, 18, 3, 4), torch.zeros(1, 18, 3, 3).long())

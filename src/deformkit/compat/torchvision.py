@@ -97,6 +97,10 @@ def _as_torchvision(
         raise ArgumentValueError(str(error)) from error
 
 
+# torch.fx keeps a call as one node. It traces into the layer, which is none of those that torchvision knows as leaves.
+torch.fx.wrap("deform_conv2d")
+
+
 class DeformConv2d(nn.DeformConv2d):
     """The layer ``torchvision.ops.DeformConv2d``: :class:`deformkit.nn.DeformConv2d` with any number of offset groups.
 

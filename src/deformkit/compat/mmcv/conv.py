@@ -13,6 +13,10 @@ from ...ops._shape import check_tensor, ntuple, prod
 from .._convolution import convolve
 
 
+class ArgumentValueError(ValueError, AssertionError):
+    """A ValueError, and the AssertionError that mmcv raises in its place when a layer is made."""
+
+
 def deform_conv2d(
     input: Tensor,
     offset: Tensor,
@@ -122,7 +126,8 @@ class DeformConv2d(nn.DeformConv2d):
 
     Raises:
         TypeError: an argument has the wrong type or dtype.
-        ValueError: a value or a shape does not fit; the message names the argument.
+        ValueError: a value or a shape does not fit; the message names the argument. In the constructor it is also an
+            AssertionError, as in mmcv.
 
     Example:
         >>> import torch
@@ -145,9 +150,12 @@ class DeformConv2d(nn.DeformConv2d):
         im2col_step: int = 32,
     ) -> None:
         if bias:
-            raise ValueError(f"bias is {bias!r}; DeformConv2d has none: it must be False")
+            raise ArgumentValueError(f"bias is {bias!r}; DeformConv2d has none: it must be False")
         window = (kernel_size, stride, ntuple(padding, 2, "padding", 0), dilation)
-        super().__init__(in_channels, out_channels, *window, groups, False, offset_groups=deform_groups)
+        try:
+            super().__init__(in_channels, out_channels, *window, groups, False, offset_groups=deform_groups)
+        except ValueError as error:
+            raise ArgumentValueError(str(error)) from error
         # A layer of mmcv without a bias has no attribute of that name.
         del self.bias
         self.deform_groups = deform_groups
