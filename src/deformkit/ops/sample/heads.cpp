@@ -77,13 +77,6 @@ void lay_out(const Map& field, int64_t b, int64_t positions, int64_t channels, i
   std::fill_n(rows, width, A(0));
 }
 
-// The head that an item works on. Threads at work at the same time get heads that are not neighbours: with a row a core
-// may fetch the row beside it, which another core would be writing.
-int64_t head_of(int64_t item, int64_t heads) {
-  const int64_t place = item % heads;
-  return place / 2 + place % 2 * ceil_div(heads, 2);
-}
-
 // The dtype of a gradient that starts at zero: the value's own where the touched rows fit beside it, else that of sums.
 template <int N>
 ScalarType grad_dtype(const Heads<N>& call) {
@@ -122,8 +115,7 @@ void attend(const Heads<N>& call, const Sink& output) {
   };
   const std::vector<T> zeros(channels, T(0));
   each(call.batch * runs * call.heads, make, [&](Scratch& scratch, int64_t item) {
-    const int64_t head = head_of(item, call.heads), b = item / call.heads / runs,
-                  begin = item / call.heads % runs * run;
+    const int64_t head = item % call.heads, b = item / call.heads / runs, begin = item / call.heads % runs * run;
     const Map value = call.value.of_head(head, 0);
     kHeld<const T> field;
     if constexpr (kLaidOut) {
@@ -178,7 +170,7 @@ class Backward {
 
   void run(auto& scratch, int64_t item) const {
     const int64_t place = item / spans();
-    const Item at{plans_[item % spans()], place / call_.heads, head_of(place, call_.heads)};
+    const Item at{plans_[item % spans()], place / call_.heads, place % call_.heads};
     Walk<A, N, kHeld, T> walk = open(scratch, at);
     for (int64_t first = 0; first < call_.queries; first += at.plan.block)
       queries(scratch, at, walk, first, std::min(at.plan.block, call_.queries - first));
