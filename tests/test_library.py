@@ -202,6 +202,8 @@ def test_a_program_without_python_runs_a_package(exported: Path, tmp_path: Path)
         [str(tools["cmake"]), "--build", str(tmp_path)],
     ):
         done = subprocess.run(command, capture_output=True, text=True)
+        if "uses CUDA but I cannot find the CUDA" in done.stderr:
+            pytest.skip("find_package(Torch) of a torch for GPUs needs the CUDA toolkit")
         assert done.returncode == 0, done.stdout + done.stderr
     program = tmp_path / "deploy"
     done = subprocess.run([program, exported / "model.pt2", exported / "values.pt"], capture_output=True, text=True)
