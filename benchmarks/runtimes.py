@@ -98,8 +98,8 @@ def executorch(each: Resized, folder: Path) -> Callable[[Values], Tensor]:
     from executorch.exir import to_edge
     from executorch.runtime import Runtime
 
-    # Its memory is planned for the largest sizes, and that of attention for the batch size that was traced: 20 leaves
-    # room for those that are run.
+    # Its memory is planned for the largest sizes, and that of attention for the batch size that was traced: 20 is
+    # enough for those that are run.
     largest = torch.export.Dim.AUTO(max=20)
     shapes = each.dynamic_shapes(largest)
     with torch.no_grad(), dk.export.decomposed():

@@ -10,6 +10,7 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Callable, Mapping
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -59,8 +60,7 @@ def main(count: int, script: str) -> None:
     method = "spawn"
     if sys.platform == "linux":
         # What is imported before a fork is imported once for all ranks, also what DTensor imports in its first call.
-        import torch._dynamo  # noqa: F401 - only to be imported
-
+        import_module("torch._dynamo")
         runpy.run_path(script)
         method = "fork"
     with tempfile.TemporaryDirectory() as folder:

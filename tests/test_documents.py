@@ -22,7 +22,7 @@ BLOCKS = Sybil([PythonCodeBlockParser(), SkipParser()])
 # A line that prints, and its output in comments below it.
 PRINTED = re.compile(r"^print\(.*\)\n((?:# .*(?:\n|$))+)", re.MULTILINE)
 # On this page other packages warn of their own code.
-OTHERS = ROOT / "docs/deploy/decomposed.md"
+WARNING = ROOT / "docs/deploy/decomposed.md"
 IGNORED = [pytest.mark.filterwarnings(f"ignore::{kind}Warning") for kind in ("Deprecation", "Future", "User")]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")), *sorted((ROOT / "docs").glob("*/*.md"))]
 
@@ -38,7 +38,7 @@ def examples() -> Iterator[object]:
     for page in PAGES:
         blocks = list(parsed(page).examples())
         for number, example in enumerate(blocks):
-            marks = IGNORED if page == OTHERS else ()
+            marks = IGNORED if page == WARNING else ()
             yield pytest.param(page, blocks, number, id=f"{page.relative_to(ROOT)}:{example.line}", marks=marks)
 
 

@@ -154,18 +154,18 @@ def moved_bytes(mesh: DeviceMesh) -> None:
             assert counted == expected.total, (queries, divide, counted, expected)
 
 
-def bounded(mesh: DeviceMesh, axes: int, cut: int, operator: str, largest: float) -> tuple[Any, list[Tensor]]:
-    """A call whose offsets along the axis that is cut are promised to be at most 2, and are at most ``largest``."""
+def bounded(mesh: DeviceMesh, axes: int, cut: int, operator: str, farthest: float) -> tuple[Any, list[Tensor]]:
+    """A call whose offsets along the axis that is cut are promised to be at most 2; one on the first rank is given."""
     torch.manual_seed(axes + cut)
     size, kernel, taps = SIZE[:axes], (3,) * axes, 3**axes
     if operator == "conv":
         offset = torch.rand(2, taps * axes, *size).double() * 4 - 2
-        offset[0, cut].select(cut, 1).fill_(largest)
+        offset[0, cut].select(cut, 1).fill_(farthest)
         tensors, placed = [normal(2, 2, *size), offset], [Shard(2 + cut)]
         call = partial(spatial_deform_conv, weight=normal(2, 2, *kernel), padding=1, max_offset=2.0)
     else:
         offset = torch.rand(2, *size, 2, taps, axes).double() * 4 - 2
-        offset[0].select(cut, 1)[..., cut] = largest
+        offset[0].select(cut, 1)[..., cut] = farthest
         tensors, placed = [normal(2, *size, 2, 3), offset, normal(2, *size, 2, taps)], [Shard(1 + cut)]
         call = partial(spatial_deform_aggregate, kernel_size=kernel, padding=1, max_offset=2.0)
     return call, [distribute_tensor(t, mesh, placed).requires_grad_() for t in tensors]

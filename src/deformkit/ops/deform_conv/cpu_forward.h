@@ -88,7 +88,7 @@ class Forward {
   // sums: [groups, points, rows], or [rows, points, channels] when groups are narrow.
   struct Scratch {
     Samples<A, N> samples;
-    Buffer<A> columns, sums, lines;
+    Buffer<A> columns, sums, line;
     Buffer<Pair> pairs;
     int64_t pitch;
 
@@ -96,7 +96,7 @@ class Forward {
         : samples(f.call_, f.cut_, f.block_, f.plan_.channels(), false),
           columns(f.block_ * column_pitch<A>(f.plan_.widest)),
           sums(f.block_ * f.pitch_ * (f.problem_.is_narrow() ? f.rows_ : f.plan_.groups())),
-          lines(8 * f.block_),
+          line(f.block_),
           pairs(f.paired_ ? f.block_ * column_pitch<A>(f.plan_.widest) / 2 : 0),
           pitch(column_pitch<A>(f.plan_.widest)) {}
   };
@@ -151,31 +151,20 @@ class Forward {
     }
   }
 
-  void write(int64_t batch, int64_t out_channel, int64_t begin, const A* values, int64_t points, bool add) const {
-    output_.write((batch * problem_.out_channels + out_channel) * problem_.positions + begin, values, points, add);
+  int64_t place(int64_t batch, int64_t out_channel, int64_t position) const {
+    return (batch * problem_.out_channels + out_channel) * problem_.positions + position;
   }
 
   void finish(Scratch& scratch, int64_t batch, int64_t begin, int64_t points) const {
     for (int64_t g = 0; g < plan_.groups(); ++g) {
       const int64_t group = plan_.first_group() + g;
-      for (int64_t r = 0; r < rows_; r += 8) {
-        const int64_t some = std::min<int64_t>(8, rows_ - r);
-        const A* const sums = scratch.sums.get() + g * points * pitch_ + r;
-        if (starts_group(group) && output_.dtype() == sum_dtype_of<A>) {
-          const int64_t out_channel = batch * problem_.out_channels + group * rows_ + r;
-          transpose(sums, points, some, pitch_, output_.template data<A>() + out_channel * problem_.positions + begin,
-                    problem_.positions);
-          continue;
-        }
-        transpose(sums, points, some, pitch_, scratch.lines.get(), points);
-        for (int64_t i = 0; i < some; ++i)
-          write(batch, group * rows_ + r + i, begin, scratch.lines.get() + i * points, points, !starts_group(group));
-      }
+      write_turned(scratch.sums.get() + g * points * pitch_, pitch_, points, rows_, output_,
+                   place(batch, group * rows_, begin), problem_.positions, !starts_group(group));
     }
   }
 
   void finish_narrow(Scratch& scratch, int64_t batch, int64_t begin, int64_t points) const {
-    A* const line = scratch.lines.get();
+    A* const line = scratch.line.get();
     for (int64_t r = 0; r < rows_; ++r)
       for (int64_t c = plan_.begin, next; c < plan_.end; c = next) {
         const int64_t group = c / problem_.group_channels, o = group * rows_ + r;
@@ -185,7 +174,7 @@ class Forward {
         for (int64_t i = 0; i < points; ++i)
           for (int64_t own = c - plan_.begin; own < next - plan_.begin; ++own)
             line[i] += scratch.sums[(r * points + i) * pitch_ + own];
-        write(batch, o, begin, line, points, !starts);
+        output_.write(place(batch, o, begin), line, points, !starts);
       }
   }
 

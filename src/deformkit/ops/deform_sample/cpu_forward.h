@@ -100,7 +100,7 @@ void forward_laid_out(const Problem<N>& problem, const Map& input, const Sink& o
                                 static_cast<int32_t>(problem.positions() * slice.channels));
           gather<true>(scratch.points.cells, points, 1, LaidOut<const A>{rows + slice.place}, slice.channels,
                        scratch.columns.get(), slice.channels);
-          write_turned(scratch.columns.get(), points, slice.channels, output,
+          write_turned(scratch.columns.get(), slice.channels, points, slice.channels, output,
                        (slice.batch * problem.channels + slice.channel) * problem.points + first, problem.points,
                        false);
         });

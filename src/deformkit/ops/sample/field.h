@@ -41,17 +41,17 @@ void read_turned(const Map& field, int64_t batch, int64_t channel, int64_t chann
   }
 }
 
-// The reverse: rows of `channels` elements to planes, `plane` elements apart, of a tensor from element `at` on.
+// The reverse: rows of `channels` elements, `pitch` apart, to planes, `plane` apart, of a tensor from element `at` on.
 template <typename A>
-void write_turned(const A* rows, int64_t points, int64_t channels, const Sink& out, int64_t at, int64_t plane,
-                  bool add) {
+void write_turned(const A* rows, int64_t pitch, int64_t points, int64_t channels, const Sink& out, int64_t at,
+                  int64_t plane, bool add) {
   A lines[8 * tile];
   const bool turns = out.dtype() == sum_dtype_of<A> && !add;
   for (int64_t p = 0; p < points; p += tile) {
     const int64_t some_points = std::min(tile, points - p);
     for (int64_t c = 0; c < channels; c += 8) {
       const int64_t some = std::min<int64_t>(8, channels - c), to = at + c * plane + p;
-      transpose(rows + p * channels + c, some_points, some, channels, turns ? out.data<A>() + to : lines,
+      transpose(rows + p * pitch + c, some_points, some, pitch, turns ? out.data<A>() + to : lines,
                 turns ? plane : tile);
       for (int64_t i = 0; i < some && !turns; ++i) out.write(to + i * plane, lines + i * tile, some_points, add);
     }
@@ -71,7 +71,8 @@ void pack(const Map& field, int64_t batch, int64_t channel, int64_t channels, co
 // Stores rows laid out as by pack() in `out`, [channels, field positions] from element `at` on, or adds them to it.
 template <typename A, int N>
 void unpack(const A* rows, int64_t channels, const Window<N>& window, const Sink& out, int64_t at, bool add) {
-  write_turned(rows, window.positions(), channels, out, at + window.first * window.inner(), count<N>(window.size), add);
+  write_turned(rows, channels, window.positions(), channels, out, at + window.first * window.inner(),
+               count<N>(window.size), add);
 }
 
 // For a field too large to lay out: the corners of these points alone, one channel, as a field of their own. The cells

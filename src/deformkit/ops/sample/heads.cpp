@@ -30,16 +30,20 @@ Span whole(const Heads<N>& call) {
   return {0, call.points, 0, call.positions};
 }
 
-// The spans that are used in place, and those that are laid out: levels are not held alike where points are dense on
-// small ones alone. Levels side by side share an item of work, unless samples and heads are few.
+struct Spans {
+  std::vector<Span> in_place, laid_out;
+};
+
+// Levels are not held alike where points are dense on small ones alone. Levels side by side share an item of work,
+// unless samples and heads are few.
 template <int N>
-std::array<std::vector<Span>, 2> spans_of(const Heads<N>& call, int64_t positions_to_a_sample) {
+Spans spans_of(const Heads<N>& call, int64_t positions_to_a_sample) {
   const bool all = is_laid_out(call, whole(call), positions_to_a_sample), joined = call.batch * call.heads >= 8;
-  std::array<std::vector<Span>, 2> spans;
+  Spans spans;
   for (const Level<N>& level : call.levels) {
     const Span own{level.first_point, level.points, level.start, level.positions()};
     const bool laid_out = all || is_laid_out(call, own, positions_to_a_sample);
-    std::vector<Span>& alike = spans[laid_out];
+    std::vector<Span>& alike = laid_out ? spans.laid_out : spans.in_place;
     if (joined && !alike.empty() && alike.back().start + alike.back().positions == own.start) {
       const Span& last = alike.back();
       const Span both{last.first, last.points + own.points, last.start, last.positions + own.positions};
@@ -351,7 +355,7 @@ Tensor attend(const Heads<N>& call, const Tensor& value) {
   const bool laid_out = is_laid_out(call, whole(call), seldom) && call.batch * call.heads >= 8;
   const bool wide = is_wide(call, laid_out ? padded(call.channels) : call.value.position_stride);
   dispatch_held(laid_out, value.scalar_type(), [&]<template <typename> typename kHeld, typename T>() {
-    wide ? attend<kHeld, T, N, int64_t>(call, Sink(output)) : attend<kHeld, T, N, int32_t>(call, Sink(output));
+    dispatch_index(wide, [&]<typename Index>() { attend<kHeld, T, N, Index>(call, Sink(output)); });
   });
   return output;
 }
@@ -365,16 +369,16 @@ std::tuple<Tensor, Tensor, Tensor> attend_backward(Heads<N> call, const Tensor& 
                   "grad_output must have the output's shape and dtype");
   const Tensor grad = contiguous(grad_output);
   // Where sums have the value's dtype, the gradient in place needs no conversion: that pays a little longer.
-  const auto spans = spans_of(call, sum_dtype(value.scalar_type()) == value.scalar_type() ? 1 : seldom);
+  const Spans spans = spans_of(call, sum_dtype(value.scalar_type()) == value.scalar_type() ? 1 : seldom);
 
-  const bool adds = output_mask[0] && !spans[false].empty();
+  const bool adds = output_mask[0] && !spans.in_place.empty();
   const ScalarType dtype = adds ? grad_dtype(call) : value.scalar_type();
   const Tensor grad_value =
       dtype == value.scalar_type() ? empty_like(value, output_mask[0]) : new_scratch(value.sizes(), dtype);
   const Tensor grad_coordinates = empty_like(coordinates, output_mask[1]);
   const Tensor grad_weights = empty_like(weights, output_mask[2]);
   if (adds) {
-    for (const Span& span : spans[false]) clear(call, span, grad_value);
+    for (const Span& span : spans.in_place) clear(call, span, grad_value);
     call.value = Map::with_heads(contiguous(value));
   }
   HeadGradients gradients;
@@ -383,9 +387,9 @@ std::tuple<Tensor, Tensor, Tensor> attend_backward(Heads<N> call, const Tensor& 
   if (output_mask[2]) gradients.weights.emplace(grad_weights);
   dispatch_dtype(value.scalar_type(), [&]<typename T>() {
     dispatch_index(is_wide(call, call.value.position_stride), [&]<typename Index>() {
-      const Backward<InPlace, T, N, Index> in_place(call, grad, spans[false], gradients);
+      const Backward<InPlace, T, N, Index> in_place(call, grad, spans.in_place, gradients);
       dispatch_index(is_wide(call, padded(call.channels)), [&]<typename Own>() {
-        run(in_place, Backward<LaidOut, Sum<T>, N, Own>(call, grad, spans[true], gradients));
+        run(in_place, Backward<LaidOut, Sum<T>, N, Own>(call, grad, spans.laid_out, gradients));
       });
     });
   });
