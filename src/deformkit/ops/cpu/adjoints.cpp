@@ -54,6 +54,7 @@ std::tuple<Tensor, Tensor> deform_splat_backward(const Tensor& grad_output, cons
   check_tensor("grad_output", grad_output);
   check_gradient(grad_output, input, splat_size(input, points, size));
   check_mask(output_mask, 2);
+  if (output_mask[0] && output_mask[1]) return deform_sample_and_slopes(input, grad_output, points, boundary);
   Tensor grad_input = none_of(input), grad_points = none_of(points);
   if (output_mask[0]) grad_input = deform_sample(grad_output, points, boundary, 0);
   if (output_mask[1])

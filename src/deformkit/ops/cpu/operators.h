@@ -59,6 +59,10 @@ std::tuple<Tensor, Tensor> deform_roi_pool_backward(const Tensor& grad_output, c
 Tensor deform_sample(const Tensor& input, const Tensor& points, int64_t boundary, int64_t mode);
 std::tuple<Tensor, Tensor> deform_sample_backward(const Tensor& grad_output, const Tensor& input, const Tensor& points,
                                                   int64_t boundary, int64_t mode, const Asked& output_mask);
+// The samples at the points, and the gradient by these where that of the samples is given: in one walk, if the field is
+// worth laying out.
+std::tuple<Tensor, Tensor> deform_sample_and_slopes(const Tensor& grad_output, const Tensor& input,
+                                                    const Tensor& points, int64_t boundary);
 
 Tensor deform_splat(const Tensor& input, const Tensor& points, const Sizes& size, int64_t boundary);
 std::tuple<Tensor, Tensor> deform_splat_backward(const Tensor& grad_output, const Tensor& input, const Tensor& points,

@@ -2,6 +2,7 @@
 #pragma once
 
 #include "deform_conv/cpu_weights.h"
+#include "sample/inner.h"
 #include "sample/plane.h"
 
 namespace deformkit::conv {
@@ -38,14 +39,60 @@ void for_planes(const Call<N>& call, int64_t batch, int64_t first, int64_t last,
   }
 }
 
+// Calls in_registers(cells, i) for each register of the points of a tap, from the point i on, whose cells lie in the
+// plane; general(i, some), with some points located, for the others.
+template <typename A, int N, typename F, typename G>
+void for_registers(const Problem<N>& problem, Points<A, N, int32_t>& points, int64_t tap, const A* factor,
+                   int64_t count, const F& in_registers, const G& general) {
+  const auto locate = [&](int64_t i, int64_t some) {
+    points.locate(problem, {problem.size, 0, problem.size[0]}, tap, factor, some, 1,
+                  static_cast<int32_t>(problem.field()), i);
+    general(i, some);
+  };
+  if constexpr (std::is_same_v<A, float>) {
+    using Cells = InnerCells<N>;
+    using Reals = typename Cells::Reals;
+    using Indices = typename Cells::Indices;
+    // All are found before the first is used, so that the processor need not wait for one to find the next.
+    Cells found[planar_block / Cells::Run::lanes];
+    int64_t place[planar_block / Cells::Run::lanes], registers = 0;
+    const InnerField<N> field(problem.size, problem.boundary);
+    for (int64_t i = 0; i < count; i += Cells::Run::lanes) {
+      const int64_t some = std::min<int64_t>(Cells::Run::lanes, count - i);
+      Reals shift[N];
+      Indices base[N];
+      for (int axis = 0; some == Cells::Run::lanes && axis < N; ++axis) {
+        shift[axis] = read_lanes<Reals>(points.shift[axis] + i);
+        base[axis] = read_lanes<Indices>(points.origin[axis] + i) + static_cast<int32_t>(problem.tap[tap][axis]);
+      }
+      if (some == Cells::Run::lanes && found[registers].find(field, shift, base)) {
+        place[registers++] = i;
+      } else {
+        locate(i, some);
+      }
+    }
+    for (int64_t r = 0; r < registers; ++r) in_registers(found[r], place[r]);
+  } else {
+    locate(0, count);
+  }
+}
+
+// The samples of a tap, times their factors.
 template <typename A, int N>
-const A* locate(const Call<N>& call, Points<A, N, int32_t>& points, int64_t batch, int64_t group, int64_t tap,
-                int64_t begin, int64_t count) {
+void sample_plane(const Call<N>& call, Points<A, N, int32_t>& points, int64_t batch, int64_t group, int64_t tap,
+                  int64_t begin, int64_t count, const A* plane, A* samples) {
   const Problem<N>& problem = call.problem;
   const A* const factor = points.read(problem, batch, call.offset, call.mask, group, tap, begin, count);
-  points.locate(problem, {problem.size, 0, problem.size[0]}, tap, factor, count, 1,
-                static_cast<int32_t>(problem.field()));
-  return factor;
+  points.ask_for_next(problem, batch, call.offset, call.mask, group, tap, begin, count);
+  const auto in_registers = [&](const auto& cells, int64_t i) {
+    using Cells = std::remove_cvref_t<decltype(cells)>;
+    typename Cells::Reals value[Cells::corners];
+    cells.read(plane, value);
+    const auto sample = cells.interpolate(value);
+    write_lanes(samples + i, factor ? sample * read_lanes<typename Cells::Reals>(factor + i) : sample);
+  };
+  for_registers(problem, points, tap, factor, count, in_registers,
+                [&](int64_t i, int64_t some) { sample_in_place<false>(points.cells, some, plane, samples + i); });
 }
 
 template <typename A, int N>
@@ -66,8 +113,7 @@ void forward_planar(const Call<N>& call, const std::vector<A>& bias, const Sink&
       for (int64_t r = 0; r < rows; ++r)
         std::fill_n(scratch.lines.get() + r * planar_block, points, bias.empty() ? A(0) : bias[c * rows + r]);
       for (int64_t tap = 0; tap < problem.taps; ++tap) {
-        locate(call, scratch.points, item / items, group, tap, begin, points);
-        sample_in_place<false>(scratch.points.cells, points, plane, samples);
+        sample_plane(call, scratch.points, item / items, group, tap, begin, points, plane, samples);
         for (int64_t r = 0; r < rows; ++r) {
           const A w = weight[(c * rows + r) * problem.taps + tap];
           A* const line = scratch.lines.get() + r * planar_block;
@@ -140,21 +186,22 @@ class PlanarBackward {
     for_planes(call_, batch, first, last, scratch, [&](int64_t c, int64_t begin, int64_t points, const A* plane) {
       for (int64_t r = 0; r < rows_; ++r)
         read_run(grad_output_, batch, c * rows_ + r, begin, points, scratch.grads.get() + r * block);
+      A* const grad_plane = gradients_.input ? scratch.grad_planes.get() + (c - first) * (field_ + 1) : nullptr;
       for (int64_t tap = 0; tap < taps_; ++tap) {
         const int64_t group = c / together_;
-        const A* const factor = locate(call_, scratch.points, batch, group, tap, begin, points);
-        sample_in_place<false, true>(scratch.points.cells, points, plane, scratch.samples.get());
-        if (gradients_.weight) add_grad_weight(scratch, c, tap, points);
+        const A* const factor =
+            scratch.points.read(problem_, batch, call_.offset, call_.mask, group, tap, begin, points);
+        scratch.points.ask_for_next(problem_, batch, call_.offset, call_.mask, group, tap, begin, points);
+        A* const total = scratch.by_point.get() + tap * (N + 1) * block;
+        A* const lines = c % together_ == 0 ? total : scratch.more_by_point.get();
         find_grad_samples(scratch, c, tap, points);
+        walk(scratch, tap, factor, points, plane, lines, grad_plane);
+        if (gradients_.weight) add_grad_weight(scratch, c, tap, points);
         if (gradients_.by_point()) {
-          add_by_point(scratch, c, tap, points, factor);
+          add_by_point(scratch, points, lines, total);
           if ((c + 1) % together_ == 0)
-            write_by_point(problem_, batch, group, tap, begin, points, scratch.by_point.get() + tap * (N + 1) * block,
-                           block, false, gradients_);
+            write_by_point(problem_, batch, group, tap, begin, points, total, block, false, gradients_);
         }
-        if (gradients_.input)
-          scatter_plane(scratch.points.cells, points, scratch.grad_samples.get(),
-                        scratch.grad_planes.get() + (c - first) * (field_ + 1));
       }
     });
     for (int64_t c = first; gradients_.input && c < last; ++c)
@@ -183,12 +230,40 @@ class PlanarBackward {
     }
   }
 
-  void add_by_point(Scratch& scratch, int64_t c, int64_t tap, int64_t points, const A* factor) const {
-    A* const total = scratch.by_point.get() + tap * (N + 1) * block;
-    A* const lines = c % together_ == 0 ? total : scratch.more_by_point.get();
-    A* grad_shift[N];
-    for (int axis = 0; axis < N; ++axis) grad_shift[axis] = gradients_.offset ? lines + axis * block : nullptr;
-    scratch.points.cells.slopes_of_values(points, factor, grad_shift, gradients_.mask ? lines + N * block : nullptr);
+  // The samples of a tap, their slopes and the samples without their factors into `lines`, and the gradients of the
+  // samples to the plane's.
+  void walk(Scratch& scratch, int64_t tap, const A* factor, int64_t points, const A* plane, A* lines,
+            A* grad_plane) const {
+    A* const samples = scratch.samples.get();
+    const A* const grads = scratch.grad_samples.get();
+    const auto in_registers = [&](const auto& cells, int64_t i) {
+      using Cells = std::remove_cvref_t<decltype(cells)>;
+      using Reals = typename Cells::Reals;
+      const Reals factors = factor ? read_lanes<Reals>(factor + i) : Reals{} + 1;
+      Reals value[Cells::corners], slope[N];
+      cells.read(plane, value);
+      const Reals sample = cells.interpolate(value);
+      write_lanes(samples + i, sample * factors);
+      if (gradients_.mask) write_lanes(lines + N * block + i, sample);
+      if (gradients_.offset) {
+        cells.slopes_of(value, slope);
+        for (int axis = 0; axis < N; ++axis) write_lanes(lines + axis * block + i, slope[axis] * factors);
+      }
+      if (grad_plane) cells.scatter(grad_plane, 0, 1, [&](int64_t) { return read_lanes<Reals>(grads + i) * factors; });
+    };
+    for_registers(problem_, scratch.points, tap, factor, points, in_registers, [&](int64_t i, int64_t some) {
+      const auto& cells = scratch.points.cells;
+      sample_in_place<false, true>(cells, some, plane, samples + i);
+      A* grad_shift[N];
+      for (int axis = 0; axis < N; ++axis) grad_shift[axis] = gradients_.offset ? lines + axis * block + i : nullptr;
+      if (gradients_.by_point())
+        cells.slopes_of_values(some, factor ? factor + i : nullptr, grad_shift,
+                               gradients_.mask ? lines + N * block + i : nullptr);
+      if (grad_plane) scatter_plane(cells, some, grads + i, grad_plane);
+    });
+  }
+
+  void add_by_point(Scratch& scratch, int64_t points, A* lines, A* total) const {
     const A* const grad = scratch.grad_samples.get();
     for (int line = gradients_.offset ? 0 : N; line < N + (gradients_.mask ? 1 : 0); ++line) {
       A *const own = lines + line * block, *const sum = total + line * block;

@@ -184,17 +184,23 @@ struct Points {
 
   // Asks for what read() will read for the next tap: runs of planes far apart are too short for the hardware to
   // foresee.
-  static void ask_for_next(const Problem<N>& problem, int64_t batch, const Map& offset, const std::optional<Map>& mask,
-                           int64_t offset_group, int64_t tap, int64_t begin, int64_t points) {
+  __attribute__((always_inline)) static void ask_for_next(const Problem<N>& problem, int64_t batch, const Map& offset,
+                                                          const std::optional<Map>& mask, int64_t offset_group,
+                                                          int64_t tap, int64_t begin, int64_t points) {
     const int64_t next = offset_group * problem.taps + tap + 1;
     if (next == problem.offset_groups * problem.taps) return;
     for (int axis = 0; axis < N; ++axis) ask_for_run(offset, batch, next * N + axis, begin, points);
     if (mask) ask_for_run(*mask, batch, next, begin, points);
   }
 
+  // Locates the points [begin, begin + points) of those that were read.
   void locate(const Problem<N>& problem, const Window<N>& window, int64_t tap, const A* factor, int64_t points,
-              int64_t width, Index outside) {
-    cells.locate(window, problem.boundary, false, points, origin, problem.tap[tap], shift, factor, width, outside);
+              int64_t width, Index outside, int64_t begin = 0) {
+    const Index* origins_of[N];
+    const A* shifts_of[N];
+    for (int axis = 0; axis < N; ++axis) origins_of[axis] = origin[axis] + begin, shifts_of[axis] = shift[axis] + begin;
+    cells.locate(window, problem.boundary, false, points, origins_of, problem.tap[tap], shifts_of,
+                 factor ? factor + begin : nullptr, width, outside);
   }
 };
 

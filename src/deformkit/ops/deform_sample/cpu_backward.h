@@ -115,11 +115,12 @@ class PointsInPlace {
   const Map grad_;
 };
 
-// By the points, row by row, from a field that is laid out.
+// By the points, row by row, from a field that is laid out. The samples themselves are written, too, if asked for.
 template <typename A, int N>
-void points_laid_out(const Problem<N>& problem, const Map& input, const Tensor& grad_output, const Sink& grad_points) {
+void points_laid_out(const Problem<N>& problem, const Map& input, const Tensor& grad_output, const Sink* output,
+                     const Sink& grad_points) {
   struct Scratch : PointScratch<A, N, int32_t> {
-    Buffer<A> grads{block<N> * slice_channels};
+    Buffer<A> grads{block<N> * slice_channels}, columns{block<N> * slice_channels};
   };
   const int64_t blocks = problem.blocks();
   const Map grad(grad_output);
@@ -130,8 +131,12 @@ void points_laid_out(const Problem<N>& problem, const Map& input, const Tensor& 
     Walk<A, N, LaidOut> walked{};
     walked.field.first = rows + slice.place;
     walked.grad_columns = scratch.grads.get(), walked.pitch = walked.channels = slice.channels;
+    walked.columns = output ? scratch.columns.get() : nullptr;
     std::copy_n(scratch.slopes, N, walked.grad_shift);
     walk(scratch.points.cells, points, static_cast<const A*>(nullptr), walked);
+    if (output)
+      write_turned(scratch.columns.get(), slice.channels, points, slice.channels, *output,
+                   (slice.batch * problem.channels + slice.channel) * problem.points + first, problem.points, false);
   };
   for_slices<A>(
       problem, input, [&](const A* rows, const std::vector<Slice>& slices, const std::vector<int64_t>& groups) {
@@ -155,7 +160,7 @@ void backward_by_points(const Problem<N>& problem, const Map& input, const Tenso
                         const Sink& grad_points) {
   if (problem.points == 0) return;
   if (problem.is_laid_out(input, sizeof(A)) && !problem.nearest)
-    return points_laid_out<A>(problem, input, grad_output, grad_points);
+    return points_laid_out<A>(problem, input, grad_output, nullptr, grad_points);
   problem.is_wide(std::max<int64_t>(input.position_stride, 1))
       ? PointsInPlace<A, N, int64_t>(problem, input, grad_output).run(grad_points)
       : PointsInPlace<A, N, int32_t>(problem, input, grad_output).run(grad_points);

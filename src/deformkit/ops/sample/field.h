@@ -226,7 +226,8 @@ struct Walk {
 
 // Asks for the rows of a point that is walked over later: read in place, they are few and far apart.
 template <bool kRead, bool kField, typename A, int N, typename Index, template <typename> typename kHeld, typename T>
-void ask_for(const Cells<A, N, Index>& cells, int64_t i, int64_t channels, const Walk<A, N, kHeld, T>& w) {
+__attribute__((always_inline)) inline void ask_for(const Cells<A, N, Index>& cells, int64_t i, int64_t channels,
+                                                   const Walk<A, N, kHeld, T>& w) {
   constexpr int64_t line = 64;
   for (int corner = 0; corner < 1 << N; ++corner) {
     const int64_t at = cells.index(corner)[i];
@@ -242,13 +243,13 @@ template <bool kColumns, bool kPoint, bool kField, int kChannels, typename A, in
 void walk_as(const Cells<A, N, Index>& cells, int64_t points, const Walk<A, N, kHeld, T>& w) {
   constexpr int corners = 1 << N, most = corners < 4 ? corners : 4, lanes = lanes_for<A>(kChannels);
   typedef typename Lanes<A, lanes>::type V;
-  constexpr int64_t ahead = 4;
+  constexpr int64_t ahead = 8;
   const int64_t channels = kChannels > 0 ? kChannels : w.channels, whole = channels / lanes * lanes;
   A* const dots = cells.dots();
   const A* grad = w.grad_columns;
   for (int64_t i = 0, left = w.per; i < points; ++i) {
     A* const column = w.columns + i * w.pitch;
-    if constexpr (kHeld<A>::in_place) {
+    if constexpr (kHeld<A>::in_place && kChannels > 0) {
       if (i + ahead < points) ask_for<kColumns || kPoint, kField>(cells, i + ahead, channels, w);
     }
     if constexpr (kPoint) std::fill_n(dots + i * corners, corners, A(0));
@@ -331,7 +332,8 @@ void walk(const Cells<A, N, Index>& cells, int64_t points, const A* factor, cons
     case 5:
       return as.template operator()<true, false, true, 0>();
     case 6:
-      as.template operator()<true, true, false, 0>();
+      dispatch_channels<usual && !kHeld<A>::in_place>(
+          w.channels, [&](auto constant) { as.template operator()<true, true, false, constant.value>(); });
       break;
     default:
       dispatch_channels<usual && !kHeld<A>::in_place>(

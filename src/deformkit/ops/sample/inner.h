@@ -34,30 +34,38 @@ class InnerCells {
   using Reals = typename Run::Reals;
   using Indices = typename Run::Indices;
   static constexpr int corners = 1 << N;
+  static constexpr float furthest = 1 << 30;  // outside of any field whose indices are int32
 
-  // Locates a register of points. Returns false where a point's cell leaves the field in another way than into zeros:
-  // the general sampler locates such points.
-  bool find(const InnerField<N>& field, const Reals (&shift)[N]) {
+  // Locates a register of points base + shift, with no base where it is null. Returns false where a point's cell leaves
+  // the field in another way than into zeros: the general sampler locates such points.
+  __attribute__((always_inline)) bool find(const InnerField<N>& field, const Reals (&shift)[N],
+                                           const Indices* base = nullptr) {
     field_ = &field;
     Indices low[N], beyond{};
 #pragma GCC unroll 3
     for (int axis = 0; axis < N; ++axis) {
       // A point far outside is moved to just outside, so that its cell fits an int32; so is a NaN.
-      const Reals most = Reals{} + static_cast<float>(field.size[axis]), least = Reals{} - 2;
+      const Reals most = Reals{} + (base ? furthest : static_cast<float>(field.size[axis]));
+      const Reals least = Reals{} - (base ? furthest : 2);
       Reals distance = shift[axis] > least ? shift[axis] : least;
       distance = distance < most ? distance : most;
       low[axis] = __builtin_convertvector(distance, Indices);
       low[axis] += __builtin_convertvector(low[axis], Reals) > distance;
-      beyond |= low[axis] | (field.size[axis] - 2 - low[axis]);
       part_[axis][1] = distance - __builtin_convertvector(low[axis], Reals);
       part_[axis][0] = 1 - part_[axis][1];
+      if (base) {
+        const Indices outside = Indices{} + field.size[axis];
+        low[axis] += base[axis];
+        low[axis] = low[axis] < -2 ? Indices{} - 2 : low[axis] < outside ? low[axis] : outside;
+      }
+      beyond |= low[axis] | (field.size[axis] - 2 - low[axis]);
     }
     at_edge_ = any_lane(beyond >> 31);
     if (at_edge_ && !field.has_edges) return false;
     if (at_edge_) move_inside(shift, low);
-    Indices element = low[0] * field.stride[0];
-#pragma GCC unroll 3
-    for (int axis = 1; axis < N; ++axis) element += low[axis] * field.stride[axis];
+    Indices element = low[N - 1];
+#pragma GCC unroll 2
+    for (int axis = 0; axis < N - 1; ++axis) element += low[axis] * field.stride[axis];
     write_lanes(element_, element);
     return true;
   }
@@ -72,6 +80,23 @@ class InnerCells {
   template <typename F>
   void scatter(float* plane, int64_t pitch, int64_t planes, const F& f) const {
     at_edge_ ? scatter_as<true>(plane, pitch, planes, f) : scatter_as<false>(plane, pitch, planes, f);
+  }
+
+  // What lies at the corners in one plane, for interpolate() and slopes_of().
+  void read(const float* plane, Reals (&value)[corners]) const {
+    at_edge_ ? read_as<true>(plane, value) : read_as<false>(plane, value);
+  }
+
+  Reals interpolate(const Reals (&value)[corners]) const {
+    Reals sum = weight<false>(0) * value[0];
+#pragma GCC unroll 8
+    for (int corner = 1; corner < corners; ++corner) sum += weight<false>(corner) * value[corner];
+    return sum;
+  }
+
+  // The slopes along each axis.
+  void slopes_of(const Reals (&value)[corners], Reals (&slope)[N]) const {
+    at_edge_ ? slopes_from<true>(value, slope) : slopes_from<false>(value, slope);
   }
 
   // The slopes along each axis of the samples of all planes c, times their gradients f(c).
@@ -117,7 +142,7 @@ class InnerCells {
   // Reads the corners of one plane. Without the barrier the compiler computes the addresses of all planes before the
   // loop over them, and spills them.
   template <bool kEdge>
-  void read(const float* plane, Reals (&value)[corners]) const {
+  void read_as(const float* plane, Reals (&value)[corners]) const {
     asm volatile("" : : : "memory");
 #pragma GCC unroll 4
     for (int row = 0; row < corners / 2; ++row)
@@ -136,7 +161,7 @@ class InnerCells {
 #pragma GCC unroll 8
     for (int corner = 0; corner < corners; ++corner) weights[corner] = weight<kEdge>(corner);
     for (int64_t c = 0; c < planes; ++c, plane += pitch) {
-      read<kEdge>(plane, value);
+      read_as<kEdge>(plane, value);
       Reals sum = weights[0] * value[0];
 #pragma GCC unroll 8
       for (int corner = 1; corner < corners; ++corner) sum += weights[corner] * value[corner];
@@ -166,10 +191,15 @@ class InnerCells {
     Reals dots[corners] = {}, value[corners];
     for (int64_t c = 0; c < planes; ++c, plane += pitch) {
       const Reals grad = f(c);
-      read<kEdge>(plane, value);
+      read_as<kEdge>(plane, value);
 #pragma GCC unroll 8
       for (int corner = 0; corner < corners; ++corner) dots[corner] += grad * value[corner];
     }
+    slopes_from<kEdge>(dots, slope);
+  }
+
+  template <bool kEdge>
+  void slopes_from(const Reals (&dots)[corners], Reals (&slope)[N]) const {
 #pragma GCC unroll 3
     for (int axis = 0; axis < N; ++axis) {
       slope[axis] = dots[0] * weight<kEdge>(0, axis);
