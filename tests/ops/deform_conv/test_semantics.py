@@ -70,6 +70,18 @@ def test_special_offsets_agree_with_the_reference(call: Call, specials: tuple[fl
     check(call, args)
 
 
+@pytest.mark.parametrize("boundary", ["zeros", "border", "reflect"])
+@pytest.mark.parametrize("size", [(100,), (7, 9), (4, 5, 6)], ids=["1d", "2d", "3d"])
+@pytest.mark.parametrize("share", [0.01, 0.3], ids=["seldom", "often"])
+def test_special_offsets_of_every_channel(size: tuple[int, ...], boundary: str, share: float) -> None:
+    case = Case("", 2, 3, size, 6, (3,) * len(size), padding=1, groups=3, offset_groups=3, boundary=boundary)
+    call = Call(operators["deform_conv"], case)
+    args = call.arguments()
+    for specials in (random_calls.WILD, (*random_calls.WILD, torch.nan)):
+        values = torch.tensor(specials)[torch.randint(len(specials), args[1].shape)]
+        check(call, [args[0], torch.where(torch.rand(args[1].shape) < share, values, args[1]), *args[2:]])
+
+
 @pytest.mark.parametrize("far", [torch.inf, -torch.inf, 1e30, -1e30, 1e5, -1e5])
 def test_a_far_point_contributes_nothing(axes: int, far: float) -> None:
     named = PLAIN[axes].arguments()
