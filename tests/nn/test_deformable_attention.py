@@ -140,6 +140,15 @@ def test_points_that_no_camera_sees_add_nothing() -> None:
     assert_close(result, layer(query, value, SHAPES, torch.where(points.isfinite(), points, -5.0)).double())
 
 
+def test_points_that_most_cameras_do_not_see_are_no_mistake(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A key point lies in one camera, or in two: no warning says that its locations are in other units."""
+    monkeypatch.setitem(dk.ops._suspect.looks_left, "locations", 9)
+    layer, (query, value, points) = views()
+    points[:, :, :, 1:] += 5
+    layer(query, value, SHAPES, points)
+    assert not dk.ops._suspect.given
+
+
 def test_aggregation_arguments_that_are_wrong() -> None:
     layer, (query, value, points) = views()
     wrong: list[tuple[tuple[Any, ...], type[Exception], str]] = [
