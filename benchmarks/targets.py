@@ -78,6 +78,12 @@ TABLES = [
     ),
     Table(
         "ms_deform_attn",
+        "ms_deform_attn, maps of several cameras",
+        ("2d six cameras",),
+        {"transformers": (10, 10)},
+    ),
+    Table(
+        "ms_deform_attn",
         "ms_deform_attn, 3-D and 1-D",
         ("3d", "1d"),
         {"reference": (10, 6), "compiled": COMPILED},

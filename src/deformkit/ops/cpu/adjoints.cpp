@@ -94,12 +94,12 @@ std::tuple<Tensor, Tensor, Tensor> deform_correlate_backward(const Tensor& grad_
   check_gradient(grad_output, query, correlated_size(query, sampling_locations));
   check_mask(output_mask, 3);
   Tensor grad_query = none_of(query), grad_key = none_of(key), grad_locations = none_of(sampling_locations);
-  if (output_mask[0])
-    grad_query = ms_deform_attn(key, spatial_shapes, sampling_locations, grad_output, num_points, mode);
   if (output_mask[1] || output_mask[2])
     std::tie(grad_key, grad_locations, std::ignore) =
-        ms_deform_attn_backward(query, key, spatial_shapes, sampling_locations, grad_output, num_points, mode,
-                                {output_mask[1], output_mask[2], false});
+        ms_deform_attn_again(query, key, spatial_shapes, sampling_locations, grad_output, num_points, mode,
+                             {output_mask[1], output_mask[2], false}, output_mask[0] ? &grad_query : nullptr);
+  else if (output_mask[0])
+    grad_query = ms_deform_attn(key, spatial_shapes, sampling_locations, grad_output, num_points, mode);
   return {grad_query, grad_key, grad_locations};
 }
 

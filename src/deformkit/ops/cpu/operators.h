@@ -75,5 +75,10 @@ std::tuple<Tensor, Tensor, Tensor> ms_deform_attn_backward(const Tensor& grad_ou
                                                            const Tensor& sampling_locations,
                                                            const Tensor& attention_weights, const Sizes& num_points,
                                                            int64_t mode, const Asked& output_mask);
+// The same gradients; in `output`, if it is not null, what ms_deform_attn() returns: from one walk, where that can be.
+std::tuple<Tensor, Tensor, Tensor> ms_deform_attn_again(const Tensor& grad_output, const Tensor& value,
+                                                        const Sizes& spatial_shapes, const Tensor& sampling_locations,
+                                                        const Tensor& attention_weights, const Sizes& num_points,
+                                                        int64_t mode, const Asked& output_mask, Tensor* output);
 
 }  // namespace deformkit

@@ -216,7 +216,7 @@ struct Walk {
   kHeld<const T> field;
   kHeld<A> grad_field;    // += gradient by the field
   const A* grad_columns;  // gradient of the loss by the sums of `per` samples, `pitch` apart
-  A* columns;             // the samples, where per is 1
+  A* columns;             // the sums of samples
   A* grad_shift[N];       // gradient by the shift
   A* grad_factor;         // gradient by the factor
   int64_t pitch, channels, per = 1;
@@ -236,8 +236,8 @@ __attribute__((always_inline)) inline void ask_for(const Cells<A, N, Index>& cel
   }
 }
 
-// The one backward walk over the corners: samples again, and the gradient by field, point and factor. kChannels is the
-// number of channels, or 0 for any.
+// The one backward walk over the corners: sums of samples again, and the gradient by field, point and factor. kChannels
+// is the number of channels, or 0 for any.
 template <bool kColumns, bool kPoint, bool kField, int kChannels, typename A, int N, typename Index,
           template <typename> typename kHeld, typename T>
 void walk_as(const Cells<A, N, Index>& cells, int64_t points, const Walk<A, N, kHeld, T>& w) {
@@ -247,13 +247,14 @@ void walk_as(const Cells<A, N, Index>& cells, int64_t points, const Walk<A, N, k
   const int64_t channels = kChannels > 0 ? kChannels : w.channels, whole = channels / lanes * lanes;
   A* const dots = cells.dots();
   const A* grad = w.grad_columns;
+  A* column = w.columns;
   for (int64_t i = 0, left = w.per; i < points; ++i) {
-    A* const column = w.columns + i * w.pitch;
     if constexpr (kHeld<A>::in_place && kChannels > 0) {
       if (i + ahead < points) ask_for<kColumns || kPoint, kField>(cells, i + ahead, channels, w);
     }
     if constexpr (kPoint) std::fill_n(dots + i * corners, corners, A(0));
     for (int from = 0; from < corners; from += most) {
+      const bool begins = from == 0 && left == w.per;
       const T* rows[most];
       A *targets[most], weight[most];
       for (int corner = 0; corner < most; ++corner) {
@@ -266,7 +267,7 @@ void walk_as(const Cells<A, N, Index>& cells, int64_t points, const Walk<A, N, k
       for (int64_t c = 0; c < whole; c += lanes) {
         V g, sample;
         if constexpr (kPoint || kField) g = read_lanes<V>(grad + c);
-        if constexpr (kColumns) sample = from == 0 ? V{} : read_lanes<V>(column + c);
+        if constexpr (kColumns) sample = begins ? V{} : read_lanes<V>(column + c);
         for (int corner = 0; corner < most; ++corner) {
           if constexpr (kColumns || kPoint) {
             const V row = load_lanes<V>(rows[corner] + c);
@@ -292,7 +293,7 @@ void walk_as(const Cells<A, N, Index>& cells, int64_t points, const Walk<A, N, k
         }
       }
       for (int64_t c = whole; c < channels; ++c) {
-        A sample = kColumns && from > 0 ? column[c] : A(0);
+        A sample = kColumns && !begins ? column[c] : A(0);
         for (int corner = 0; corner < most; ++corner) {
           if constexpr (kPoint) dot[corner] += grad[c] * load<A>(rows[corner][c]);
           if constexpr (kColumns) sample += weight[corner] * load<A>(rows[corner][c]);
@@ -301,7 +302,7 @@ void walk_as(const Cells<A, N, Index>& cells, int64_t points, const Walk<A, N, k
         if constexpr (kColumns) column[c] = sample;
       }
     }
-    if (--left == 0) grad += w.pitch, left = w.per;
+    if (--left == 0) grad += w.pitch, column += w.pitch, left = w.per;
   }
 }
 

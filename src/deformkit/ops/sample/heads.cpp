@@ -9,6 +9,7 @@ namespace {
 
 // Measured by `python benchmarks/run.py attn aggregate` with other values in their place:
 constexpr int64_t plane_bytes = 16 * mib;  // of a head's field that a thread lays out: twice that with its gradient
+constexpr int64_t joined_bytes = 4 * mib;  // of levels that share an item of work, so that they stay in the caches
 constexpr int64_t seldom = 2;              // positions to a sample up to which a field is laid out
 
 // A row that is laid out is so wide that registers divide it.
@@ -16,13 +17,17 @@ int64_t padded(int64_t channels) {
   return channels <= 4 ? 4 : ceil_div(channels, 8) * 8;
 }
 
+template <int N>
+int64_t bytes_of(const Heads<N>& call, const Span& span) {
+  const int64_t element = sum_dtype(call.value.dtype()) == ScalarType::Double ? 8 : 4;
+  return (span.positions + 1) * padded(call.channels) * element;
+}
+
 // Whether a span of a head's field is laid out: it must fit, and be read often. The batch has no say, so that it cannot
 // change a sample's bits.
 template <int N>
 bool is_laid_out(const Heads<N>& call, const Span& span, int64_t positions_to_a_sample) {
-  const int64_t element = sum_dtype(call.value.dtype()) == ScalarType::Double ? 8 : 4;
-  return (span.positions + 1) * padded(call.channels) * element <= plane_bytes &&
-         call.queries * span.points * positions_to_a_sample > span.positions;
+  return bytes_of(call, span) <= plane_bytes && call.queries * span.points * positions_to_a_sample > span.positions;
 }
 
 template <int N>
@@ -47,7 +52,7 @@ Spans spans_of(const Heads<N>& call, int64_t positions_to_a_sample) {
     if (joined && !alike.empty() && alike.back().start + alike.back().positions == own.start) {
       const Span& last = alike.back();
       const Span both{last.first, last.points + own.points, last.start, last.positions + own.positions};
-      if (!laid_out || is_laid_out(call, both, positions_to_a_sample)) {
+      if (!laid_out || (is_laid_out(call, both, positions_to_a_sample) && bytes_of(call, both) <= joined_bytes)) {
         alike.back() = both;
         continue;
       }
@@ -139,10 +144,10 @@ void attend(const Heads<N>& call, const Sink& output) {
   });
 }
 
-// The gradients by value [B, S, H, D], coordinates and weights; an absent one is not asked for. In place, the gradient
-// by value starts at zero.
-struct HeadGradients {
-  std::optional<Sink> value, coordinates, weights;
+// The gradients by value [B, S, H, D], coordinates and weights, and the sums themselves; an absent one is not asked
+// for. In place, the gradient by value starts at zero. The sums are only asked for where a head has one span.
+struct HeadResults {
+  std::optional<Sink> value, coordinates, weights, sums;
 };
 
 // Backward: an item is a span of a head of a sample, and owns its part of every gradient. Held LaidOut, a thread lays
@@ -154,14 +159,12 @@ class Backward {
   static constexpr bool kLaidOut = !kHeld<A>::in_place;
 
  public:
-  Backward(const Heads<N>& call, const Tensor& grad_output, const std::vector<Span>& spans,
-           const HeadGradients& gradients)
+  Backward(const Heads<N>& call, const Tensor& grad_output, const std::vector<Span>& spans, const HeadResults& results)
       : call_(call),
         grad_output_(grad_output),
-        gradients_(gradients),
+        results_(results),
         width_(kLaidOut ? padded(call.channels) : call.channels),
-        by_point_(gradients.coordinates || gradients.weights),
-        apart_(gradients.value && !kLaidOut && gradients.value->dtype() != sum_dtype(gradients.value->dtype())) {
+        apart_(results.value && !kLaidOut && results.value->dtype() != sum_dtype(results.value->dtype())) {
     for (const Span& span : spans) {
       plans_.emplace_back(call, span, kLaidOut ? width_ : apart_ ? 1 : call.value.position_stride);
       positions_ = std::max(positions_, span.positions);
@@ -190,7 +193,7 @@ class Backward {
   struct Scratch {
     QueryPoints<A, N, Index> points;
     Buffer<T> rows;
-    Buffer<A> grad_rows, grads, by_point, stored;
+    Buffer<A> grad_rows, grads, sums, by_point, stored;
     std::optional<Touched<A>> touched;
     Buffer<Index> targets;
 
@@ -199,6 +202,7 @@ class Backward {
           rows(work.plane()),
           grad_rows(work.plane()),
           grads(block_of(work.call_) * work.width_),
+          sums(work.results_.sums ? block_of(work.call_) * work.width_ : 0),
           by_point((N + 1) * work.capacity_),
           stored(N * work.capacity_) {
       std::fill_n(rows.get(), work.width_, T(0));
@@ -225,19 +229,21 @@ class Backward {
     Walk<A, N, kHeld, T> walk{};
     walk.per = span.points, walk.channels = walk.pitch = width_;
     walk.grad_columns = scratch.grads.get();
-    for (int axis = 0; axis < N && gradients_.coordinates; ++axis)
+    for (int axis = 0; axis < N && results_.coordinates; ++axis)
       walk.grad_shift[axis] = scratch.by_point.get() + axis * capacity_;
-    if (gradients_.weights) walk.grad_factor = scratch.by_point.get() + N * capacity_;
+    if (results_.weights) walk.grad_factor = scratch.by_point.get() + N * capacity_;
+    if (results_.sums) walk.columns = scratch.sums.get();
     if constexpr (kLaidOut) {
-      if (by_point_) lay_out(field, at.b, span.positions, call_.channels, width_, scratch.rows.get());
+      if (walk.by_point() || walk.columns)
+        lay_out(field, at.b, span.positions, call_.channels, width_, scratch.rows.get());
       walk.field.first = scratch.rows.get();
-      if (!gradients_.value) return walk;
+      if (!results_.value) return walk;
       std::fill_n(scratch.grad_rows.get(), (span.positions + 1) * width_, A(0));
       walk.grad_field.first = scratch.grad_rows.get();
     } else {
       walk.field = {field.template at<T>(at.b), scratch.rows.get()};
-      if (gradients_.value && !apart_)
-        walk.grad_field = {gradients_.value->template data<A>() + grad_place(at), scratch.grad_rows.get()};
+      if (results_.value && !apart_)
+        walk.grad_field = {results_.value->template data<A>() + grad_place(at), scratch.grad_rows.get()};
     }
     return walk;
   }
@@ -257,6 +263,9 @@ class Backward {
       if (apart_) add_to_rows(scratch, at, points);
     }
     write_by_point(scratch, at, walk_on, first, queries);
+    if (results_.sums)
+      write_rows(*results_.sums, call_.place(at.b, first, at.head, call_.channels), call_.heads * call_.channels,
+                 scratch.sums.get(), width_, queries, call_.channels);
   }
 
   // From positions to elements of the field, and to those of touched rows.
@@ -287,9 +296,9 @@ class Backward {
     const Span& span = at.plan.span;
     const int64_t points = queries * span.points, pitch = call_.heads * call_.points;
     const int64_t place = call_.place(at.b, first, at.head, call_.points) + span.first;
-    if (gradients_.weights)
-      write_rows(*gradients_.weights, place, pitch, walked.grad_factor, span.points, queries, span.points);
-    if (!gradients_.coordinates) return;
+    if (results_.weights)
+      write_rows(*results_.weights, place, pitch, walked.grad_factor, span.points, queries, span.points);
+    if (!results_.coordinates) return;
     if (call_.nearest) scratch.points.cells.no_slopes(points, walked.grad_shift);
     for (int axis = 0; axis < N; ++axis) {
       A* const to = scratch.stored.get() + (call_.x_first ? N - 1 - axis : axis);
@@ -298,7 +307,7 @@ class Backward {
 #pragma omp simd
       for (int64_t i = 0; i < points; ++i) to[i * N] = from[i] * scale[i];
     }
-    write_rows(*gradients_.coordinates, place * N, pitch * N, scratch.stored.get(), span.points * N, queries,
+    write_rows(*results_.coordinates, place * N, pitch * N, scratch.stored.get(), span.points * N, queries,
                span.points * N);
   }
 
@@ -307,20 +316,20 @@ class Backward {
     if (apart_) {
       Touched<A>& touched = *scratch.touched;
       for (int64_t row = 1; row <= touched.count(); ++row)
-        write_rows(*gradients_.value, grad_place(at) + touched.position(row) * pitch, 0, touched.rows() + row * width_,
+        write_rows(*results_.value, grad_place(at) + touched.position(row) * pitch, 0, touched.rows() + row * width_,
                    width_, 1, call_.channels);
       touched.forget();
     }
-    if (kLaidOut && gradients_.value)
-      write_rows(*gradients_.value, grad_place(at), pitch, scratch.grad_rows.get(), width_, at.plan.span.positions,
+    if (kLaidOut && results_.value)
+      write_rows(*results_.value, grad_place(at), pitch, scratch.grad_rows.get(), width_, at.plan.span.positions,
                  call_.channels);
   }
 
   const Heads<N>& call_;
   const Tensor& grad_output_;
-  const HeadGradients& gradients_;
+  const HeadResults& results_;
   const int64_t width_;
-  const bool by_point_, apart_;
+  const bool apart_;
   std::vector<Plan<A, N, Index>> plans_;
   int64_t positions_ = 0, capacity_ = 1;
 };
@@ -363,7 +372,7 @@ Tensor attend(const Heads<N>& call, const Tensor& value) {
 template <int N>
 std::tuple<Tensor, Tensor, Tensor> attend_backward(Heads<N> call, const Tensor& grad_output, const Tensor& value,
                                                    const Tensor& coordinates, const Tensor& weights,
-                                                   const std::vector<bool>& output_mask) {
+                                                   const std::vector<bool>& output_mask, Tensor* sums) {
   STD_TORCH_CHECK(output_mask.size() == 3, "output_mask must have 3 values");
   STD_TORCH_CHECK(sizes_of(grad_output) == call.output_shape && grad_output.scalar_type() == value.scalar_type(),
                   "grad_output must have the output's shape and dtype");
@@ -381,15 +390,22 @@ std::tuple<Tensor, Tensor, Tensor> attend_backward(Heads<N> call, const Tensor& 
     for (const Span& span : spans.in_place) clear(call, span, grad_value);
     call.value = Map::with_heads(contiguous(value));
   }
-  HeadGradients gradients;
-  if (output_mask[0]) gradients.value.emplace(grad_value);
-  if (output_mask[1]) gradients.coordinates.emplace(grad_coordinates);
-  if (output_mask[2]) gradients.weights.emplace(grad_weights);
+  HeadResults results;
+  if (output_mask[0]) results.value.emplace(grad_value);
+  if (output_mask[1]) results.coordinates.emplace(grad_coordinates);
+  if (output_mask[2]) results.weights.emplace(grad_weights);
+  if (sums) {
+    // The batch has no say, so that it cannot change a sum's bits.
+    const bool one_walk =
+        spans.in_place.empty() && spans.laid_out.size() == 1 && (call.levels.size() == 1 || call.heads >= 8);
+    *sums = one_walk ? new_result(value, call.output_shape) : attend(call, value);
+    if (one_walk) results.sums.emplace(*sums);
+  }
   dispatch_dtype(value.scalar_type(), [&]<typename T>() {
     dispatch_index(is_wide(call, call.value.position_stride), [&]<typename Index>() {
-      const Backward<InPlace, T, N, Index> in_place(call, grad, spans.in_place, gradients);
+      const Backward<InPlace, T, N, Index> in_place(call, grad, spans.in_place, results);
       dispatch_index(is_wide(call, padded(call.channels)), [&]<typename Own>() {
-        run(in_place, Backward<LaidOut, Sum<T>, N, Own>(call, grad, spans.laid_out, gradients));
+        run(in_place, Backward<LaidOut, Sum<T>, N, Own>(call, grad, spans.laid_out, results));
       });
     });
   });
@@ -399,7 +415,7 @@ std::tuple<Tensor, Tensor, Tensor> attend_backward(Heads<N> call, const Tensor& 
 #define DEFORMKIT_INSTANTIATE(N)                                  \
   template Tensor attend<N>(const Heads<N>&, const Tensor&);      \
   template std::tuple<Tensor, Tensor, Tensor> attend_backward<N>( \
-      Heads<N>, const Tensor&, const Tensor&, const Tensor&, const Tensor&, const std::vector<bool>&);
+      Heads<N>, const Tensor&, const Tensor&, const Tensor&, const Tensor&, const std::vector<bool>&, Tensor*);
 DEFORMKIT_INSTANTIATE(1)
 DEFORMKIT_INSTANTIATE(2)
 DEFORMKIT_INSTANTIATE(3)

@@ -106,10 +106,11 @@ struct Heads {
 template <int N>
 Tensor attend(const Heads<N>& call, const Tensor& value);
 
-// The gradients by value, coordinates and weights, those of them that are asked for.
+// The gradients by value, coordinates and weights, those of them that are asked for; in `sums`, if it is not null, what
+// attend() returns.
 template <int N>
 std::tuple<Tensor, Tensor, Tensor> attend_backward(Heads<N> call, const Tensor& grad_output, const Tensor& value,
                                                    const Tensor& coordinates, const Tensor& weights,
-                                                   const std::vector<bool>& output_mask);
+                                                   const std::vector<bool>& output_mask, Tensor* sums = nullptr);
 
 }  // namespace deformkit
