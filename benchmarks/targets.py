@@ -78,8 +78,8 @@ TABLES = [
     ),
     Table(
         "ms_deform_attn",
-        "ms_deform_attn, maps of several cameras",
-        ("2d six cameras",),
+        "ms_deform_attn, large maps",
+        ("2d large maps",),
         {"transformers": (10, 10)},
     ),
     Table(

@@ -20,9 +20,8 @@ bool fails(void* caller) {
   return ++seen == chosen;
 }
 
-void* allocate(std::size_t size, std::size_t alignment) {
-  void* memory = nullptr;
-  return posix_memalign(&memory, alignment, size ? size : 1) ? nullptr : memory;
+void* allocate(std::size_t size) {
+  return std::malloc(size ? size : 1);
 }
 
 }  // namespace
@@ -37,17 +36,13 @@ extern "C" long allocations_seen() {
 }
 
 void* operator new(std::size_t size) {
-  void* const memory = fails(__builtin_return_address(0)) ? nullptr : allocate(size, 16);
+  void* const memory = fails(__builtin_return_address(0)) ? nullptr : allocate(size);
   if (!memory) throw std::bad_alloc();
   return memory;
 }
 
 void* operator new(std::size_t size, const std::nothrow_t&) noexcept {
-  return fails(__builtin_return_address(0)) ? nullptr : allocate(size, 16);
-}
-
-void* operator new(std::size_t size, std::align_val_t alignment, const std::nothrow_t&) noexcept {
-  return fails(__builtin_return_address(0)) ? nullptr : allocate(size, static_cast<std::size_t>(alignment));
+  return fails(__builtin_return_address(0)) ? nullptr : allocate(size);
 }
 
 void operator delete(void* memory) noexcept {
@@ -55,13 +50,5 @@ void operator delete(void* memory) noexcept {
 }
 
 void operator delete(void* memory, std::size_t) noexcept {
-  std::free(memory);
-}
-
-void operator delete(void* memory, std::align_val_t) noexcept {
-  std::free(memory);
-}
-
-void operator delete(void* memory, std::size_t, std::align_val_t) noexcept {
   std::free(memory);
 }

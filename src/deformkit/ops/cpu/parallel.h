@@ -80,25 +80,29 @@ class OutOfMemory : public std::bad_alloc {
   char text_[80];
 };
 
-// Uninitialised memory on a cache-line boundary.
+// Uninitialised memory on a cache-line boundary. It is aligned here: an allocator finds what it has freed for a request
+// of the same size, but not always for one that it has to align, and memory would grow.
 template <typename T>
 class Buffer {
  public:
   Buffer() = default;
   explicit Buffer(int64_t count) {
-    const size_t bytes = static_cast<size_t>(count) * sizeof(T) + 64;
-    data_.reset(static_cast<T*>(::operator new(bytes, std::align_val_t{64}, std::nothrow)));
-    if (!data_) throw OutOfMemory(bytes);
-    ask_for_huge_pages(data_.get(), bytes);
+    constexpr size_t line = 64;
+    const size_t bytes = static_cast<size_t>(count) * sizeof(T) + 2 * line;
+    memory_.reset(::operator new(bytes, std::nothrow));
+    if (!memory_) throw OutOfMemory(bytes);
+    data_ = reinterpret_cast<T*>((reinterpret_cast<uintptr_t>(memory_.get()) + line - 1) / line * line);
+    ask_for_huge_pages(memory_.get(), bytes);
   }
-  T* get() const { return data_.get(); }
-  T& operator[](int64_t i) const { return data_.get()[i]; }
+  T* get() const { return data_; }
+  T& operator[](int64_t i) const { return data_[i]; }
 
  private:
   struct Free {
-    void operator()(T* data) const { ::operator delete(data, std::align_val_t{64}); }
+    void operator()(void* memory) const { ::operator delete(memory); }
   };
-  std::unique_ptr<T, Free> data_;
+  std::unique_ptr<void, Free> memory_;
+  T* data_ = nullptr;
 };
 
 }  // namespace deformkit
