@@ -80,7 +80,7 @@ TABLES = [
         "ms_deform_attn",
         "ms_deform_attn, large maps",
         ("2d large maps",),
-        {"transformers": (10, 10)},
+        {"compiled": COMPILED},
     ),
     Table(
         "ms_deform_attn",
