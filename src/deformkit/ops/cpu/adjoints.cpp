@@ -54,7 +54,7 @@ std::tuple<Tensor, Tensor> deform_splat_backward(const Tensor& grad_output, cons
   check_tensor("grad_output", grad_output);
   check_gradient(grad_output, input, splat_size(input, points, size));
   check_mask(output_mask, 2);
-  if (output_mask[0] && output_mask[1]) return deform_sample_and_slopes(input, grad_output, points, boundary);
+  if (output_mask[0] && output_mask[1]) return deform_sample_and_backward(input, grad_output, points, boundary);
   Tensor grad_input = none_of(input), grad_points = none_of(points);
   if (output_mask[0]) grad_input = deform_sample(grad_output, points, boundary, 0);
   if (output_mask[1])
@@ -94,12 +94,16 @@ std::tuple<Tensor, Tensor, Tensor> deform_correlate_backward(const Tensor& grad_
   check_gradient(grad_output, query, correlated_size(query, sampling_locations));
   check_mask(output_mask, 3);
   Tensor grad_query = none_of(query), grad_key = none_of(key), grad_locations = none_of(sampling_locations);
-  if (output_mask[1] || output_mask[2])
-    std::tie(grad_key, grad_locations, std::ignore) =
-        ms_deform_attn_again(query, key, spatial_shapes, sampling_locations, grad_output, num_points, mode,
-                             {output_mask[1], output_mask[2], false}, output_mask[0] ? &grad_query : nullptr);
+  const Asked others{output_mask[1], output_mask[2], false};
+  const bool any = output_mask[1] || output_mask[2];
+  if (output_mask[0] && any)
+    std::tie(grad_query, grad_key, grad_locations, std::ignore) = ms_deform_attn_and_backward(
+        query, key, spatial_shapes, sampling_locations, grad_output, num_points, mode, others);
   else if (output_mask[0])
     grad_query = ms_deform_attn(key, spatial_shapes, sampling_locations, grad_output, num_points, mode);
+  else if (any)
+    std::tie(grad_key, grad_locations, std::ignore) =
+        ms_deform_attn_backward(query, key, spatial_shapes, sampling_locations, grad_output, num_points, mode, others);
   return {grad_query, grad_key, grad_locations};
 }
 

@@ -59,10 +59,9 @@ std::tuple<Tensor, Tensor> deform_roi_pool_backward(const Tensor& grad_output, c
 Tensor deform_sample(const Tensor& input, const Tensor& points, int64_t boundary, int64_t mode);
 std::tuple<Tensor, Tensor> deform_sample_backward(const Tensor& grad_output, const Tensor& input, const Tensor& points,
                                                   int64_t boundary, int64_t mode, const Asked& output_mask);
-// The samples at the points, and the gradient by these where that of the samples is given: in one walk, if the field is
-// worth laying out.
-std::tuple<Tensor, Tensor> deform_sample_and_slopes(const Tensor& grad_output, const Tensor& input,
-                                                    const Tensor& points, int64_t boundary);
+// What deform_sample() returns, and the gradient by the points after it: from one walk, where the field is laid out.
+std::tuple<Tensor, Tensor> deform_sample_and_backward(const Tensor& grad_output, const Tensor& input,
+                                                      const Tensor& points, int64_t boundary);
 
 Tensor deform_splat(const Tensor& input, const Tensor& points, const Sizes& size, int64_t boundary);
 std::tuple<Tensor, Tensor> deform_splat_backward(const Tensor& grad_output, const Tensor& input, const Tensor& points,
@@ -75,10 +74,10 @@ std::tuple<Tensor, Tensor, Tensor> ms_deform_attn_backward(const Tensor& grad_ou
                                                            const Tensor& sampling_locations,
                                                            const Tensor& attention_weights, const Sizes& num_points,
                                                            int64_t mode, const Asked& output_mask);
-// The same gradients; in `output`, if it is not null, what ms_deform_attn() returns: from one walk, where that can be.
-std::tuple<Tensor, Tensor, Tensor> ms_deform_attn_again(const Tensor& grad_output, const Tensor& value,
-                                                        const Sizes& spatial_shapes, const Tensor& sampling_locations,
-                                                        const Tensor& attention_weights, const Sizes& num_points,
-                                                        int64_t mode, const Asked& output_mask, Tensor* output);
+// What ms_deform_attn() returns, and the gradients after it: from one walk, where a head's field is laid out as a
+// whole.
+std::tuple<Tensor, Tensor, Tensor, Tensor> ms_deform_attn_and_backward(
+    const Tensor& grad_output, const Tensor& value, const Sizes& spatial_shapes, const Tensor& sampling_locations,
+    const Tensor& attention_weights, const Sizes& num_points, int64_t mode, const Asked& output_mask);
 
 }  // namespace deformkit

@@ -55,7 +55,7 @@ std::tuple<Tensor, Tensor> deform_sample_backward(const Tensor& grad_output, con
   return {grad_input, grad_points};
 }
 
-std::tuple<Tensor, Tensor> deform_sample_and_slopes(const Tensor& grad_output, const Tensor& input,
+std::tuple<Tensor, Tensor> deform_sample_and_backward(const Tensor& grad_output, const Tensor& input,
                                                     const Tensor& points, int64_t boundary) {
   std::optional<std::tuple<Tensor, Tensor>> result;
   dispatch_sums(input.scalar_type(), input.dim() - 2, [&]<typename A, int N>() {

@@ -46,6 +46,24 @@ Heads<N> make_heads(const Tensor& value, const std::vector<int64_t>& spatial_sha
   return call;
 }
 
+// The output, if it is not null, gets what ms_deform_attn() returns.
+std::tuple<Tensor, Tensor, Tensor> backward(const Tensor& grad_output, const Tensor& value,
+                                            const std::vector<int64_t>& spatial_shapes,
+                                            const Tensor& sampling_locations, const Tensor& attention_weights,
+                                            const std::vector<int64_t>& num_points, int64_t mode,
+                                            const std::vector<bool>& output_mask, Tensor* output) {
+  check_tensor("grad_output", grad_output);
+  check_tensor("value", value);
+  check_tensor("sampling_locations", sampling_locations);
+  check_tensor("attention_weights", attention_weights);
+  std::tuple<Tensor, Tensor, Tensor> results;
+  dispatch_axes(sampling_locations.dim() == 5 ? sampling_locations.size(4) : 0, [&]<int N>() {
+    const Heads<N> call = make_heads<N>(value, spatial_shapes, sampling_locations, attention_weights, num_points, mode);
+    results = attend_backward(call, grad_output, value, sampling_locations, attention_weights, output_mask, output);
+  });
+  return results;
+}
+
 }  // namespace
 
 Tensor ms_deform_attn(const Tensor& value, const std::vector<int64_t>& spatial_shapes, const Tensor& sampling_locations,
@@ -67,25 +85,17 @@ std::tuple<Tensor, Tensor, Tensor> ms_deform_attn_backward(const Tensor& grad_ou
                                                            const Tensor& attention_weights,
                                                            const std::vector<int64_t>& num_points, int64_t mode,
                                                            const std::vector<bool>& output_mask) {
-  return ms_deform_attn_again(grad_output, value, spatial_shapes, sampling_locations, attention_weights, num_points,
-                              mode, output_mask, nullptr);
+  return backward(grad_output, value, spatial_shapes, sampling_locations, attention_weights, num_points, mode,
+                  output_mask, nullptr);
 }
 
-std::tuple<Tensor, Tensor, Tensor> ms_deform_attn_again(const Tensor& grad_output, const Tensor& value,
-                                                        const std::vector<int64_t>& spatial_shapes,
-                                                        const Tensor& sampling_locations,
-                                                        const Tensor& attention_weights,
-                                                        const std::vector<int64_t>& num_points, int64_t mode,
-                                                        const std::vector<bool>& output_mask, Tensor* output) {
-  check_tensor("grad_output", grad_output);
-  check_tensor("value", value);
-  check_tensor("sampling_locations", sampling_locations);
-  check_tensor("attention_weights", attention_weights);
-  std::tuple<Tensor, Tensor, Tensor> results;
-  dispatch_axes(sampling_locations.dim() == 5 ? sampling_locations.size(4) : 0, [&]<int N>() {
-    const Heads<N> call = make_heads<N>(value, spatial_shapes, sampling_locations, attention_weights, num_points, mode);
-    results = attend_backward(call, grad_output, value, sampling_locations, attention_weights, output_mask, output);
-  });
-  return results;
+std::tuple<Tensor, Tensor, Tensor, Tensor> ms_deform_attn_and_backward(
+    const Tensor& grad_output, const Tensor& value, const std::vector<int64_t>& spatial_shapes,
+    const Tensor& sampling_locations, const Tensor& attention_weights, const std::vector<int64_t>& num_points,
+    int64_t mode, const std::vector<bool>& output_mask) {
+  Tensor output;
+  const auto gradients = backward(grad_output, value, spatial_shapes, sampling_locations, attention_weights, num_points,
+                                  mode, output_mask, &output);
+  return std::tuple_cat(std::tuple(output), gradients);
 }
 }  // namespace deformkit

@@ -52,7 +52,7 @@ Spans spans_of(const Heads<N>& call, int64_t positions_to_a_sample) {
     if (joined && !alike.empty() && alike.back().start + alike.back().positions == own.start) {
       const Span& last = alike.back();
       const Span both{last.first, last.points + own.points, last.start, last.positions + own.positions};
-      if (!laid_out || (is_laid_out(call, both, positions_to_a_sample) && bytes_of(call, both) <= joined_bytes)) {
+      if (!laid_out || bytes_of(call, both) <= joined_bytes) {
         alike.back() = both;
         continue;
       }
