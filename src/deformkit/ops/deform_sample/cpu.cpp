@@ -56,7 +56,7 @@ std::tuple<Tensor, Tensor> deform_sample_backward(const Tensor& grad_output, con
 }
 
 std::tuple<Tensor, Tensor> deform_sample_and_backward(const Tensor& grad_output, const Tensor& input,
-                                                    const Tensor& points, int64_t boundary) {
+                                                      const Tensor& points, int64_t boundary) {
   std::optional<std::tuple<Tensor, Tensor>> result;
   dispatch_sums(input.scalar_type(), input.dim() - 2, [&]<typename A, int N>() {
     const Problem<N> problem(input, points, boundary, 0);
