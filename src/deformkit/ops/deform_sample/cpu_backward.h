@@ -129,7 +129,7 @@ void points_laid_out(const Problem<N>& problem, const Map& input, const Tensor& 
                           static_cast<int32_t>(problem.positions() * slice.channels));
     read_turned(grad, slice.batch, slice.channel, slice.channels, first, points, scratch.grads.get());
     Walk<A, N, LaidOut> walked{};
-    walked.field.first = rows + slice.place;
+    walked.field = slice.field(problem, rows);
     walked.grad_columns = scratch.grads.get(), walked.pitch = walked.channels = slice.channels;
     walked.columns = output ? scratch.columns.get() : nullptr;
     std::copy_n(scratch.slopes, N, walked.grad_shift);
@@ -220,13 +220,16 @@ class FieldBackward {
     for (int64_t i = 0; i < problem_.blocks(); ++i) {
       if (!touches_.touches(item.group, i, item.number)) continue;
       const int64_t first = i * block<N>, points = std::min(block<N>, problem_.points - first);
-      if (listed == 0 && touches_.touches_no_other(item.group, i, item.number)) {
+      const bool all = touches_.touches_no_other(item.group, i, item.number);
+      const int64_t found =
+          all ? points : touches_.list(item.group, first, points, item.number, scratch.list.get() + listed);
+      if (found >= points * most_of_a_block) {
         scratch.points.read(coordinates_of<A>(problem_, 0, item.group, first), points);
         read(scratch, item, first, points);
         add(scratch, item, points);
         continue;
       }
-      listed += touches_.list(item.group, first, points, item.number, scratch.list.get() + listed);
+      listed += found;
       if (listed < block<N>) continue;
       add_listed(scratch, item, block<N>);
       listed -= block<N>;

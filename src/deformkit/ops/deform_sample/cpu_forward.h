@@ -98,7 +98,7 @@ void forward_laid_out(const Problem<N>& problem, const Map& input, const Sink& o
           scratch.points.read(coordinates_of<A>(problem, slice.batch, slice.group, first), points);
           scratch.points.locate(problem, problem.whole(), points, slice.channels,
                                 static_cast<int32_t>(problem.positions() * slice.channels));
-          gather<true>(scratch.points.cells, points, 1, LaidOut<const A>{rows + slice.place}, slice.channels,
+          gather<true>(scratch.points.cells, points, 1, slice.field(problem, rows), slice.channels,
                        scratch.columns.get(), slice.channels);
           write_turned(scratch.columns.get(), slice.channels, points, slice.channels, output,
                        (slice.batch * problem.channels + slice.channel) * problem.points + first, problem.points,

@@ -144,6 +144,11 @@ void for_blocks(const Problem<N>& problem, const F& f) {
 struct Slice {
   int64_t batch, group, channel, channels, place;
   bool first;  // of its group
+
+  template <typename A, int N>
+  LaidOut<const A> field(const Problem<N>& problem, const A* rows) const {
+    return {rows + place, problem.positions() * channels * int64_t(sizeof(A)) > slice_bytes};
+  }
 };
 
 // Calls f(rows, slices, groups) with the field laid out, as much at a time as fits: groups[i] to groups[i + 1] are the

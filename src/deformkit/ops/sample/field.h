@@ -116,21 +116,23 @@ void dispatch_channels(int64_t channels, const F& f) {
 }
 
 // How a field is held. Laid out by pack(), it has a row of zeros among its rows for what lies outside. Read where it
-// is, in the tensor, the row for what lies outside is apart: corners there have a negative index.
+// is, in the tensor, the row for what lies outside is apart: corners there have a negative index. The rows of a field
+// that is `far`, beyond a core's caches, are asked for some points before they are read.
 template <typename T>
 struct LaidOut {
   static constexpr bool in_place = false;
   using Element = T;
   T* first = nullptr;
+  bool far = false;
 
   T* row(int64_t index) const { return first + index; }
-  LaidOut from(int64_t element) const { return {first + element}; }
+  LaidOut from(int64_t element) const { return {first + element, far}; }
   explicit operator bool() const { return first; }
 };
 
 template <typename T>
 struct InPlace {
-  static constexpr bool in_place = true;
+  static constexpr bool in_place = true, far = true;
   using Element = T;
   T *first = nullptr, *outside = nullptr;
 
@@ -138,6 +140,8 @@ struct InPlace {
   InPlace from(int64_t element) const { return {first + element, outside + element}; }
   explicit operator bool() const { return first; }
 };
+
+constexpr int64_t points_ahead = 8;  // whose rows are asked for
 
 template <typename A, typename Index>
 constexpr bool is_usual = std::is_same_v<A, float> && std::is_same_v<Index, int32_t>;
@@ -161,6 +165,7 @@ void gather_as(const Cells<A, N, Index>& cells, int64_t sums, int64_t per, const
   // The channels from c on, as many as some registers hold. A sum of many samples is two, of every other corner, so
   // that an addition does not wait for the one before.
   constexpr int chains = kOne ? 1 : 2;
+  constexpr int64_t ahead = kOne ? points_ahead : 1;
   const auto sum_up = [&]<int registers, int width>(int64_t j, int64_t c) {
     typedef typename Lanes<A, width>::type V;
     V sum[chains][registers];
@@ -181,9 +186,8 @@ void gather_as(const Cells<A, N, Index>& cells, int64_t sums, int64_t per, const
       write_lanes(columns + j * pitch + c + r * width, kOne ? sum[0][r] : sum[0][r] + sum[chains - 1][r]);
   };
   for (int64_t j = 0; j < sums; ++j) {
-    // Points read in place are few and far apart: ask for the next sum's rows while this one is added up.
-    if constexpr (Field::in_place && kChannels > 0) {
-      for (int64_t i = (j + 1) * per; j + 1 < sums && i < (j + 2) * per; ++i)
+    if (kChannels > 0 && field.far && j + ahead < sums) {
+      for (int64_t i = (j + ahead) * per; i < (j + ahead + 1) * per; ++i)
         for (int corner = 0; corner < corners; ++corner) {
           const T* const row = field.row(indices[corner][i]);
           for (int64_t c = 0; c < kChannels; c += 64 / sizeof(T)) __builtin_prefetch(row + c);
@@ -224,7 +228,7 @@ struct Walk {
   bool by_point() const { return grad_shift[0] || grad_factor; }
 };
 
-// Asks for the rows of a point that is walked over later: read in place, they are few and far apart.
+// Asks for the rows of a point that is walked over later.
 template <bool kRead, bool kField, typename A, int N, typename Index, template <typename> typename kHeld, typename T>
 __attribute__((always_inline)) inline void ask_for(const Cells<A, N, Index>& cells, int64_t i, int64_t channels,
                                                    const Walk<A, N, kHeld, T>& w) {
@@ -243,15 +247,13 @@ template <bool kColumns, bool kPoint, bool kField, int kChannels, typename A, in
 void walk_as(const Cells<A, N, Index>& cells, int64_t points, const Walk<A, N, kHeld, T>& w) {
   constexpr int corners = 1 << N, most = corners < 4 ? corners : 4, lanes = lanes_for<A>(kChannels);
   typedef typename Lanes<A, lanes>::type V;
-  constexpr int64_t ahead = 8;
   const int64_t channels = kChannels > 0 ? kChannels : w.channels, whole = channels / lanes * lanes;
   A* const dots = cells.dots();
   const A* grad = w.grad_columns;
   A* column = w.columns;
   for (int64_t i = 0, left = w.per; i < points; ++i) {
-    if constexpr (kHeld<A>::in_place && kChannels > 0) {
-      if (i + ahead < points) ask_for<kColumns || kPoint, kField>(cells, i + ahead, channels, w);
-    }
+    if (kChannels > 0 && w.field.far && i + points_ahead < points)
+      ask_for<kColumns || kPoint, kField>(cells, i + points_ahead, channels, w);
     if constexpr (kPoint) std::fill_n(dots + i * corners, corners, A(0));
     for (int from = 0; from < corners; from += most) {
       const bool begins = from == 0 && left == w.per;
