@@ -3,6 +3,7 @@
 #pragma once
 
 #include "cpu/lanes.h"
+#include "sample/rows.h"
 #include "sample/sample.h"
 
 namespace deformkit {
@@ -117,7 +118,8 @@ void dispatch_channels(int64_t channels, const F& f) {
 
 // How a field is held. Laid out by pack(), it has a row of zeros among its rows for what lies outside. Read where it
 // is, in the tensor, the row for what lies outside is apart: corners there have a negative index. The rows of a field
-// that is `far`, beyond a core's caches, are asked for some points before they are read.
+// that is `far` are asked for some points before they are read: it exceeds a core's caches, or lies in a tensor whose
+// other rows come between.
 template <typename T>
 struct LaidOut {
   static constexpr bool in_place = false;
@@ -143,6 +145,11 @@ struct InPlace {
 
 constexpr int64_t points_ahead = 8;  // whose rows are asked for
 
+template <bool kWritten = false, typename T>
+__attribute__((always_inline)) inline void ask_for_row(const T* row, int64_t channels) {
+  for (int64_t c = 0; c < channels; c += line<T>) __builtin_prefetch(row + c, kWritten);
+}
+
 template <typename A, typename Index>
 constexpr bool is_usual = std::is_same_v<A, float> && std::is_same_v<Index, int32_t>;
 
@@ -165,7 +172,6 @@ void gather_as(const Cells<A, N, Index>& cells, int64_t sums, int64_t per, const
   // The channels from c on, as many as some registers hold. A sum of many samples is two, of every other corner, so
   // that an addition does not wait for the one before.
   constexpr int chains = kOne ? 1 : 2;
-  constexpr int64_t ahead = kOne ? points_ahead : 1;
   const auto sum_up = [&]<int registers, int width>(int64_t j, int64_t c) {
     typedef typename Lanes<A, width>::type V;
     V sum[chains][registers];
@@ -173,6 +179,10 @@ void gather_as(const Cells<A, N, Index>& cells, int64_t sums, int64_t per, const
 #pragma GCC unroll 4
       for (int r = 0; r < registers; ++r) chain[r] = V{};
     for (int64_t i = j * per; i < (kOne ? j + 1 : (j + 1) * per); ++i) {
+      if (kChannels > 0 && field.far && c == 0 && i + points_ahead < sums * per) {
+        for (int corner = 0; corner < corners; ++corner)
+          ask_for_row(field.row(indices[corner][i + points_ahead]), kChannels);
+      }
 #pragma GCC unroll 8
       for (int corner = 0; corner < corners; ++corner) {
         const T* const row = field.row(indices[corner][i]) + c;
@@ -186,13 +196,6 @@ void gather_as(const Cells<A, N, Index>& cells, int64_t sums, int64_t per, const
       write_lanes(columns + j * pitch + c + r * width, kOne ? sum[0][r] : sum[0][r] + sum[chains - 1][r]);
   };
   for (int64_t j = 0; j < sums; ++j) {
-    if (kChannels > 0 && field.far && j + ahead < sums) {
-      for (int64_t i = (j + ahead) * per; i < (j + ahead + 1) * per; ++i)
-        for (int corner = 0; corner < corners; ++corner) {
-          const T* const row = field.row(indices[corner][i]);
-          for (int64_t c = 0; c < kChannels; c += 64 / sizeof(T)) __builtin_prefetch(row + c);
-        }
-    }
     int64_t c = 0;
     for (; c + most * lanes <= last; c += most * lanes) sum_up.template operator()<most, lanes>(j, c);
     if constexpr (kChannels == 0) {
@@ -232,11 +235,10 @@ struct Walk {
 template <bool kRead, bool kField, typename A, int N, typename Index, template <typename> typename kHeld, typename T>
 __attribute__((always_inline)) inline void ask_for(const Cells<A, N, Index>& cells, int64_t i, int64_t channels,
                                                    const Walk<A, N, kHeld, T>& w) {
-  constexpr int64_t line = 64;
   for (int corner = 0; corner < 1 << N; ++corner) {
     const int64_t at = cells.index(corner)[i];
-    for (int64_t c = 0; kRead && c < channels; c += line / sizeof(T)) __builtin_prefetch(w.field.row(at) + c);
-    for (int64_t c = 0; kField && c < channels; c += line / sizeof(A)) __builtin_prefetch(w.grad_field.row(at) + c, 1);
+    if constexpr (kRead) ask_for_row(w.field.row(at), channels);
+    if constexpr (kField) ask_for_row<true>(w.grad_field.row(at), channels);
   }
 }
 

@@ -10,6 +10,7 @@ namespace {
 // Measured by `python benchmarks/run.py attn aggregate` with other values in their place:
 constexpr int64_t plane_bytes = 16 * mib;  // of a head's field that a thread lays out: twice that with its gradient
 constexpr int64_t joined_bytes = 4 * mib;  // of levels that share an item of work, so that they stay in the caches
+constexpr int64_t far_bytes = 2 * mib;     // of a span that is far to the backward pass, which uses two of them
 constexpr int64_t seldom = 2;              // positions to a sample up to which a field is laid out
 
 // A row that is laid out is so wide that registers divide it.
@@ -236,7 +237,7 @@ class Backward {
     if constexpr (kLaidOut) {
       if (walk.by_point() || walk.columns)
         lay_out(field, at.b, span.positions, call_.channels, width_, scratch.rows.get());
-      walk.field.first = scratch.rows.get();
+      walk.field = {scratch.rows.get(), span.positions * width_ * int64_t(sizeof(A)) > far_bytes};
       if (!results_.value) return walk;
       std::fill_n(scratch.grad_rows.get(), (span.positions + 1) * width_, A(0));
       walk.grad_field.first = scratch.grad_rows.get();
