@@ -12,7 +12,8 @@ from deformkit.ops.deform_sample.cases import Case
 
 OPERATOR = operators["deform_sample"]
 
-# Gradients that are cut into windows, whose points are in order or anywhere; fields laid out a part at a time.
+# Gradients that are cut into windows, whose points are in order or anywhere; fields laid out a part at a time, or so
+# large that their rows are asked for before they are read.
 LARGE = [
     Case("1d-in-place", 1, 1, (600_000,), (3000,), spread=3.0),
     Case("1d-windows", 1, 3, (100_000,), (20_000,), boundary="reflect"),
@@ -23,6 +24,7 @@ LARGE = [
     Case("2d-many-images", 19, 5, (9, 8), (11, 7), spread=1.0),
     Case("3d-windows", 1, 2, (40, 30, 50), (30, 30, 40), spread=1.0),
     Case("3d-windows-rows", 1, 16, (32, 30, 40), (30, 25, 40), boundary="border"),
+    Case("3d-rows-in-order", 1, 17, (44, 60, 56), (44, 50, 40), spread=1.0),
     Case("3d-nearest", 1, 16, (12, 30, 20), (10, 30, 20), mode="nearest", boundary="reflect", spread=9.0),
 ]
 each_large = pytest.mark.parametrize("case", LARGE, ids=lambda case: case.name)
