@@ -6,7 +6,9 @@
 
 namespace deformkit::sampling {
 
-constexpr int64_t run_bytes = 2 * mib;  // of the gradient by the field, to a run of points
+// Of the gradient by the field, to a run of points, at most: runs are a multiple of `least_items`, so that the threads
+// share them evenly. Measured by `python benchmarks/run.py sample --case "one channel"` with other values in its place.
+constexpr int64_t run_bytes = 2 * mib;
 constexpr int64_t longest_run_bytes = 4 * run_bytes;
 constexpr int64_t run_blocks = 16;   // the fewest blocks of points of a run
 constexpr int64_t most_overlap = 3;  // of the rows of as many of the longest runs as there are, in times the field's
@@ -24,7 +26,8 @@ class Sweep {
         slopes_(problem, input, grad_output),
         grad_(grad_output),
         of_group_(std::min(
-            std::max(least_items, problem.positions() * problem.group_channels() * int64_t(sizeof(float)) / run_bytes),
+            ceil_div(problem.positions() * problem.group_channels() * int64_t(sizeof(float)), run_bytes * least_items) *
+                least_items,
             ceil_div(problem.blocks(), run_blocks))),
         parts_(problem.batch * problem.groups * of_group_),
         in_order_(problem.batch * problem.groups) {
