@@ -8,6 +8,10 @@
 
 namespace deformkit::sampling {
 
+// The part of a block's points from which on the whole block is added to a window: to read those points one by one
+// takes longer than to add the others to nothing. `python benchmarks/run.py sample --case 3d` measures other values.
+constexpr double most_of_a_block = 0.6;
+
 // What a thread holds of a block of points: they, located, and their slopes along each axis.
 template <typename A, int N, typename Index>
 struct PointScratch {

@@ -10,6 +10,7 @@ namespace deformkit::sampling {
 // Measured by `python benchmarks/run.py sample` with other values in their place:
 constexpr int64_t field_bytes = 16 * mib;  // of a slice that is laid out, at most
 constexpr int64_t slice_bytes = 4 * mib;   // of the slices that are laid out at a time, if they have some channels
+constexpr int64_t far_bytes = 4 * mib;     // of a slice that is far
 constexpr int64_t slice_channels = 64;     // of one slice, at most
 constexpr int64_t few_channels = 8;        // the fewest that are laid out, and whose gradient is summed row by row
 constexpr int64_t some_channels = 16;      // the fewest that are laid out where points could be sampled in registers
@@ -80,7 +81,7 @@ class Points {
 
   // The coordinates of points that follow one another, or of those of them in a list. Those that follow are asked for.
   void read(const A* from, int64_t points) {
-    for (int64_t i = points * N; i < 2 * points * N; i += line<A>) __builtin_prefetch(from + i);
+    ask_for_row(from + points * N, points * N);
     for (int axis = 0; axis < N; ++axis) {
       A* const to = shifts_.get() + axis * capacity_;
 #pragma omp simd
@@ -147,7 +148,7 @@ struct Slice {
 
   template <typename A, int N>
   LaidOut<const A> field(const Problem<N>& problem, const A* rows) const {
-    return {rows + place, problem.positions() * channels * int64_t(sizeof(A)) > slice_bytes};
+    return {rows + place, problem.positions() * channels * int64_t(sizeof(A)) > far_bytes};
   }
 };
 

@@ -10,7 +10,6 @@ constexpr int64_t least_items = 8;          // into which the gradient is cut, i
 constexpr int64_t least_bytes = 64 * 1024;  // of such a window
 constexpr int64_t most_windows = 255;
 constexpr uint8_t nowhere = 255;
-constexpr double most_of_a_block = 0.6;  // of points that touch a window, for all of them to be read and added
 
 // Windows of 2^shift rows each.
 template <int N>

@@ -117,9 +117,8 @@ void dispatch_channels(int64_t channels, const F& f) {
 }
 
 // How a field is held. Laid out by pack(), it has a row of zeros among its rows for what lies outside. Read where it
-// is, in the tensor, the row for what lies outside is apart: corners there have a negative index. The rows of a field
-// that is `far` are asked for some points before they are read: it exceeds a core's caches, or lies in a tensor whose
-// other rows come between.
+// is, in the tensor, the row for what lies outside is apart: corners there have a negative index. A field is `far` if
+// it exceeds a core's caches, or has other rows between its own: its rows are asked for before they are read.
 template <typename T>
 struct LaidOut {
   static constexpr bool in_place = false;
@@ -143,12 +142,9 @@ struct InPlace {
   explicit operator bool() const { return first; }
 };
 
-constexpr int64_t points_ahead = 8;  // whose rows are asked for
-
-template <bool kWritten = false, typename T>
-__attribute__((always_inline)) inline void ask_for_row(const T* row, int64_t channels) {
-  for (int64_t c = 0; c < channels; c += line<T>) __builtin_prefetch(row + c, kWritten);
-}
+// How many points before their use the rows of a far field are asked for: a point takes less time than its rows.
+// `python benchmarks/run.py sample attn roi` measures other values.
+constexpr int64_t points_ahead = 8;
 
 template <typename A, typename Index>
 constexpr bool is_usual = std::is_same_v<A, float> && std::is_same_v<Index, int32_t>;
@@ -172,6 +168,7 @@ void gather_as(const Cells<A, N, Index>& cells, int64_t sums, int64_t per, const
   // The channels from c on, as many as some registers hold. A sum of many samples is two, of every other corner, so
   // that an addition does not wait for the one before.
   constexpr int chains = kOne ? 1 : 2;
+  const int64_t asking = field.far ? sums * per - points_ahead : 0;
   const auto sum_up = [&]<int registers, int width>(int64_t j, int64_t c) {
     typedef typename Lanes<A, width>::type V;
     V sum[chains][registers];
@@ -179,7 +176,7 @@ void gather_as(const Cells<A, N, Index>& cells, int64_t sums, int64_t per, const
 #pragma GCC unroll 4
       for (int r = 0; r < registers; ++r) chain[r] = V{};
     for (int64_t i = j * per; i < (kOne ? j + 1 : (j + 1) * per); ++i) {
-      if (kChannels > 0 && field.far && c == 0 && i + points_ahead < sums * per) {
+      if (kChannels > 0 && c == 0 && i < asking) {
         for (int corner = 0; corner < corners; ++corner)
           ask_for_row(field.row(indices[corner][i + points_ahead]), kChannels);
       }
@@ -251,11 +248,11 @@ void walk_as(const Cells<A, N, Index>& cells, int64_t points, const Walk<A, N, k
   typedef typename Lanes<A, lanes>::type V;
   const int64_t channels = kChannels > 0 ? kChannels : w.channels, whole = channels / lanes * lanes;
   A* const dots = cells.dots();
+  const int64_t asking = w.field.far ? points - points_ahead : 0;
   const A* grad = w.grad_columns;
   A* column = w.columns;
   for (int64_t i = 0, left = w.per; i < points; ++i) {
-    if (kChannels > 0 && w.field.far && i + points_ahead < points)
-      ask_for<kColumns || kPoint, kField>(cells, i + points_ahead, channels, w);
+    if (kChannels > 0 && i < asking) ask_for<kColumns || kPoint, kField>(cells, i + points_ahead, channels, w);
     if constexpr (kPoint) std::fill_n(dots + i * corners, corners, A(0));
     for (int from = 0; from < corners; from += most) {
       const bool begins = from == 0 && left == w.per;

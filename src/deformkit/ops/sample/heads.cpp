@@ -10,7 +10,7 @@ namespace {
 // Measured by `python benchmarks/run.py attn aggregate` with other values in their place:
 constexpr int64_t plane_bytes = 16 * mib;  // of a head's field that a thread lays out: twice that with its gradient
 constexpr int64_t joined_bytes = 4 * mib;  // of levels that share an item of work, so that they stay in the caches
-constexpr int64_t far_bytes = 2 * mib;     // of a span that is far to the backward pass, which uses two of them
+constexpr int64_t far_bytes = 2 * mib;     // of a span that is far in the backward pass, which uses two of them
 constexpr int64_t seldom = 2;              // positions to a sample up to which a field is laid out
 
 // A row that is laid out is so wide that registers divide it.
@@ -78,8 +78,7 @@ void lay_out(const Map& field, int64_t b, int64_t positions, int64_t channels, i
   dispatch_dtype(field.dtype(), [&]<typename T>() {
     const T* source = field.at<T>(b);
     for (int64_t p = 0; p < positions; ++p, source += field.position_stride, rows += width) {
-      for (int64_t c = 0; c < channels; c += line<T>)
-        __builtin_prefetch(source + rows_ahead * field.position_stride + c);
+      ask_for_row(source + rows_ahead * field.position_stride, channels);
       load_run(source, channels, rows);
       std::fill(rows + channels, rows + width, A(0));
     }
@@ -237,7 +236,7 @@ class Backward {
     if constexpr (kLaidOut) {
       if (walk.by_point() || walk.columns)
         lay_out(field, at.b, span.positions, call_.channels, width_, scratch.rows.get());
-      walk.field = {scratch.rows.get(), span.positions * width_ * int64_t(sizeof(A)) > far_bytes};
+      walk.field = {scratch.rows.get(), bytes_of(call_, span) > far_bytes};
       if (!results_.value) return walk;
       std::fill_n(scratch.grad_rows.get(), (span.positions + 1) * width_, A(0));
       walk.grad_field.first = scratch.grad_rows.get();

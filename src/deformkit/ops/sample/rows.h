@@ -36,6 +36,12 @@ constexpr int64_t rows_ahead = 16;
 template <typename T>
 constexpr int64_t line = 64 / sizeof(T);
 
+// Prefetches a row that is used later; always inlined, as ask_for_run() is.
+template <bool kWritten = false, typename T>
+__attribute__((always_inline)) inline void ask_for_row(const T* row, int64_t width) {
+  for (int64_t i = 0; i < width; i += line<T>) __builtin_prefetch(row + i, kWritten);
+}
+
 // `rows` runs of `width` elements from element `at` on, `pitch` apart, into rows of `own_pitch`; zeros fill what is
 // left of those.
 template <typename A>
@@ -44,7 +50,7 @@ void read_rows(const Tensor& tensor, int64_t at, int64_t pitch, int64_t rows, in
   dispatch_dtype(tensor.scalar_type(), [&]<typename T>() {
     const T* source = static_cast<const T*>(tensor.data_ptr()) + at;
     for (int64_t r = 0; r < rows; ++r, source += pitch, values += own_pitch) {
-      for (int64_t i = 0; i < width; i += line<T>) __builtin_prefetch(source + rows_ahead * pitch + i);
+      ask_for_row(source + rows_ahead * pitch, width);
       load_run(source, width, values);
       std::fill(values + width, values + own_pitch, A(0));
     }
@@ -58,7 +64,7 @@ void write_rows(const Sink& out, int64_t at, int64_t pitch, const A* values, int
   dispatch_dtype(out.dtype(), [&]<typename T>() {
     T* to = out.data<T>() + at;
     for (int64_t r = 0; r < rows; ++r, to += pitch, values += own_pitch) {
-      for (int64_t i = 0; i < width; i += line<T>) __builtin_prefetch(to + rows_ahead * pitch + i, 1);
+      ask_for_row<true>(to + rows_ahead * pitch, width);
       store_run(values, width, to);
     }
   });
