@@ -126,8 +126,8 @@ TABLES = [
     ),
     Table(
         "deform_sample",
-        "deform_sample, several images",
-        ("2d 8 images 64x64x64",),
+        "deform_sample, a batch of eight",
+        ("2d 8 images 64x64x64", "2d 8 images 3x224x224", "3d 8 volumes 1x32x64x64"),
         {"grid_sample": (1, 1)},
     ),
     Table(

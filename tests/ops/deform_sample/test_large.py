@@ -12,8 +12,8 @@ from deformkit.ops.deform_sample.cases import Case
 
 OPERATOR = operators["deform_sample"]
 
-# Gradients that are cut into windows, whose points are in order or anywhere; fields laid out a part at a time, or so
-# large that their rows are asked for before they are read.
+# Gradients that are cut into windows or added up run by run, whose points are in order or anywhere; fields laid out a
+# part at a time, or so large that their rows are asked for before they are read.
 LARGE = [
     Case("1d-in-place", 1, 1, (600_000,), (3000,), spread=3.0),
     Case("1d-windows", 1, 3, (100_000,), (20_000,), boundary="reflect"),
@@ -25,6 +25,9 @@ LARGE = [
     Case("3d-windows", 1, 2, (40, 30, 50), (30, 30, 40), spread=1.0),
     Case("3d-windows-rows", 1, 16, (32, 30, 40), (30, 25, 40), boundary="border"),
     Case("3d-rows-in-order", 1, 17, (44, 60, 56), (44, 50, 40), spread=1.0),
+    Case("3d-thin", 1, 2, (6, 90, 100), (6, 90, 80), spread=1.0),
+    Case("3d-large-runs", 1, 1, (4, 560, 560), (4, 400, 400), spread=1.0, boundary="border"),
+    Case("2d-few-anywhere", 2, 3, (120, 90), (120, 100)),
     Case("3d-nearest", 1, 16, (12, 30, 20), (10, 30, 20), mode="nearest", boundary="reflect", spread=9.0),
 ]
 each_large = pytest.mark.parametrize("case", LARGE, ids=lambda case: case.name)

@@ -179,7 +179,9 @@ class InnerCells {
         if constexpr (kEdge) product = reinterpret_cast<Reals>(reinterpret_cast<Indices>(product) & counts_[corner]);
         float amount[Run::lanes];
         write_lanes(amount, product);
-        float* const to = plane + field_->row[corner / 2] + corner % 2;
+        // One base for all lanes: the compiler would add up the plane's offset again for each.
+        float* to = plane + field_->row[corner / 2] + corner % 2;
+        asm("" : "+r"(to));
 #pragma GCC unroll 16
         for (int lane = 0; lane < Run::lanes; ++lane) to[element_[lane]] += amount[lane];
       }
