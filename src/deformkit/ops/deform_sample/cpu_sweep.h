@@ -11,11 +11,11 @@ namespace deformkit::sampling {
 constexpr int64_t run_bytes = 2 * mib;
 constexpr int64_t run_blocks = 16;  // the fewest blocks of points of a run
 
-// Of the rows that a run adds up, at most: if its points lie near those before them, and if they lie anywhere. The rows
-// of all runs together may be `most_overlap` times the field's. Beyond these the windows of FieldBackward are faster,
-// by up to 1.4 times; below, this is, by up to 4 times. Measured with fields of 16x64x64 to 64x512x512 positions.
-constexpr int64_t near_row_bytes = 16 * mib, row_bytes_anywhere = 4 * mib;
-constexpr int64_t most_overlap = 16;
+// Of the rows that a run adds up, at most: if its points lie near those before them, and if they lie anywhere. In 8 MiB
+// with points anywhere, the windows of FieldBackward were faster. Measured again, with other shapes, by
+// `deformkit bench --op deform_sample --shape 1x1x128x128x128`.
+constexpr int64_t near_bytes = 16 * mib, anywhere_bytes = 4 * mib;
+constexpr int64_t most_overlap = 16;  // of the rows of as many of the longest runs as there are, in times the field's
 
 // Of those groups of points whose runs reach few rows. A group is divided alike in any batch, so that its bits stay.
 template <int N>
@@ -34,14 +34,14 @@ class Sweep {
                 least_items,
             ceil_div(problem.blocks(), run_blocks))),
         parts_(problem.batch * problem.groups * of_group_),
-        is_swept_(problem.batch * problem.groups) {
+        swept_(problem.batch * problem.groups) {
     each(static_cast<int64_t>(parts_.size()), [&](int64_t part) { find_rows(part); });
-    for (size_t group = 0; group < is_swept_.size(); ++group) look_at(group);
+    for (size_t group = 0; group < swept_.size(); ++group) look_at(group);
   }
 
   // By group.
-  const std::vector<char>& is_swept() const { return is_swept_; }
-  bool are_all_swept() const { return std::find(is_swept_.begin(), is_swept_.end(), 0) == is_swept_.end(); }
+  const std::vector<char>& swept() const { return swept_; }
+  bool are_all_swept() const { return std::find(swept_.begin(), swept_.end(), 0) == swept_.end(); }
 
   // The gradient by the points may be null.
   void run(const Sink& grad_input, const Sink* grad_points) const {
@@ -66,7 +66,7 @@ class Sweep {
   // before have written the gradient's rows up to `written`.
   struct Part {
     int64_t begin, end, first, past, written = 0;
-    bool is_near;  // whether its first block reaches half of the field at most
+    bool is_near;  // whether its first block reaches less than half of the field
   };
 
   struct Scratch : Slopes::Scratch {
@@ -108,9 +108,9 @@ class Sweep {
     }
     const int64_t bytes = most_rows * problem_.whole().inner() * problem_.group_channels() * int64_t(sizeof(float));
     const bool are_near = std::all_of(parts, parts + of_group_, [](const Part& part) { return part.is_near; });
-    is_swept_[group] = most_rows * of_group_ <= most_overlap * problem_.size[0] &&
-                       bytes <= (are_near ? near_row_bytes : row_bytes_anywhere);
-    if (!is_swept_[group]) return;
+    swept_[group] =
+        most_rows * of_group_ <= most_overlap * problem_.size[0] && bytes <= (are_near ? near_bytes : anywhere_bytes);
+    if (!swept_[group]) return;
     most_rows_ = std::max(most_rows_, most_rows);
     for (int64_t i = 0; i < of_group_; ++i) items_.push_back(static_cast<int64_t>(group) * of_group_ + i);
   }
@@ -194,7 +194,7 @@ class Sweep {
   const Map grad_;
   int64_t of_group_, most_rows_ = 0;
   std::vector<Part> parts_;
-  std::vector<char> is_swept_;
+  std::vector<char> swept_;
   std::vector<int64_t> items_;  // the parts of the groups that are swept
 };
 
@@ -213,7 +213,7 @@ void backward(const Problem<N>& problem, const Tensor& input, const Tensor& grad
       const bool all = sweep.are_all_swept() && (!grad_points || problem.is_in_registers(field));
       sweep.run(*grad_input, all && grad_points ? &*grad_points : nullptr);
       if (all) return;
-      done = sweep.is_swept();
+      done = sweep.swept();
     }
   }
   if (grad_input) backward_by_input<A>(problem, grad_output, *grad_input, done);
