@@ -67,7 +67,8 @@ class Operator:
         self._implementation = implementation
         self._batched_result = batched_result
         self._gradient = gradient
-        self._function = _function(self)
+        self._recorded = _recorded(self)
+        self._transformed = _transformed(self)
 
         qualified = f"{NAMESPACE}::{self.name}"
         library.impl(self.name, self.fallback, "CompositeExplicitAutograd")
@@ -89,8 +90,15 @@ class Operator:
                 # A Function loses the tangent of an outer level, and cannot be functionalized.
                 return (self.reference if levels["Jvp"] or levels["Grad"] else self.overload)(*args)
             # A custom operator raises under torch.func.grad and returns zeros under torch.func.jvp.
-            return self._function.apply(*args)
-        return self.overload(*args)
+            return self._transformed.apply(*args)
+        if _torch.intercepted(*(args[i] for i in self.tensors)):
+            return self.overload(*args)
+        # What torch.library registers for autograd would do the same: it takes 6 us more without a graph and 40 us more
+        # with a backward pass, where a small call takes 100; see benchmarks/run.py overhead.
+        if torch.is_grad_enabled() and _torch.any_requires_grad(*args):
+            return self._recorded.apply(*args)
+        with _torch.below_autograd():
+            return self.overload(*args)
 
     def _stays(self, form: str, args: Sequence[Any]) -> bool:
         """Whether this call stays an operator in an exported model of this form."""
@@ -356,10 +364,32 @@ def _autocast(op: Operator, device_type: str, key: Any, *args: Any) -> Tensor:
         return op.overload(*values)
 
 
-def _function(op: Operator) -> type[torch.autograd.Function]:
-    """The operator as an autograd.Function, for torch.func and for forward-mode differentiation."""
+def _recorded(op: Operator) -> type[torch.autograd.Function]:
+    """The operator as an autograd.Function whose forward runs below autograd."""
 
-    class Function(torch.autograd.Function):
+    class Recorded(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx: Any, *args: Any) -> Any:
+            with _torch.below_autograd():
+                output = op.overload(*args)
+            op._save(ctx, args, output)
+            return output
+
+        @staticmethod
+        def backward(ctx: Any, *grads: Tensor | None) -> Any:
+            return op._backward(ctx, *grads)
+
+    Recorded.__name__ = op.name
+    return Recorded
+
+
+def _transformed(op: Operator) -> type[torch.autograd.Function]:
+    """The operator as an autograd.Function for torch.func and for forward-mode differentiation.
+
+    Only these need ``setup_context``, for which torch inspects the signature of ``forward`` in every call.
+    """
+
+    class Transformed(torch.autograd.Function):
         @staticmethod
         def forward(*args: Any) -> Any:
             return op.overload(*args)
@@ -386,8 +416,8 @@ def _function(op: Operator) -> type[torch.autograd.Function]:
             _, push_forward = _vjp(pull_back, _each(outputs, torch.zeros_like))
             return push_forward(tuple(tangents[i] for i in moved))[0]
 
-    Function.__name__ = op.name
-    return Function
+    Transformed.__name__ = op.name
+    return Transformed
 
 
 def _of_codes(function: Callable[..., Tensor], arguments: Sequence[str]) -> Callable[..., Tensor]:

@@ -14,6 +14,8 @@ from torch.autograd import forward_ad
 BroadcastingList1, BroadcastingList2, BroadcastingList3 = (
     getattr(torch._jit_internal, f"BroadcastingList{axes}") for axes in (1, 2, 3)
 )
+any_requires_grad = torch._C._any_requires_grad  # 2.13
+below_autograd = torch._C._AutoDispatchBelowAutograd  # 2.13
 DispatchKey = torch._C.DispatchKey  # 2.13
 DispatchKeySet = torch._C.DispatchKeySet  # 2.13
 has_kernel = torch._C._dispatch_has_kernel_for_dispatch_key  # 2.13
@@ -23,6 +25,7 @@ transforms_active = torch._C._are_functorch_transforms_active  # 2.13
 without_keys = torch._C._ExcludeDispatchKeyGuard  # 2.13
 wrapped = torch._C._functorch.is_functorch_wrapped_tensor  # 2.13: whether torch.func hides a tensor's values
 
+_PLAIN = {torch.Tensor, torch.nn.Parameter, type(None)}
 _AUTOGRAD_KEYS = (
     DispatchKeySet(DispatchKey.AutogradCPU)
     | DispatchKeySet(DispatchKey.AutogradCUDA)
@@ -52,6 +55,18 @@ def has_schema(overload: Any, text: str) -> bool:
 def transforming() -> bool:
     """Whether a transform of torch.func or forward-mode differentiation is active. All: 2.13."""
     return transforms_active() or forward_ad._current_level >= 0
+
+
+def intercepted(*tensors: torch.Tensor | None) -> bool:
+    """Whether a mode, autocast or a subclass of Tensor may change a call before autograd records it.
+
+    ``_len_torch_function_stack``, ``_is_any_autocast_enabled``: 2.13.
+    """
+    return (
+        torch._C._len_torch_function_stack() > 0
+        or not _PLAIN.issuperset(map(type, tensors))
+        or torch._C._is_any_autocast_enabled()
+    )
 
 
 def levels() -> Counter[str]:

@@ -215,15 +215,15 @@ def _check_number(
 
 
 def _check_batch_index(rois: Tensor, batch: int) -> None:
+    if len(rois) and not batch:
+        raise ValueError(f"rois has shape {list(rois.shape)}; with an input of batch size 0 there can be no RoI")
     index = rois.detach()[:, 0]
-    wrong = ~((index >= 0) & (index < batch) & (index == index.floor()))
-    if wrong.any():
-        row = int(wrong.nonzero()[0])
+    whole = index.clamp(0, batch - 1).floor()
+    if not torch.equal(index, whole):
+        row = int((index != whole).nonzero()[0])
         raise ValueError(
             f"rois[{row}, 0] is {index[row].item():g}; it must be a batch index, a whole number from 0 to {batch - 1}, "
             f"as input has batch size {batch}"
-            if batch
-            else f"rois has shape {list(rois.shape)}; with an input of batch size 0 there can be no RoI"
         )
 
 
