@@ -265,7 +265,7 @@ def sampled_then_multiplied(case: Any, arguments: dict[str, Any]) -> Call:
 
 
 def grid_sample_of_groups(case: Any, arguments: dict[str, Any]) -> Call:
-    """One call of ``grid_sample``: the groups are images of their own, and the points a row of pixels."""
+    """One call of ``grid_sample``: the groups are images of their own."""
     if case.axes == 1:
         raise Unfit("two or three axes only")
     if case.mode != "linear":
@@ -278,9 +278,8 @@ def grid_sample_of_groups(case: Any, arguments: dict[str, Any]) -> Call:
     def run() -> Tensor:
         images = input.unflatten(1, (case.groups, -1)).flatten(0, 1)
         grid = ((2 * points.flatten(0, 1) + 1) / size - 1).flip(-1)
-        rows = grid.reshape(len(grid), *[1] * (case.axes - 1), -1, case.axes)
-        samples = F.grid_sample(images, rows.to(images.dtype), padding_mode=mode, align_corners=False)
-        return samples.flatten(2).unflatten(0, (-1, case.groups)).flatten(1, 2)
+        samples = F.grid_sample(images, grid.to(images.dtype), padding_mode=mode, align_corners=False)
+        return samples.unflatten(0, (-1, case.groups)).flatten(1, 2)
 
     return Call(run, leaves)
 
@@ -294,7 +293,8 @@ def index_add(case: Any, arguments: dict[str, Any]) -> Call:
     size, owners = list(case.size), case.batch * case.groups
 
     def run() -> Tensor:
-        place, fields = points.flatten(0, 1), input.unflatten(1, (case.groups, -1)).flatten(0, 1)
+        place = points.flatten(0, 1).flatten(1, -2)
+        fields = input.flatten(2).unflatten(1, (case.groups, -1)).flatten(0, 1)
         low = place.detach().floor()
         rows, first = fields.transpose(1, 2), torch.arange(owners, device=input.device).unsqueeze(1) * prod(size)
         total = input.new_zeros(owners * prod(size), rows.shape[2])

@@ -302,14 +302,14 @@ def deform_roi_pool(
 
 def deform_sample(input: Tensor, points: Tensor, boundary: str = "zeros", mode: str = "linear") -> Tensor:
     """See :func:`deformkit.deform_sample`."""
-    out_size = points.shape[2:-1]
-    lists = points.reshape(points.shape[0], points.shape[1], -1, points.shape[-1])
-    samples = torch.ops.deformkit.deform_sample(input, lists, boundary_code(boundary), mode_code(mode))
-    return samples.reshape(samples.shape[:2] + out_size)
+    boundary_, mode_ = boundary_code(boundary), mode_code(mode)
+    if points.dim() == 3:
+        return torch.ops.deformkit.deform_sample(input, points.unsqueeze(2), boundary_, mode_).squeeze(2)
+    return torch.ops.deformkit.deform_sample(input, points, boundary_, mode_)
 
 
 def deform_splat(input: Tensor, points: Tensor, size: list[int], boundary: str = "zeros") -> Tensor:
     """See :func:`deformkit.deform_splat`; ``size`` has as many numbers as there are spatial axes."""
-    values = input.reshape(input.shape[0], input.shape[1], -1)
-    lists = points.reshape(points.shape[0], points.shape[1], -1, points.shape[-1])
-    return torch.ops.deformkit.deform_splat(values, lists, size, boundary_code(boundary))
+    if input.dim() == 2:
+        input, points = input.unsqueeze(2), points.unsqueeze(2)
+    return torch.ops.deformkit.deform_splat(input, points, size, boundary_code(boundary))

@@ -26,7 +26,7 @@ def test_names_and_places_of_arguments(named: dict[str, Any]) -> None:
 @pytest.mark.parametrize("out_size", [(), (24,), (4, 6), (2, 3, 1, 4), (0, 5), (1,)])
 def test_points_of_any_rank(named: dict[str, Any], out_size: tuple[int, ...]) -> None:
     count = torch.Size(out_size).numel()
-    lists = named["points"].repeat(1, 1, 24, 1)[:, :, :count]
+    lists = named["points"].flatten(2, -2).repeat(1, 1, 24, 1)[:, :, :count]
     points = lists.reshape(3, 2, *out_size, lists.shape[-1])
     for boundary in ("zeros", "border", "reflect"):
         for mode in ("linear", "nearest"):
@@ -58,7 +58,7 @@ def test_compiles_whole_for_any_number_of_points(named: dict[str, Any], axes: in
     torch.compiler.reset()
     compiled = torch.compile(dk.deform_sample, fullgraph=True, dynamic=True, backend="aot_eager")
     for repeat in (1, 3):
-        points = named["points"].repeat(1, 1, repeat, 1).unflatten(2, (repeat, -1))
+        points = named["points"].flatten(2, -2).repeat(1, 1, repeat, 1).unflatten(2, (repeat, -1))
         assert_close(compiled(named["input"], points), dk.deform_sample(named["input"], points))
 
 

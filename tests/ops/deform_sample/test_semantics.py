@@ -36,10 +36,12 @@ def test_nan_is_visible_and_local(axes: int, boundary: str, mode: str, channels:
     case = Case("nan", 2, channels, (7, 5, 4)[:axes], (9, 8, 2)[:axes], groups=2, boundary=boundary, mode=mode)
     named = case.arguments()
     clean = results(named)
-    named["points"][1, 0, 3, -1] = torch.nan
+    place = (3,) + (1,) * (axes - 1)
+    named["points"][(1, 0, *place, -1)] = torch.nan
     marked = results(named)
-    assert marked[0][1, : channels // 2, 3].isnan().all() and marked[0].isnan().sum() == channels // 2
-    assert marked[2][1, 0, 3].isnan().all() and marked[2].isnan().sum() == axes
+    of_place = marked[0][(1, slice(channels // 2), *place)]
+    assert of_place.isnan().all() and marked[0].isnan().sum() == channels // 2
+    assert marked[2][(1, 0, *place)].isnan().all() and marked[2].isnan().sum() == axes
     assert marked[1].isfinite().all()
     for i in (0, 2):
         assert_equal(marked[i][~marked[i].isnan()], clean[i][~marked[i].isnan()])
@@ -68,7 +70,7 @@ def test_infinity(axes: int) -> None:
         named["points"] = torch.full_like(named["points"], far)
         for boundary in BOUNDARIES:
             output, _, by_points = results({**named, "boundary": boundary})
-            end = {"zeros": 0, "border": named["input"][(..., *[-1 if far > 0 else 0] * axes)].unsqueeze(-1)}
+            end = {"zeros": 0, "border": named["input"][(..., *[-1 if far > 0 else 0] * axes)][(...,) + (None,) * axes]}
             near = torch.tensor([2.0**30 if far > 0 else -(2.0**30)]).expand_as(named["points"])
             end["reflect"] = dk.deform_sample(named["input"], near, boundary="reflect")
             assert (output == end[boundary]).all() and not by_points.any()
@@ -130,7 +132,7 @@ def test_empty_calls(axes: int, boundary: str) -> None:
     for batch, points in ((0, 5), (2, 0), (0, 0)):
         some = {**named, "input": named["input"][:batch], "points": named["points"][:batch, :, :points]}
         output, by_input, by_points = results(some)
-        assert output.shape == (batch, 9, points)
+        assert output.shape == (batch, 9, points, *case.out_size[1:])
         assert by_input.shape == some["input"].shape and not by_input.any()
         assert by_points.shape == some["points"].shape
 

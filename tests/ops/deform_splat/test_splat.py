@@ -43,7 +43,7 @@ def by_loops(input: Tensor, points: Tensor, size: tuple[int, ...], boundary: str
 @pytest.mark.parametrize("case", [c for c in CASES if c.batch * c.channels < 30], ids=lambda case: case.name)
 def test_formula(case: Case) -> None:
     named = case.arguments(torch.float64)
-    values = [named["input"][..., :9], named["points"][:, :, :9]]
+    values = [named["input"].flatten(2)[..., :9], named["points"].flatten(2, -2)[:, :, :9]]
     actual = evaluate(
         lambda x, p: dk.deform_splat(x, p, case.size, boundary=case.boundary), values, [0, 1], torch.float64
     )

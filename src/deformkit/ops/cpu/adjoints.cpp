@@ -32,8 +32,9 @@ Tensor none_of(const Tensor& like) {
 Sizes splat_size(const Tensor& input, const Tensor& points, const Sizes& size) {
   check_tensor("input", input);
   check_tensor("points", points);
-  STD_TORCH_CHECK(input.dim() == 3 && points.dim() == 4, "input and points must have 3 and 4 axes");
-  STD_TORCH_CHECK(static_cast<int64_t>(size.size()) == points.size(3) && !size.empty() &&
+  STD_TORCH_CHECK(input.dim() >= 3 && points.dim() == input.dim() + 1,
+                  "input must be [B, C, *in] and points [B, G, *in, N], with at least one axis in");
+  STD_TORCH_CHECK(static_cast<int64_t>(size.size()) == points.size(points.dim() - 1) && !size.empty() &&
                       *std::min_element(size.begin(), size.end()) > 0 &&
                       *std::max_element(size.begin(), size.end()) <= farthest,
                   "size must have a number from 1 to 2^40 for each coordinate of points");

@@ -1,7 +1,6 @@
 """Named inputs of deformable sampling, for tests, benchmarks and documents."""
 
 from dataclasses import dataclass
-from math import prod
 from typing import Any
 
 import torch
@@ -39,13 +38,13 @@ class Case:
     ) -> dict[str, Any]:
         """Random arguments by name, in the order of the operator's schema. Points keep clear of grid lines."""
         generator = torch.Generator().manual_seed(seed)
-        shape = (self.batch, self.groups, prod(self.out_size), self.axes)
+        shape = (self.batch, self.groups, *self.out_size, self.axes)
         size = torch.tensor(self.size, dtype=torch.float64)
         if self.spread is None:
             point = torch.rand(shape, generator=generator, dtype=torch.float64) * (size + 4) - 2.5
         else:
             along = [(torch.arange(n) + 0.5) / n * s - 0.5 for n, s in zip(self.out_size, self.size, strict=True)]
-            grid = torch.stack(torch.meshgrid(*along, indexing="ij"), -1).reshape(-1, self.axes).double()
+            grid = torch.stack(torch.meshgrid(*along, indexing="ij"), -1).double()
             point = grid + torch.randn(shape, generator=generator, dtype=torch.float64) * self.spread
         # Half-way between two pixels the nearest one changes.
         steps = 2 if self.mode == "nearest" else 1

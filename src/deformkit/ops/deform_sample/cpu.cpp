@@ -11,8 +11,7 @@ namespace {
 
 template <int N>
 void check_grad_output(const Problem<N>& problem, const Tensor& grad_output, const Tensor& input) {
-  const Sizes shape{problem.batch, problem.channels, problem.points};
-  STD_TORCH_CHECK(sizes_of(grad_output) == shape && grad_output.scalar_type() == input.scalar_type(),
+  STD_TORCH_CHECK(sizes_of(grad_output) == problem.output_sizes && grad_output.scalar_type() == input.scalar_type(),
                   "grad_output must have the output's shape and input's dtype");
 }
 
@@ -24,7 +23,7 @@ Tensor deform_sample(const Tensor& input, const Tensor& points, int64_t boundary
   Tensor output;
   dispatch_sums(input.scalar_type(), input.dim() - 2, [&]<typename A, int N>() {
     const Problem<N> problem(input, points, boundary, mode);
-    output = new_result(input, Sizes{problem.batch, problem.channels, problem.points});
+    output = new_result(input, problem.output_sizes);
     if (output.numel() == 0) return;
     const Map field(input);
     if (problem.is_laid_out(field, sizeof(A))) return forward_laid_out<A>(problem, field, Sink(output));

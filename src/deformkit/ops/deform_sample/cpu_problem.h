@@ -28,15 +28,20 @@ struct Problem {
   Axes<N> size;
   Boundary boundary;
   bool nearest;
-  Tensor coordinates;  // [B, G, P, N]
+  Tensor coordinates;  // [B, G, *out, N]
+  Sizes output_sizes;  // [B, C, *out]
 
   Problem(const Tensor& input, const Tensor& points_, int64_t boundary_, int64_t mode)
       : boundary(boundary_of(boundary_)), nearest(mode == 1), coordinates(contiguous(points_)) {
     const auto sizes = sizes_of(input), shape = sizes_of(points_);
     STD_TORCH_CHECK(mode == 0 || mode == 1, "mode must be 0 (linear) or 1 (nearest)");
-    STD_TORCH_CHECK(sizes.size() == N + 2 && shape.size() == 4 && shape[3] == N,
-                    "input must be [B, C, *S] and points [B, G, P, N], with N axes S");
-    batch = sizes[0], channels = sizes[1], groups = shape[1], points = shape[2];
+    STD_TORCH_CHECK(sizes.size() == N + 2 && shape.size() >= 4 && shape.back() == N,
+                    "input must be [B, C, *S] and points [B, G, *out, N], with N axes S and at least one axis out");
+    batch = sizes[0], channels = sizes[1], groups = shape[1];
+    // The product of the axes out, which may overflow where another axis is empty.
+    points = points_.numel() == 0 ? 0 : points_.numel() / (batch * groups * N);
+    output_sizes = {batch, channels};
+    output_sizes.insert(output_sizes.end(), shape.begin() + 2, shape.end() - 1);
     STD_TORCH_CHECK(shape[0] == batch, "points' batch size must be input's");
     STD_TORCH_CHECK(groups > 0 && channels > 0 && channels % groups == 0,
                     "input's channels must be a multiple of points' groups");

@@ -24,13 +24,13 @@ def given_point(place, point, query, size, out_size, scale, RULE: tl.constexpr, 
 
 def extent(input: Tensor, points: Tensor, *_: object) -> int:
     """The largest number that kernels have to store in 32 bits."""
-    return largest_index(input.shape[2:], points.shape[2:3])
+    return largest_index(input.shape[2:], points.shape[2:-1])
 
 
 def forward(input: Tensor, points: Tensor, boundary: int, mode: int) -> Tensor:
     """Launch the kernel; arguments as in the schema."""
     samples = _heads(input, points, boundary, mode, read=True).forward()
-    return samples.permute(0, 2, 3, 1).flatten(1, 2).contiguous()
+    return samples.permute(0, 2, 3, 1).flatten(1, 2).contiguous().unflatten(2, points.shape[2:-1])
 
 
 def backward(
@@ -39,12 +39,12 @@ def backward(
     """Launch the kernel; arguments as in the schema."""
     by_input, by_points = output_mask
     heads = _heads(input, points, boundary, mode, read=by_points)
-    rows = grad_output.unflatten(1, (points.shape[1], -1)).permute(0, 3, 1, 2)
+    rows = grad_output.flatten(2).unflatten(1, (points.shape[1], -1)).permute(0, 3, 1, 2)
     grad_input, grad_points, _ = heads.backward(rows, [by_input, by_points, False])
     if by_input:
         grad_input = grad_input.permute(0, 2, 3, 1).reshape(input.shape)
     if by_points:
-        grad_points = grad_points.squeeze(3).transpose(1, 2).contiguous()
+        grad_points = grad_points.squeeze(3).transpose(1, 2).reshape(points.shape)
     return grad_input, grad_points
 
 
@@ -54,7 +54,7 @@ def _heads(input: Tensor, points: Tensor, boundary: int, mode: int, read: bool) 
     value = input.flatten(2).unflatten(1, (points.shape[1], -1)).permute(0, 3, 1, 2)
     if read and value.stride(-1) != 1:
         value = value.contiguous()
-    places = points.transpose(1, 2).unsqueeze(3)
+    places = points.flatten(2, -2).transpose(1, 2).unsqueeze(3)
     return Heads(
         value,
         places,

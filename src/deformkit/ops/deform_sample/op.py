@@ -63,16 +63,16 @@ def deform_sample(input: Tensor, points: Tensor, *, boundary: Boundary = "zeros"
         raise ValueError(
             f"points has shape {list(points.shape)}; with {axes} spatial axes in input it must be [B, G, *out, {axes}]"
         )
-    out_size = points.shape[2:-1]
+    is_single = points.dim() == 3
     args = (
         input,
-        points.flatten(2, -2) if points.dim() > 3 else points.unsqueeze(2),
+        points.unsqueeze(2) if is_single else points,
         code_of("boundary", boundary),
         code_of("mode", mode),
     )
     _check(*args)
     samples = _operator(*args)
-    return samples if len(out_size) == 1 else samples.reshape(*samples.shape[:2], *out_size)
+    return samples.squeeze(2) if is_single else samples
 
 
 def _check_input(input: Tensor) -> int:
@@ -92,9 +92,10 @@ def _check(input: Tensor, points: Tensor, boundary: int, mode: int) -> list[int]
     check_location_dtype("points", points, "an input", input.dtype)
     name_of("boundary", boundary)
     name_of("mode", mode)
-    if points.dim() != 4 or points.shape[-1] != axes:
+    if points.dim() < 4 or points.shape[-1] != axes:
         raise ValueError(
-            f"points has shape {list(points.shape)}; with {axes} spatial axes in input it must be [B, G, P, {axes}]"
+            f"points has shape {list(points.shape)}; with {axes} spatial axes in input it must be [B, G, *out, {axes}] "
+            "with at least one axis out"
         )
     batch, channels = input.shape[:2]
     groups = points.shape[1]
@@ -104,7 +105,7 @@ def _check(input: Tensor, points: Tensor, boundary: int, mode: int) -> list[int]
         raise ValueError(
             f"points has {groups} groups and input {channels} channels; the channels must be a multiple of the groups"
         )
-    return [batch, channels, points.shape[2]]
+    return [batch, channels, *points.shape[2:-1]]
 
 
 _operator = define(

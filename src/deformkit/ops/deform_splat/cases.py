@@ -1,7 +1,6 @@
 """Named inputs of splatting, for tests, benchmarks and documents."""
 
 from dataclasses import dataclass
-from math import prod
 from typing import Any
 
 import torch
@@ -38,17 +37,17 @@ class Case:
     ) -> dict[str, Any]:
         """Random arguments by name, in the order of the operator's schema. Points keep clear of grid lines."""
         generator = torch.Generator().manual_seed(seed)
-        shape = (self.batch, self.groups, prod(self.in_size), self.axes)
+        shape = (self.batch, self.groups, *self.in_size, self.axes)
         size = torch.tensor(self.size, dtype=torch.float64)
         if self.spread is None:
             point = torch.rand(shape, generator=generator, dtype=torch.float64) * (size + 4) - 2.5
         else:
             along = [(torch.arange(n) + 0.5) / n * s - 0.5 for n, s in zip(self.in_size, self.size, strict=True)]
-            grid = torch.stack(torch.meshgrid(*along, indexing="ij"), -1).reshape(-1, self.axes).double()
+            grid = torch.stack(torch.meshgrid(*along, indexing="ij"), -1).double()
             point = grid + torch.randn(shape, generator=generator, dtype=torch.float64) * self.spread
         low = point.floor()
         point = low + (point - low).clamp(0.05, 0.95)
-        input = torch.randn(self.batch, self.channels, prod(self.in_size), generator=generator, dtype=torch.float64)
+        input = torch.randn(self.batch, self.channels, *self.in_size, generator=generator, dtype=torch.float64)
         return {
             "input": input.to(device, dtype),
             "points": point.to(device, compute_dtype(dtype)),

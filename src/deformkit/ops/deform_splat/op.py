@@ -76,8 +76,8 @@ def deform_splat(input: Tensor, points: Tensor, size: int | Sequence[int], *, bo
             f"size is {size!r}; points has {axes} coordinates, for which it must be one int or {axes} ints"
         )
     args = (
-        input.flatten(2) if in_size else input.unsqueeze(2),
-        points.flatten(2, -2) if in_size else points.unsqueeze(2),
+        input if in_size else input.unsqueeze(2),
+        points if in_size else points.unsqueeze(2),
         ntuple(size, axes, "size", 1),
         code_of("boundary", boundary),
     )
@@ -91,21 +91,23 @@ def _check(input: Tensor, points: Tensor, size: Sequence[int], boundary: int) ->
     check_alike("points", points, "input", input, dtype=False)
     check_location_dtype("points", points, "an input", input.dtype)
     name_of("boundary", boundary)
-    if input.dim() != 3:
-        raise ValueError(f"input has shape {list(input.shape)}; it must be [B, C, P]")
-    if points.dim() != 4 or points.shape[-1] not in (1, 2, 3):
-        raise ValueError(f"points has shape {list(points.shape)}; it must be [B, G, P, N] with 1, 2 or 3 coordinates N")
+    if input.dim() < 3:
+        raise ValueError(f"input has shape {list(input.shape)}; it must be [B, C, *in] with at least one axis in")
+    if points.dim() < 4 or points.shape[-1] not in (1, 2, 3):
+        raise ValueError(
+            f"points has shape {list(points.shape)}; it must be [B, G, *in, N] with 1, 2 or 3 coordinates N"
+        )
     axes = points.shape[-1]
     if len(size) != axes or any(s < 1 for s in size):
         raise ValueError(f"size is {list(size)}; it must be {axes} ints of at least 1, one for each coordinate")
-    batch, channels, count = input.shape
+    batch, channels, *in_size = input.shape
     if batch * channels * prod(size) > 2**62:
         raise ValueError(f"size is {times(size)}; the output would have more than 2^62 elements")
     groups = points.shape[1]
     if points.shape[0] != batch:
         raise ValueError(f"points has batch size {points.shape[0]}; input has {batch}")
-    if points.shape[2] != count:
-        raise ValueError(f"points has {points.shape[2]} points; input has {count} values")
+    if list(points.shape[2:-1]) != in_size:
+        raise ValueError(f"points has {times(points.shape[2:-1])} points; input has {times(in_size)} values")
     if groups < 1 or channels < 1 or channels % groups:
         raise ValueError(
             f"points has {groups} groups and input {channels} channels; the channels must be a multiple of the groups"
