@@ -63,6 +63,7 @@ WRONG: dict[str, tuple[dict[str, Any], type[Exception], str]] = {
     ),
     "points without groups": ({"points": no(2, 2)}, ValueError, "points has shape [2, 2]; with 2 spatial axes in"),
     "batch of points": ({"points": no(1, 2, 15, 2)}, ValueError, "points has batch size 1; input has 2"),
+    "empty batch of input": ({"input": no(0, 4, 7, 9)}, ValueError, "points has batch size 2; input has 0"),
     "three groups": (
         {"points": no(2, 3, 15, 2)},
         ValueError,
@@ -95,7 +96,7 @@ def test_the_bare_operator_raises_an_error_too(name: str) -> None:
     if name.endswith("elsewhere"):  # with a tensor on meta nothing is computed
         return
     with pytest.raises((RuntimeError, ValueError, TypeError)):
-        torch.ops.deformkit.deform_sample_backward(no(2, 4, 15), *args, [True] * 2)
+        torch.ops.deformkit.deform_sample_backward(no(2, 4, 5, 3), *args, [True] * 2)
 
 
 @pytest.mark.parametrize(("argument", "code"), [("boundary", 3), ("boundary", -1), ("mode", 2), ("mode", 2**40)])
@@ -106,7 +107,10 @@ def test_an_unknown_code_raises(argument: str, code: int) -> None:
         torch.ops.deformkit.deform_sample(*args)
 
 
-@pytest.mark.parametrize("grad", [no(2, 4, 14), no(1, 4, 15), no(2, 15, 4), no(6), no(2, 4, 15).double()])
+@pytest.mark.parametrize(
+    "grad",
+    [no(2, 4, 5, 2), no(1, 4, 5, 3), no(2, 4, 3, 5), no(2, 4, 15), no(6), no(2, 4, 5, 3).double()],
+)
 def test_a_wrong_cotangent_raises(grad: Tensor) -> None:
     with pytest.raises(RuntimeError, match="grad_output"):
         torch.ops.deformkit.deform_sample_backward(grad, *OPERATOR.ordered(CASE.arguments()), [True] * 2)
@@ -115,4 +119,4 @@ def test_a_wrong_cotangent_raises(grad: Tensor) -> None:
 @pytest.mark.parametrize("mask", [[], [True], [True] * 3])
 def test_a_wrong_output_mask_raises(mask: list[bool]) -> None:
     with pytest.raises(RuntimeError, match="output_mask"):
-        torch.ops.deformkit.deform_sample_backward(no(2, 4, 15), *OPERATOR.ordered(CASE.arguments()), mask)
+        torch.ops.deformkit.deform_sample_backward(no(2, 4, 5, 3), *OPERATOR.ordered(CASE.arguments()), mask)

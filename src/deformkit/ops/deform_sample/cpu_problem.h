@@ -38,13 +38,13 @@ struct Problem {
     STD_TORCH_CHECK(sizes.size() == N + 2 && shape.size() >= 4 && shape.back() == N,
                     "input must be [B, C, *S] and points [B, G, *out, N], with N axes S and at least one axis out");
     batch = sizes[0], channels = sizes[1], groups = shape[1];
+    STD_TORCH_CHECK(shape[0] == batch, "points' batch size must be input's");
+    STD_TORCH_CHECK(groups > 0 && channels > 0 && channels % groups == 0,
+                    "input's channels must be a multiple of points' groups");
     // The product of the axes out, which may overflow where another axis is empty.
     points = points_.numel() == 0 ? 0 : points_.numel() / (batch * groups * N);
     output_sizes = {batch, channels};
     output_sizes.insert(output_sizes.end(), shape.begin() + 2, shape.end() - 1);
-    STD_TORCH_CHECK(shape[0] == batch, "points' batch size must be input's");
-    STD_TORCH_CHECK(groups > 0 && channels > 0 && channels % groups == 0,
-                    "input's channels must be a multiple of points' groups");
     STD_TORCH_CHECK(points_.scalar_type() == sum_dtype(input.scalar_type()),
                     "points must be float32, or float64 if input is");
     for (int axis = 0; axis < N; ++axis) {
