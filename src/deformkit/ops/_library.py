@@ -93,8 +93,8 @@ class Operator:
             return self._transformed.apply(*args)
         if _torch.intercepted(*(args[i] for i in self.tensors)):
             return self.overload(*args)
-        # The overload would do the same through what torch.library registers: 5 us more without a graph, 30 us more with
-        # one and 60 us more with a backward pass, where a small call takes 100; see `benchmarks/run.py overhead`.
+        # The overload would do the same through what torch.library registers: 5 us more without a graph, 30 us more
+        # with one and 60 us more with a backward pass, where a small call takes 100; see `benchmarks/run.py overhead`.
         if torch.is_grad_enabled() and _torch.any_requires_grad(*args):
             return self._recorded.apply(*args)
         with _torch.below_autograd():
