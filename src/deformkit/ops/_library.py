@@ -375,9 +375,7 @@ def _recorded(op: Operator) -> type[torch.autograd.Function]:
             op._save(ctx, args, output)
             return output
 
-        @staticmethod
-        def backward(ctx: Any, *grads: Tensor | None) -> Any:
-            return op._backward(ctx, *grads)
+        backward = staticmethod(op._backward)
 
     Recorded.__name__ = op.name
     return Recorded
@@ -399,9 +397,7 @@ def _transformed(op: Operator) -> type[torch.autograd.Function]:
             op._save(ctx, inputs, output)
             ctx.save_for_forward(*(inputs[i] for i in op.tensors))
 
-        @staticmethod
-        def backward(ctx: Any, *grads: Tensor | None) -> Any:
-            return op._backward(ctx, *grads)
+        backward = staticmethod(op._backward)
 
         @staticmethod
         def vmap(info: Any, in_dims: Sequence[Any], *args: Any) -> tuple[Any, Any]:
