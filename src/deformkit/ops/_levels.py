@@ -155,8 +155,8 @@ def check_levels(
 
 def check_counts(name: str, tensor: Tensor, leader_name: str, expected: Sequence[int | None]) -> None:
     """Raise a ValueError unless the first axes of a tensor, which are batch, queries and heads, have these lengths."""
-    for axis, (what, count) in enumerate(zip(("batch size", "queries", "heads"), expected, strict=False)):
+    for axis, count in enumerate(expected):
         found = tensor.shape[axis]
         if count is not None and found != count:
-            text = f"batch size {found}" if axis == 0 else f"{found} {what}"
+            text = (f"batch size {found}", f"{found} queries", f"{found} heads")[axis]
             raise ValueError(f"{name} has {text}; {leader_name} has {count}")

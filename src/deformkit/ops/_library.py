@@ -14,6 +14,7 @@ A kernel is then only ``STABLE_TORCH_LIBRARY_IMPL(deformkit, CPU, m)`` in C++ or
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
+from types import new_class
 from typing import Any, NamedTuple
 
 import torch
@@ -367,18 +368,13 @@ def _autocast(op: Operator, device_type: str, key: Any, *args: Any) -> Tensor:
 def _recorded(op: Operator) -> type[torch.autograd.Function]:
     """The operator as an autograd.Function whose forward runs below autograd."""
 
-    class Recorded(torch.autograd.Function):
-        @staticmethod
-        def forward(ctx: Any, *args: Any) -> Any:
-            with _torch.below_autograd():
-                output = op.overload(*args)
-            op._save(ctx, args, output)
-            return output
+    def forward(ctx: Any, *args: Any) -> Any:
+        with _torch.below_autograd():
+            output = op.overload(*args)
+        op._save(ctx, args, output)
+        return output
 
-        backward = staticmethod(op._backward)
-
-    Recorded.__name__ = op.name
-    return Recorded
+    return _function(op.name, forward=forward, backward=op._backward)
 
 
 def _transformed(op: Operator) -> type[torch.autograd.Function]:
@@ -387,33 +383,31 @@ def _transformed(op: Operator) -> type[torch.autograd.Function]:
     Only these need ``setup_context``, for which torch inspects the signature of ``forward`` in every call.
     """
 
-    class Transformed(torch.autograd.Function):
-        @staticmethod
-        def forward(*args: Any) -> Any:
-            return op.overload(*args)
+    def forward(*args: Any) -> Any:
+        return op.overload(*args)
 
-        @staticmethod
-        def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
-            op._save(ctx, inputs, output)
-            ctx.save_for_forward(*(inputs[i] for i in op.tensors))
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+        op._save(ctx, inputs, output)
+        ctx.save_for_forward(*(inputs[i] for i in op.tensors))
 
-        backward = staticmethod(op._backward)
+    def vmap(info: Any, in_dims: Sequence[Any], *args: Any) -> tuple[Any, Any]:
+        return op._vmap(op, info, in_dims, *args)
 
-        @staticmethod
-        def vmap(info: Any, in_dims: Sequence[Any], *args: Any) -> tuple[Any, Any]:
-            return op._vmap(op, info, in_dims, *args)
+    def jvp(ctx: Any, *tangents: Any) -> Any:
+        # The derivative along a direction is the gradient of the (linear) pull-back with respect to its cotangent.
+        args = op._restore(ctx)
+        moved = [i for i in op.differentiable if tangents[i] is not None]
+        outputs, pull_back = _vjp(_at(op.reference, args, moved), *(args[i] for i in moved))
+        _, push_forward = _vjp(pull_back, _each(outputs, torch.zeros_like))
+        return push_forward(tuple(tangents[i] for i in moved))[0]
 
-        @staticmethod
-        def jvp(ctx: Any, *tangents: Any) -> Any:
-            # The derivative along a direction is the gradient of the (linear) pull-back with respect to its cotangent.
-            args = op._restore(ctx)
-            moved = [i for i in op.differentiable if tangents[i] is not None]
-            outputs, pull_back = _vjp(_at(op.reference, args, moved), *(args[i] for i in moved))
-            _, push_forward = _vjp(pull_back, _each(outputs, torch.zeros_like))
-            return push_forward(tuple(tangents[i] for i in moved))[0]
+    return _function(op.name, forward=forward, setup_context=setup_context, backward=op._backward, vmap=vmap, jvp=jvp)
 
-    Transformed.__name__ = op.name
-    return Transformed
+
+def _function(name: str, **methods: Callable[..., Any]) -> type[torch.autograd.Function]:
+    """An autograd.Function whose node in a graph is called ``<name>Backward``, as anomaly detection prints it."""
+    body = {method: staticmethod(function) for method, function in methods.items()}
+    return new_class(name, (torch.autograd.Function,), exec_body=lambda namespace: namespace.update(body))
 
 
 def _of_codes(function: Callable[..., Tensor], arguments: Sequence[str]) -> Callable[..., Tensor]:

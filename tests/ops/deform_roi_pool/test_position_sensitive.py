@@ -86,6 +86,17 @@ def test_each_offset_group_moves_its_channels(group_size: int | None) -> None:
         assert_equal(output[:, 2 * k : 2 * k + 2], alone)
 
 
+@pytest.mark.parametrize("group_size", [None, 2])
+def test_offset_groups_without_rois(group_size: int | None) -> None:
+    input = torch.randn(2, 24, 7, 9, requires_grad=True)
+    rois, offset = torch.zeros(0, 5), torch.zeros(0, 3 * 2, 4, 5, requires_grad=True)
+    output = dk.deform_roi_pool(input, rois, offset, output_size=(4, 5), group_size=group_size)
+    assert output.shape == (0, 6 if group_size else 24, 4, 5)
+    grad_input, grad_offset = torch.autograd.grad(output.sum(), (input, offset))
+    assert grad_input.shape == input.shape and not grad_input.any()
+    assert grad_offset.shape == offset.shape
+
+
 def test_errors_name_the_argument() -> None:
     named = Case("errors", 1, 6, (7, 9), 4, (2, 3), with_offset=False).arguments()
     for group_size, text in ((2, "input has 6 channels; with a group_size of 2x2 they must be a multiple of 4"),

@@ -86,7 +86,7 @@ def deform_correlate(
     _check(*args)
     warn_of_location_units(locations)
     output = _operator(*args)
-    return output.unflatten(3, (levels, sampling_locations.shape[4])) if has_levels else output
+    return output.reshape(*output.shape[:3], levels, sampling_locations.shape[4]) if has_levels else output
 
 
 def _check(

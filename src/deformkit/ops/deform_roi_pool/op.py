@@ -98,20 +98,18 @@ def deform_roi_pool(
     axes = _check_input(input)
     sizes = ntuple(output_size, axes, "output_size", 1)
     groups = grid_of(group_size, axes)
-    shared, offset_groups = rois, _offset_groups(offset, input, groups)
-    if offset_groups > 1 and offset is not None:
-        _check(input, rois, offset[:, :axes], sizes, spatial_scale, sampling_ratio, gamma, groups)
-        if readable(rois):
-            _check_batch_index(rois, input.shape[0])
-        input, rois, offset = _of_groups(input, rois, offset, offset_groups)
-    args = (input, rois, offset, sizes, spatial_scale, sampling_ratio, gamma, groups or [0] * axes)
-    _check(*args)
-    warn_of_gradient("rois", shared)
+    offset_groups = _offset_groups(offset, input, groups)
+    numbers = (sizes, spatial_scale, sampling_ratio, gamma, groups or [0] * axes)
+    of_first = offset if offset is None or offset_groups == 1 else offset[:, :axes]
+    _check(input, rois, of_first, *numbers)
     if readable(rois):
         _check_batch_index(rois, input.shape[0])
-    warn_of_inverted_rois(shared)
-    output = _operator(*args)
-    return output if offset_groups == 1 else output.reshape(len(shared), -1, *sizes)
+    warn_of_gradient("rois", rois)
+    warn_of_inverted_rois(rois)
+    if offset is not None and offset_groups > 1:
+        input, rois, offset = _of_groups(input, rois, offset, offset_groups)
+    output = _operator(input, rois, offset, *numbers)
+    return output if offset_groups == 1 else output.unflatten(0, (-1, offset_groups)).flatten(1, 2)
 
 
 def grid_of(group_size: int | Sequence[int] | None, axes: int) -> list[int]:
@@ -217,13 +215,14 @@ def _check_number(
 def _check_batch_index(rois: Tensor, batch: int) -> None:
     if len(rois) and not batch:
         raise ValueError(f"rois has shape {list(rois.shape)}; with an input of batch size 0 there can be no RoI")
-    index = rois.detach()[:, 0]
-    whole = index.clamp(0, batch - 1).floor()
-    if not torch.equal(index, whole):
-        row = int((index != whole).nonzero()[0])
+    # Numbers of Python: for a few RoIs one operation on a tensor takes longer than all of this.
+    indices = rois.detach()[:, 0].tolist()
+    wrong = {index for index in set(indices) if not (0 <= index < batch and index.is_integer())}
+    if wrong:
+        row = next(row for row, index in enumerate(indices) if index in wrong)
         raise ValueError(
-            f"rois[{row}, 0] is {index[row].item():g}; it must be a batch index, a whole number from 0 to {batch - 1}, "
-            f"as input has batch size {batch}"
+            f"rois[{row}, 0] is {indices[row]:g}; it must be a batch index, a whole number from 0 to {batch - 1}, as "
+            f"input has batch size {batch}"
         )
 
 
