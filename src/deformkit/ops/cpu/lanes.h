@@ -5,6 +5,8 @@
 #include <immintrin.h>
 #endif
 
+#include <utility>
+
 #include "cpu/tensor.h"
 
 namespace deformkit {
@@ -195,42 +197,51 @@ inline void add_sums(const V (&v)[4], A* out) {
   }
 }
 
-// to[c * to_pitch + r] = from[r * from_pitch + c] for eight rows and columns.
-template <typename A>
-inline void transpose_8x8(const A* from, int64_t from_pitch, A* to, int64_t to_pitch) {
-  typedef typename Lanes<A, 8>::type V;
-  V row[8], next[8];
-  for (int i = 0; i < 8; ++i) row[i] = read_lanes<V>(from + i * from_pitch);
-  // Neighbours are interleaved: single elements, then pairs, then halves.
-  for (int i = 0; i < 8; i += 2) {
-    next[i] = __builtin_shufflevector(row[i], row[i + 1], 0, 8, 2, 10, 4, 12, 6, 14);
-    next[i + 1] = __builtin_shufflevector(row[i], row[i + 1], 1, 9, 3, 11, 5, 13, 7, 15);
+// Of every square of 2 * distance rows and lanes, exchanges the upper right and the lower left quarter.
+template <int distance, typename V, int n, int... lane>
+inline void exchange(V (&row)[n], std::integer_sequence<int, lane...>) {
+#pragma GCC unroll 16
+  for (int i = 0; i < n; ++i) {
+    if (i & distance) continue;
+    const V low = row[i], high = row[i + distance];
+    row[i] = __builtin_shufflevector(low, high, (lane & distance ? n + lane - distance : lane)...);
+    row[i + distance] = __builtin_shufflevector(low, high, (lane & distance ? n + lane : lane + distance)...);
   }
-  for (int i = 0; i < 8; i += 4)
-    for (int j = i; j < i + 2; ++j) {
-      row[j] = __builtin_shufflevector(next[j], next[j + 2], 0, 1, 8, 9, 4, 5, 12, 13);
-      row[j + 2] = __builtin_shufflevector(next[j], next[j + 2], 2, 3, 10, 11, 6, 7, 14, 15);
-    }
-  for (int i = 0; i < 4; ++i) {
-    next[i] = __builtin_shufflevector(row[i], row[i + 4], 0, 1, 2, 3, 8, 9, 10, 11);
-    next[i + 4] = __builtin_shufflevector(row[i], row[i + 4], 4, 5, 6, 7, 12, 13, 14, 15);
-  }
-  for (int i = 0; i < 8; ++i) write_lanes(to + i * to_pitch, next[i]);
+}
+
+// to[c * to_pitch + r] = from[r * from_pitch + c] for n rows and columns, 8 or 16.
+template <int n, typename A>
+inline void transpose_square(const A* from, int64_t from_pitch, A* to, int64_t to_pitch) {
+  constexpr std::make_integer_sequence<int, n> all;
+  typename Lanes<A, n>::type row[n];
+#pragma GCC unroll 16
+  for (int i = 0; i < n; ++i) row[i] = read_lanes<typename Lanes<A, n>::type>(from + i * from_pitch);
+  exchange<1>(row, all);
+  exchange<2>(row, all);
+  exchange<4>(row, all);
+  if constexpr (n == 16) exchange<8>(row, all);
+#pragma GCC unroll 16
+  for (int i = 0; i < n; ++i) write_lanes(to + i * to_pitch, row[i]);
 }
 
 // to[c * to_pitch + r] = from[r * from_pitch + c] for every row r and column c.
 template <typename A>
 void transpose(const A* from, int64_t rows, int64_t columns, int64_t from_pitch, A* to, int64_t to_pitch) {
   int64_t row = 0;
-  if constexpr (sizeof(A) <= 4) {
-    for (; row + 8 <= rows; row += 8) {
+  // Squares of whole registers, as far as they go, then of half the size.
+  const auto squares = [&]<int n>() {
+    for (; row + n <= rows; row += n) {
       int64_t column = 0;
-      for (; column + 8 <= columns; column += 8)
-        transpose_8x8(from + row * from_pitch + column, from_pitch, to + column * to_pitch + row, to_pitch);
+      for (; column + n <= columns; column += n)
+        transpose_square<n>(from + row * from_pitch + column, from_pitch, to + column * to_pitch + row, to_pitch);
       for (; column < columns; ++column)
-        for (int64_t r = row; r < row + 8; ++r) to[column * to_pitch + r] = from[r * from_pitch + column];
+        for (int64_t r = row; r < row + n; ++r) to[column * to_pitch + r] = from[r * from_pitch + column];
     }
+  };
+  if constexpr (sizeof(A) == 4 && register_bytes == 64) {
+    if (columns % 16 == 0) squares.template operator()<16>();
   }
+  if constexpr (sizeof(A) <= 4) squares.template operator()<8>();
   for (; row < rows; ++row)
     for (int64_t column = 0; column < columns; ++column) to[column * to_pitch + row] = from[row * from_pitch + column];
 }

@@ -8,7 +8,8 @@
 
 namespace deformkit {
 
-constexpr int64_t tile = 256;
+// Positions and channels that are turned at a time: a square of registers, whose lines stay in a core's first cache.
+constexpr int64_t tile = 256, tile_channels = register_bytes / 4;
 
 // Rows of `channels` elements for `points` positions of some planes, from position `from` on.
 template <typename A>
@@ -24,12 +25,12 @@ void read_turned(const Map& field, int64_t batch, int64_t channel, int64_t chann
     });
     return;
   }
-  A lines[8 * tile];
+  A lines[tile_channels * tile];
   const bool turns = field.position_stride == 1 && field.dtype() == sum_dtype_of<A>;
   for (int64_t p = 0; p < points; p += tile) {
     const int64_t some_points = std::min(tile, points - p);
-    for (int64_t c = 0; c < channels; c += 8) {
-      const int64_t some = std::min<int64_t>(8, channels - c);
+    for (int64_t c = 0; c < channels; c += tile_channels) {
+      const int64_t some = std::min(tile_channels, channels - c);
       const A* source = lines;
       if (turns) {
         source = field.at<A>(batch, channel + c, from + p);
@@ -46,12 +47,12 @@ void read_turned(const Map& field, int64_t batch, int64_t channel, int64_t chann
 template <typename A>
 void write_turned(const A* rows, int64_t pitch, int64_t points, int64_t channels, const Sink& out, int64_t at,
                   int64_t plane, bool add) {
-  A lines[8 * tile];
+  A lines[tile_channels * tile];
   const bool turns = out.dtype() == sum_dtype_of<A> && !add;
   for (int64_t p = 0; p < points; p += tile) {
     const int64_t some_points = std::min(tile, points - p);
-    for (int64_t c = 0; c < channels; c += 8) {
-      const int64_t some = std::min<int64_t>(8, channels - c), to = at + c * plane + p;
+    for (int64_t c = 0; c < channels; c += tile_channels) {
+      const int64_t some = std::min(tile_channels, channels - c), to = at + c * plane + p;
       transpose(rows + p * pitch + c, some_points, some, pitch, turns ? out.data<A>() + to : lines,
                 turns ? plane : tile);
       for (int64_t i = 0; i < some && !turns; ++i) out.write(to + i * plane, lines + i * tile, some_points, add);
