@@ -1,4 +1,8 @@
-"""All private symbols of torch that the operators use, with the releases of torch on which each was tested."""
+"""All private symbols of torch that the operators use.
+
+Each was tested on torch 2.10.0, 2.12.0, 2.13.0 and 2.14.1, in the tests of the operators, of TorchScript, of the
+compiler and of sharding. One that is added names the releases on which it was tested, until it was on all of these.
+"""
 
 import sys
 from collections import Counter
@@ -10,20 +14,20 @@ from typing import Any
 import torch
 from torch.autograd import forward_ad
 
-# TorchScript's type of a list that may be given as one number: 2.13.
+# TorchScript's type of a list that may be given as one number.
 BroadcastingList1, BroadcastingList2, BroadcastingList3 = (
     getattr(torch._jit_internal, f"BroadcastingList{axes}") for axes in (1, 2, 3)
 )
-any_requires_grad = torch._C._any_requires_grad  # 2.13
-below_autograd = torch._C._AutoDispatchBelowAutograd  # 2.13
-DispatchKey = torch._C.DispatchKey  # 2.13
-DispatchKeySet = torch._C.DispatchKeySet  # 2.13
-has_kernel = torch._C._dispatch_has_kernel_for_dispatch_key  # 2.13
-has_storage = torch._C._has_storage  # 2.13: whether a tensor lies in memory that torch manages
-tracing = torch._C._is_tracing  # 2.13
-transforms_active = torch._C._are_functorch_transforms_active  # 2.13
-without_keys = torch._C._ExcludeDispatchKeyGuard  # 2.13
-wrapped = torch._C._functorch.is_functorch_wrapped_tensor  # 2.13: whether torch.func hides a tensor's values
+any_requires_grad = torch._C._any_requires_grad
+below_autograd = torch._C._AutoDispatchBelowAutograd
+DispatchKey = torch._C.DispatchKey
+DispatchKeySet = torch._C.DispatchKeySet
+has_kernel = torch._C._dispatch_has_kernel_for_dispatch_key
+has_storage = torch._C._has_storage  # whether a tensor lies in memory that torch manages
+tracing = torch._C._is_tracing
+transforms_active = torch._C._are_functorch_transforms_active
+without_keys = torch._C._ExcludeDispatchKeyGuard
+wrapped = torch._C._functorch.is_functorch_wrapped_tensor  # whether torch.func hides a tensor's values
 
 _PLAIN = {torch.Tensor, torch.nn.Parameter, type(None)}
 _AUTOGRAD_KEYS = (
@@ -38,30 +42,27 @@ _AUTOGRAD_KEYS = (
 
 
 def arguments(overload: Any) -> list[tuple[str, str]]:
-    """The name and the type of each argument of an operator. ``OpOverload._schema``: 2.13."""
+    """The name and the type of each argument of an operator."""
     return [(argument.name, str(argument.type)) for argument in overload._schema.arguments]
 
 
 def schema(overload: Any) -> str:
-    """The schema of an operator as text. ``OpOverload._schema``: 2.13."""
+    """The schema of an operator as text."""
     return str(overload._schema)
 
 
 def has_schema(overload: Any, text: str) -> bool:
-    """Whether ``text`` is the schema of an operator. ``torch._C.parse_schema``: 2.13."""
+    """Whether ``text`` is the schema of an operator."""
     return torch._C.parse_schema(text) == overload._schema
 
 
 def transforming() -> bool:
-    """Whether a transform of torch.func or forward-mode differentiation is active. All: 2.13."""
+    """Whether a transform of torch.func or forward-mode differentiation is active."""
     return transforms_active() or forward_ad._current_level >= 0
 
 
 def intercepted(*tensors: torch.Tensor | None) -> bool:
-    """Whether a mode, autocast or a subclass of Tensor may change a call before autograd records it.
-
-    ``_len_torch_function_stack``, ``_is_any_autocast_enabled``: 2.13.
-    """
+    """Whether a mode, autocast or a subclass of Tensor may change a call before autograd records it."""
     return (
         torch._C._len_torch_function_stack() > 0
         or not _PLAIN.issuperset(map(type, tensors))
@@ -70,7 +71,7 @@ def intercepted(*tensors: torch.Tensor | None) -> bool:
 
 
 def levels() -> Counter[str]:
-    """The number of active levels of each transform: ``Vmap``, ``Grad``, ``Jvp``, ``Functionalize``. All: 2.13."""
+    """The number of active levels of each transform: ``Vmap``, ``Grad``, ``Jvp``, ``Functionalize``."""
     found = Counter(level.key().name for level in torch._C._functorch.get_interpreter_stack() or [])
     if forward_ad._current_level >= 0 and not found["Jvp"]:
         found["Jvp"] = 1
@@ -78,7 +79,7 @@ def levels() -> Counter[str]:
 
 
 def constant(function: Any) -> Any:
-    """The same as torch.compiler.assume_constant_result, without importing the compiler, which takes a second: 2.13."""
+    """The same as torch.compiler.assume_constant_result, without importing the compiler, which takes a second."""
     function._dynamo_marked_constant = True
     return function
 
@@ -97,14 +98,14 @@ def exporting_to_onnx() -> bool:
 
 @contextmanager
 def with_autograd() -> Iterator[None]:
-    """Let a kernel record a graph, although the dispatcher has excluded autograd before it. All: 2.13."""
+    """Let a kernel record a graph, although the dispatcher has excluded autograd before it."""
     included, excluded = torch._C._dispatch_tls_local_include_set(), torch._C._dispatch_tls_local_exclude_set()
     with torch._C._ForceDispatchKeyGuard(included, excluded - _AUTOGRAD_KEYS), torch.enable_grad():
         yield
 
 
 def register_strategy(overload: Any, first_static: int, ways: Any) -> None:
-    """Register how DTensor divides an operator. All: 2.13.
+    """Register how DTensor divides an operator.
 
     ``ways(args)`` takes the arguments, shapes in place of tensors. It returns pairs of placements on one axis of a
     mesh, first of the outputs and then of the arguments, and of a rule, whose ``fits(ranks)`` says whether so many
