@@ -143,6 +143,12 @@ def test_dysample_is_its_formula(scoped: bool) -> None:
     check_formula(layer, formula, torch.randn(2, 4, 5, 6).double())
 
 
+def test_dysample_of_an_empty_batch_has_a_gradient() -> None:
+    layer, input = dk.nn.DySample(4), torch.randn(0, 4, 5, 6, requires_grad=True)
+    layer(input).sum().backward()
+    assert input.grad is not None and input.grad.shape == (0, 4, 5, 6)
+
+
 def test_new_dysample_interpolates() -> None:
     layer, input = dk.nn.DySample(4).double(), torch.randn(1, 4, 5, 6).double()
     nn.init.zeros_(layer.offset_head.weight)
