@@ -212,7 +212,7 @@ inline void exchange(V (&row)[n], std::integer_sequence<int, lane...>) {
 // to[c * to_pitch + r] = from[r * from_pitch + c] for n rows and columns, 8 or 16.
 template <int n, typename A>
 inline void transpose_square(const A* from, int64_t from_pitch, A* to, int64_t to_pitch) {
-  constexpr std::make_integer_sequence<int, n> all;
+  constexpr std::make_integer_sequence<int, n> all{};
   typename Lanes<A, n>::type row[n];
 #pragma GCC unroll 16
   for (int i = 0; i < n; ++i) row[i] = read_lanes<typename Lanes<A, n>::type>(from + i * from_pitch);

@@ -8,7 +8,8 @@
 
 namespace deformkit {
 
-// Positions and channels that are turned at a time: a square of registers, whose lines stay in a core's first cache.
+// Positions and channels that are turned at a time: as many channels as a register has lanes, whose lines stay in a
+// core's first cache. `python benchmarks/run.py sample roi` measures other values.
 constexpr int64_t tile = 256, tile_channels = register_bytes / 4;
 
 // Rows of `channels` elements for `points` positions of some planes, from position `from` on.
