@@ -69,7 +69,7 @@ class DySample(nn.Module):
         dtype = compute_dtype(input.dtype)
         offset = self.offset_head(input).to(dtype)
         offset = offset / 4 if self.scope_head is None else offset * self.scope_head(input).to(dtype).sigmoid() / 2
-        # F.pixel_shuffle has no gradient for an empty batch.
+        # F.pixel_shuffle fails in the backward pass of an empty batch.
         fine = offset.unflatten(1, (self.groups, 2, self.scale, self.scale)).permute(0, 1, 5, 3, 6, 4, 2)
         offset = fine.flatten(2, 3).flatten(3, 4)
         return (positions(offset.shape[2:-1], dtype, input.device) + 0.5) / self.scale - 0.5 + offset

@@ -228,7 +228,7 @@ inline void transpose_square(const A* from, int64_t from_pitch, A* to, int64_t t
 template <typename A>
 void transpose(const A* from, int64_t rows, int64_t columns, int64_t from_pitch, A* to, int64_t to_pitch) {
   int64_t row = 0;
-  // Squares of whole registers, as far as they go, then of half the size.
+  // Squares of n, as many rows as they fill; the columns that are left over are moved one by one.
   const auto squares = [&]<int n>() {
     for (; row + n <= rows; row += n) {
       int64_t column = 0;
@@ -239,7 +239,7 @@ void transpose(const A* from, int64_t rows, int64_t columns, int64_t from_pitch,
     }
   };
   if constexpr (sizeof(A) == 4 && register_bytes == 64) {
-    if (columns % 16 == 0) squares.template operator()<16>();
+    if (columns % 16 == 0) squares.template operator()<16>();  // else too many columns are left over
   }
   if constexpr (sizeof(A) <= 4) squares.template operator()<8>();
   for (; row < rows; ++row)

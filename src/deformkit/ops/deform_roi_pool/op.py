@@ -100,7 +100,7 @@ def deform_roi_pool(
     groups = grid_of(group_size, axes)
     offset_groups = _offset_groups(offset, input, groups)
     numbers = (sizes, spatial_scale, sampling_ratio, gamma, groups or [0] * axes)
-    of_first = offset if offset is None or offset_groups == 1 else offset[:, :axes]
+    of_first = offset[:, :axes] if offset is not None and offset_groups > 1 else offset
     _check(input, rois, of_first, *numbers)
     if readable(rois):
         _check_batch_index(rois, input.shape[0])
