@@ -300,7 +300,7 @@ class Cells {
         Indices touches = ~Indices{};
 #pragma GCC unroll 3
         for (int axis = 0; axis < N; ++axis) touches &= side[axis].counts[0] | side[axis].counts[1];
-        without = masks(touches) & (factors == factors) ? Reals{} : factors - factors;
+        without = (masks(touches) & (factors == factors)) ? Reals{} : factors - factors;
       }
 #pragma GCC unroll 8
       for (int corner = 0; corner < corners; ++corner) {
