@@ -3,26 +3,13 @@
 A scripted function knows no union of a number and a sequence, and no keyword-only argument with a default.
 """
 
-from collections.abc import Callable
-from typing import Optional, TypeVar
+from typing import Optional
 
 import torch
 from torch import Tensor
 
 from ._levels import over_heads_and_levels
 from ._torch import BroadcastingList1, BroadcastingList2, BroadcastingList3
-
-Function = TypeVar("Function", bound=Callable[..., Tensor])
-
-
-def scripts_as(scripted: Callable[..., Tensor]) -> Callable[[Function], Function]:
-    """Decorate a public function so that TorchScript compiles ``scripted`` in its place."""
-
-    def decorate(function: Function) -> Function:
-        function.__prepare_scriptable__ = lambda: scripted  # type: ignore[attr-defined]
-        return function
-
-    return decorate
 
 
 # TorchScript reads no global list: the names of CHOICES stand here again.

@@ -6,6 +6,7 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor
+from torch.fx import Proxy
 
 from ._torch import has_storage
 
@@ -119,7 +120,8 @@ def counted(count: int, noun: str) -> str:
 def check_tensor(name: str, value: Any) -> None:
     """Raise a TypeError unless ``value`` is a tensor."""
     if not isinstance(value, Tensor):
-        raise TypeError(f"{name} is a {type(value).__name__}; it must be a torch.Tensor")
+        hint = ". For torch.fx make this layer a leaf of the tracer" if isinstance(value, Proxy) else ""
+        raise TypeError(f"{name} is a {type(value).__name__}; it must be a torch.Tensor{hint}")
 
 
 def check_count(name: str, value: Any, least: int = 1) -> None:

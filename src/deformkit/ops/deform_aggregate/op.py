@@ -7,7 +7,7 @@ from torch import Tensor
 
 from .. import _script
 from .._library import define
-from .._script import scripts_as
+from .._public import public
 from .._shape import (
     Boundary,
     check_alike,
@@ -25,7 +25,7 @@ from .._shape import (
 from . import reference
 
 
-@scripts_as(_script.deform_aggregate)
+@public(_script.deform_aggregate)
 def deform_aggregate(
     value: Tensor,
     offset: Tensor,

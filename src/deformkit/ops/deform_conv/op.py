@@ -6,7 +6,7 @@ from torch import Tensor
 
 from .. import _script
 from .._library import define
-from .._script import scripts_as
+from .._public import public
 from .._shape import (
     Boundary,
     check_alike,
@@ -22,7 +22,7 @@ from .._shape import (
 from . import reference
 
 
-@scripts_as(_script.deform_conv1d)
+@public(_script.deform_conv1d)
 def deform_conv1d(
     input: Tensor,
     offset: Tensor,
@@ -48,7 +48,7 @@ def deform_conv1d(
     return _deform_conv(1, input, offset, weight, bias, stride, padding, dilation, mask, boundary)
 
 
-@scripts_as(_script.deform_conv2d)
+@public(_script.deform_conv2d)
 def deform_conv2d(
     input: Tensor,
     offset: Tensor,
@@ -107,7 +107,7 @@ def deform_conv2d(
     return _deform_conv(2, input, offset, weight, bias, stride, padding, dilation, mask, boundary)
 
 
-@scripts_as(_script.deform_conv3d)
+@public(_script.deform_conv3d)
 def deform_conv3d(
     input: Tensor,
     offset: Tensor,

@@ -7,7 +7,7 @@ from torch.nn import functional as F
 
 from .. import _script
 from .._adjoint import RESULT, define_adjoint
-from .._script import scripts_as
+from .._public import public
 from .._shape import (
     Boundary,
     check_alike,
@@ -25,7 +25,7 @@ from .._shape import (
 from . import reference
 
 
-@scripts_as(_script.deform_conv_transpose1d)
+@public(_script.deform_conv_transpose1d)
 def deform_conv_transpose1d(
     input: Tensor,
     offset: Tensor,
@@ -54,7 +54,7 @@ def deform_conv_transpose1d(
     return _deform_conv_transpose(1, input, offset, weight, bias, *args)
 
 
-@scripts_as(_script.deform_conv_transpose2d)
+@public(_script.deform_conv_transpose2d)
 def deform_conv_transpose2d(
     input: Tensor,
     offset: Tensor,
@@ -125,7 +125,7 @@ def deform_conv_transpose2d(
     return _deform_conv_transpose(2, input, offset, weight, bias, *args)
 
 
-@scripts_as(_script.deform_conv_transpose3d)
+@public(_script.deform_conv_transpose3d)
 def deform_conv_transpose3d(
     input: Tensor,
     offset: Tensor,

@@ -7,13 +7,13 @@ from torch import Tensor
 from .. import _script
 from .._adjoint import RESULT, define_adjoint
 from .._levels import SpatialShapes, check_counts, check_levels, located_levels, over_heads_and_levels
-from .._script import scripts_as
+from .._public import public
 from .._shape import Mode, check_alike, check_floating, check_tensor, code_of
 from .._suspect import warn_of_location_units
 from . import reference
 
 
-@scripts_as(_script.deform_correlate)
+@public(_script.deform_correlate)
 def deform_correlate(
     query: Tensor,
     key: Tensor,

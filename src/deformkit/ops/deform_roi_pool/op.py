@@ -9,13 +9,13 @@ from torch import Tensor
 
 from .. import _script
 from .._library import define
-from .._script import scripts_as
+from .._public import public
 from .._shape import check_alike, check_floating, check_offset_dtype, compute_dtype, ntuple, times
 from .._suspect import readable, warn_of_gradient, warn_of_inverted_rois
 from . import reference
 
 
-@scripts_as(_script.deform_roi_pool)
+@public(_script.deform_roi_pool)
 def deform_roi_pool(
     input: Tensor,
     rois: Tensor,

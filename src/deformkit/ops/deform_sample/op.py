@@ -4,7 +4,7 @@ from torch import Tensor
 
 from .. import _script
 from .._library import define
-from .._script import scripts_as
+from .._public import public
 from .._shape import (
     Boundary,
     Mode,
@@ -19,7 +19,7 @@ from .._shape import (
 from . import reference
 
 
-@scripts_as(_script.deform_sample)
+@public(_script.deform_sample)
 def deform_sample(input: Tensor, points: Tensor, *, boundary: Boundary = "zeros", mode: Mode = "linear") -> Tensor:
     """Deformable sampling: the values of a field at given points.
 

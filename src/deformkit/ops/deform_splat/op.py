@@ -7,7 +7,7 @@ from torch import Tensor
 
 from .. import _script
 from .._adjoint import RESULT, define_adjoint
-from .._script import scripts_as
+from .._public import public
 from .._shape import (
     Boundary,
     check_alike,
@@ -22,7 +22,7 @@ from .._shape import (
 from . import reference
 
 
-@scripts_as(_script.deform_splat)
+@public(_script.deform_splat)
 def deform_splat(input: Tensor, points: Tensor, size: int | Sequence[int], *, boundary: Boundary = "zeros") -> Tensor:
     """Splatting: add every value to the pixels around its point.
 

@@ -14,13 +14,13 @@ from .._levels import (
     over_heads_and_levels,
 )
 from .._library import define
-from .._script import scripts_as
+from .._public import public
 from .._shape import Mode, check_alike, check_floating, check_tensor, code_of
 from .._suspect import warn_of_location_units
 from . import reference
 
 
-@scripts_as(_script.ms_deform_attn)
+@public(_script.ms_deform_attn)
 def ms_deform_attn(
     value: Tensor,
     spatial_shapes: SpatialShapes,
