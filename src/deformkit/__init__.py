@@ -47,7 +47,14 @@ else:
 
             warn(f"deformkit has no sharding rules for this release of torch: {error}", RuntimeWarning, stacklevel=2)
 
+    def _register_operations() -> None:
+        """The formulas for torch's counter of operations."""
+        from ._operations import register
+
+        register()
+
     _on_import("torch.distributed.tensor", _register_sharding)
+    _on_import("torch.utils.flop_counter", _register_operations)
 
 
 def __getattr__(name: str) -> _ModuleType:

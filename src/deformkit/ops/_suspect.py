@@ -87,5 +87,5 @@ def location_units(locations: Tensor) -> tuple[str, str] | None:
 
 def _warn(kind: str, message: str) -> None:
     given.add(kind)
-    # The caller of the public function, which calls one of the functions above.
-    warnings.warn(message, UserWarning, stacklevel=4)
+    # The caller of the public function, which is decorated and calls one of the functions above.
+    warnings.warn(message, UserWarning, stacklevel=5)
