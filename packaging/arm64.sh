@@ -3,10 +3,10 @@
 #   packaging/arm64.sh -m deformkit doctor
 #   packaging/arm64.sh -m pytest -o addopts=--import-mode=importlib tests/ops/test_product.py
 # It needs Debian with the packages qemu-user-static and g++-aarch64-linux-gnu, and the environment of `make test`. What
-# it fetches (250 MB) and builds lies in build/arm64. Emulation shows results, not speed.
+# it fetches (200 MB) and builds lies in build/arm64. Emulation shows results, not speed.
 set -eu
 cd "$(dirname "$0")/.."
-root=$PWD folder=$PWD/build/arm64 venv=$PWD/.venv/bin
+folder=$PWD/build/arm64 venv=$PWD/.venv/bin
 mkdir -p "$folder/lists/partial" "$folder/cache/archives/partial" "$folder/package"
 
 # Debian's Python for Arm with all that it needs, unpacked and not installed.

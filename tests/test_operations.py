@@ -1,5 +1,7 @@
 """The operators in torch's counter of operations."""
 
+import subprocess
+import sys
 from math import prod
 
 import pytest
@@ -43,6 +45,11 @@ def test_aggregation_takes_five_multiplications_a_sample() -> None:
     with FlopCounterMode(display=False) as counter:
         dk.deform_aggregate(value, offset, weight, 3, 1, 1)
     assert counted(counter, "deform_aggregate") == 2 * 5 * prod(value.shape) * 9
+
+
+def test_deformkit_may_be_loaded_again() -> None:
+    code = "import importlib, torch.utils.flop_counter, deformkit; importlib.reload(deformkit)"
+    subprocess.run([sys.executable, "-c", code], check=True)
 
 
 def test_layers_are_counted_where_they_are() -> None:

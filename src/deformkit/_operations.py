@@ -1,7 +1,7 @@
 """How many operations an operator takes, also for :class:`torch.utils.flop_counter.FlopCounterMode`."""
 
 from collections.abc import Callable, Sequence
-from functools import partial
+from functools import cache, partial
 from math import prod
 from typing import Any
 
@@ -10,6 +10,7 @@ from torch.utils.flop_counter import register_flop_formula
 from .ops._library import operators
 
 
+@cache  # torch refuses a formula for the second time, and deformkit may be loaded again.
 def register() -> None:
     """Make ``FlopCounterMode`` count the operators, their matrix products and their interpolation."""
     for name, operator in operators.items():
