@@ -47,8 +47,11 @@ def test_aggregation_takes_five_multiplications_a_sample() -> None:
     assert counted(counter, "deform_aggregate") == 2 * 5 * prod(value.shape) * 9
 
 
-def test_deformkit_may_be_loaded_again() -> None:
-    code = "import importlib, torch.utils.flop_counter, deformkit; importlib.reload(deformkit)"
+def test_formulas_are_there_as_soon_as_the_counter_is() -> None:
+    code = "import importlib, sys, torch, deformkit; assert 'torch.utils.flop_counter' not in sys.modules\n"
+    code += "import torch.utils.flop_counter; importlib.reload(deformkit)\n"
+    code += "assert torch.ops.deformkit.deform_conv in torch.utils.flop_counter.flop_registry\n"
+    code += "assert 'torch.utils.flop_counter' not in [getattr(finder, '_name', None) for finder in sys.meta_path]"
     subprocess.run([sys.executable, "-c", code], check=True)
 
 
