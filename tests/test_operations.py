@@ -11,6 +11,14 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import deformkit as dk
 
+IMPORTS = """
+import importlib, sys, torch, deformkit
+assert "torch.utils.flop_counter" not in sys.modules
+import torch.utils.flop_counter
+assert torch.ops.deformkit.deform_conv in torch.utils.flop_counter.flop_registry
+assert "torch.utils.flop_counter" not in [getattr(finder, "_name", None) for finder in sys.meta_path]
+importlib.reload(deformkit)
+"""
 INPUT, WEIGHT = torch.randn(2, 4, 7, 5), torch.randn(6, 4, 3, 3)
 
 
@@ -48,11 +56,7 @@ def test_aggregation_takes_five_multiplications_a_sample() -> None:
 
 
 def test_formulas_are_there_as_soon_as_the_counter_is() -> None:
-    code = "import importlib, sys, torch, deformkit; assert 'torch.utils.flop_counter' not in sys.modules\n"
-    code += "import torch.utils.flop_counter; importlib.reload(deformkit)\n"
-    code += "assert torch.ops.deformkit.deform_conv in torch.utils.flop_counter.flop_registry\n"
-    code += "assert 'torch.utils.flop_counter' not in [getattr(finder, '_name', None) for finder in sys.meta_path]"
-    subprocess.run([sys.executable, "-c", code], check=True)
+    subprocess.run([sys.executable, "-c", IMPORTS], check=True)
 
 
 def test_layers_are_counted_where_they_are() -> None:
