@@ -137,6 +137,11 @@ WRONG_OPTIONS = {
     "axes": (["--op", "deform_conv", "--shape", "1x2"], "it must be [B, C, *S]"),
     "setting": (["--op", "deform_conv", "--shape", "1x2x9", "--set", "kernel=3"], "kernel is no setting"),
     "groups": (["--op", "deform_conv", "--shape", "1x6x9", "--set", "groups=4"], "groups is 4; it must divide"),
+    "no groups": (["--op", "deform_conv", "--shape", "1x6x9", "--set", "groups=0"], "groups is 0; it must divide"),
+    "empty": (["--op", "deform_sample", "--shape", "1x0x9"], "shape is [1, 0, 9]"),
+    "bins": (["--op", "deform_roi_pool", "--shape", "1x4x9", "--set", "group_size=3"], "group_size is (3,)"),
+    "too large": (["--op", "deform_sample", "--shape", "1x2x9", "--set", f"spread={10**20}"], "too big"),
+    "sizes": (["--op", "ms_deform_attn", "--shape", "1x9x1x2", "--set", "sizes=2x2,5"], "sizes is ((2, 2), (5,))"),
     "levels": (["--op", "ms_deform_attn", "--shape", "1x9x1x2"], "sizes is None"),
     "too small": (
         ["--op", "deform_conv", "--shape", "1x2x3", "--set", "padding=0", "--set", "kernel_size=5"],

@@ -143,7 +143,7 @@ def _chosen_cases(op: str | None, shape: str | None, settings: list[str]) -> lis
             for name, value in case.arguments().items()
         }
         ours(case, arguments).run()
-    except (ValueError, TypeError, RuntimeError) as error:
+    except (ValueError, TypeError, RuntimeError, ArithmeticError) as error:
         raise typer.BadParameter(str(error), param_hint="--shape and --set") from None
     return [case]
 

@@ -6,13 +6,14 @@ from typing import Any
 
 import torch
 
-from .._shape import checked_output_size, conv_output_size, ntuple, times
+from .._case import BaseCase, Draw, check_shape, off_grid, windowed
+from .._shape import conv_output_size, times
 
 OPERATOR = "deform_aggregate"
 
 
 @dataclass(frozen=True)
-class Case:
+class Case(BaseCase):
     """The sizes of one call; :meth:`arguments` creates its tensors."""
 
     name: str
@@ -29,35 +30,17 @@ class Case:
     boundary: str = "zeros"
     offset_std: float = 2.0
 
-    @property
-    def axes(self) -> int:
-        """Number of spatial axes."""
-        return len(self.size)
-
-    def arguments(
-        self, dtype: torch.dtype = torch.float32, device: str | torch.device = "cpu", seed: int = 0
-    ) -> dict[str, Any]:
-        """Random arguments by name, in the order of the schema. No point is near a grid line."""
-        generator = torch.Generator().manual_seed(seed)
-
-        def normal(*shape: int) -> torch.Tensor:
-            return torch.randn(shape, generator=generator, dtype=torch.float64)
-
-        stride, padding, dilation = (
-            [v] * self.axes if isinstance(v, int) else list(v) for v in (self.stride, self.padding, self.dilation)
-        )
+    def drawn(self, draw: Draw) -> dict[str, Any]:
+        """The arguments with tensors in float64 on the CPU."""
+        stride, padding, dilation = self.per_axis("stride", "padding", "dilation")
         out_size = conv_output_size(self.size, self.kernel_size, stride, padding, dilation)
         from_centre = self._from_centre(dilation)
         maps = (self.batch, *out_size, self.heads, len(from_centre))
-        shift = self.offset_scale * (from_centre + normal(*maps, self.axes) * self.offset_std)
-        shift = shift.floor() + (shift - shift.floor()).clamp(0.05, 0.95)
-        tensors = {
-            "value": normal(self.batch, *self.size, self.heads, self.channels),
-            "offset": shift / self.offset_scale - from_centre,
-            "weight": normal(*maps) / len(from_centre) ** 0.5,
-        }
+        shift = off_grid(self.offset_scale * (from_centre + draw.normal(*maps, self.axes) * self.offset_std))
         return {
-            **{name: tensor.to(device, dtype) for name, tensor in tensors.items()},
+            "value": draw.normal(self.batch, *self.size, self.heads, self.channels),
+            "offset": shift / self.offset_scale - from_centre,
+            "weight": draw.normal(*maps) / len(from_centre) ** 0.5,
             "kernel_size": list(self.kernel_size),
             "stride": stride,
             "padding": padding,
@@ -84,15 +67,9 @@ FROM_SHAPE = ("name", "batch", "size", "heads", "channels")
 
 def of_shape(shape: list[int], **settings: Any) -> Case:
     """A case with the value ``[B, *S, H, D]``; by default the kernel has 3 taps along each axis and keeps the size."""
-    if not 4 <= len(shape) <= 6:
-        raise ValueError(f"shape is {shape}; it must be [B, *S, H, D] with 1, 2 or 3 spatial axes S")
+    check_shape(shape, "[B, *S, H, D]", 3)
     batch, *size, heads, channels = shape
-    kernel = tuple(ntuple(settings.pop("kernel_size", 3), len(size), "kernel_size", 1))
-    dilation = ntuple(settings.setdefault("dilation", 1), len(size), "dilation", 1)
-    settings.setdefault("padding", tuple(d * (k - 1) // 2 for k, d in zip(kernel, dilation, strict=True)))
-    stride = ntuple(settings.get("stride", 1), len(size), "stride", 1)
-    checked_output_size("value", size, kernel, stride, ntuple(settings["padding"], len(size), "padding", 0), dilation)
-    return Case(times(shape), batch, tuple(size), heads, channels, kernel_size=kernel, **settings)
+    return Case(times(shape), batch, tuple(size), heads, channels, **windowed(settings, "value", size))
 
 
 CASES = [

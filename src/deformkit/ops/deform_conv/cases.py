@@ -1,18 +1,16 @@
 """Named inputs of deformable convolution for tests, benchmarks and documentation."""
 
 from dataclasses import dataclass
-from math import prod
 from typing import Any
 
-import torch
-
-from .._shape import checked_output_size, conv_output_size, ntuple, times
+from .._case import ConvolutionCase, Draw, check_divisor, check_shape, windowed
+from .._shape import conv_output_size, times
 
 OPERATOR = "deform_conv"
 
 
 @dataclass(frozen=True)
-class Case:
+class Case(ConvolutionCase):
     """The sizes of one call; :meth:`arguments` creates its tensors."""
 
     name: str
@@ -31,44 +29,22 @@ class Case:
     boundary: str = "zeros"
     offset_std: float = 2.0
 
-    @property
-    def axes(self) -> int:
-        """Number of spatial axes."""
-        return len(self.size)
-
-    def arguments(
-        self, dtype: torch.dtype = torch.float32, device: str | torch.device = "cpu", seed: int = 0
-    ) -> dict[str, Any]:
-        """Random arguments by name, in the order of the schema. No point is near a grid line."""
-        generator = torch.Generator().manual_seed(seed)
-
-        def normal(*shape: int) -> torch.Tensor:
-            return torch.randn(shape, generator=generator, dtype=torch.float64)
-
-        stride, padding, dilation = ([v] * self.axes if isinstance(v, int) else list(v) for v in self._steps)
+    def drawn(self, draw: Draw) -> dict[str, Any]:
+        """The arguments with tensors in float64 on the CPU."""
+        stride, padding, dilation = self.per_axis("stride", "padding", "dilation")
         out_size = conv_output_size(self.size, self.kernel_size, stride, padding, dilation)
-        taps, fan_in = prod(self.kernel_size), self.channels // self.groups * prod(self.kernel_size)
-        offset = normal(self.batch, self.offset_groups * taps * self.axes, *out_size) * self.offset_std
-        offset = offset.floor() + (offset - offset.floor()).clamp(0.05, 0.95)
-        tensors = {
-            "input": normal(self.batch, self.channels, *self.size),
+        offset = self.offset(draw, out_size)
+        return {
+            "input": draw.normal(self.batch, self.channels, *self.size),
             "offset": offset,
-            "weight": normal(self.out_channels, self.channels // self.groups, *self.kernel_size) / fan_in**0.5,
-            "bias": normal(self.out_channels) if self.bias else None,
-            "mask": normal(self.batch, self.offset_groups * taps, *out_size).sigmoid() if self.modulated else None,
+            "weight": self.weight(draw, self.out_channels, self.channels // self.groups),
+            "bias": draw.normal(self.out_channels) if self.bias else None,
+            "stride": stride,
+            "padding": padding,
+            "dilation": dilation,
+            "mask": self.mask(draw, out_size),
+            "boundary": self.boundary,
         }
-        ready = {name: value if value is None else value.to(device, dtype) for name, value in tensors.items()}
-        mask = ready.pop("mask")
-        steps = {"stride": stride, "padding": padding, "dilation": dilation}
-        return {**ready, **steps, "mask": mask, "boundary": self.boundary}
-
-    @property
-    def _steps(self) -> tuple[int | tuple[int, ...], ...]:
-        return self.stride, self.padding, self.dilation
-
-    def __str__(self) -> str:
-        sizes = f"B{self.batch} C{self.channels} {times(self.size)} -> {self.out_channels}, k{times(self.kernel_size)}"
-        return f"{self.name} ({sizes})"
 
 
 FROM_SHAPE = ("name", "batch", "channels", "size")
@@ -76,19 +52,12 @@ FROM_SHAPE = ("name", "batch", "channels", "size")
 
 def of_shape(shape: list[int], **settings: Any) -> Case:
     """A case with the input ``[B, C, *S]``; by default the kernel is 3x3 and keeps size and number of channels."""
-    if not 3 <= len(shape) <= 5:
-        raise ValueError(f"shape is {shape}; it must be [B, C, *S] with 1, 2 or 3 spatial axes S")
+    check_shape(shape, "[B, C, *S]", 2)
     batch, channels, *size = shape
-    kernel = tuple(ntuple(settings.pop("kernel_size", 3), len(size), "kernel_size", 1))
-    dilation = ntuple(settings.setdefault("dilation", 1), len(size), "dilation", 1)
-    settings.setdefault("padding", tuple(d * (k - 1) // 2 for k, d in zip(kernel, dilation, strict=True)))
-    stride = ntuple(settings.get("stride", 1), len(size), "stride", 1)
-    checked_output_size("input", size, kernel, stride, ntuple(settings["padding"], len(size), "padding", 0), dilation)
-    counts = {"channels": channels, "out_channels": settings.setdefault("out_channels", channels)}
-    for name, divisor in (("channels", "groups"), ("out_channels", "groups"), ("channels", "offset_groups")):
-        if counts[name] % settings.get(divisor, 1):
-            raise ValueError(f"{divisor} is {settings[divisor]}; it must divide {name}, which is {counts[name]}")
-    return Case(times(shape), batch, channels, tuple(size), kernel_size=kernel, **settings)
+    settings = windowed({"out_channels": channels, **settings}, "input", size)
+    check_divisor(settings, "groups", channels=channels, out_channels=settings["out_channels"])
+    check_divisor(settings, "offset_groups", channels=channels)
+    return Case(times(shape), batch, channels, tuple(size), **settings)
 
 
 CASES = [

@@ -1,19 +1,17 @@
-"""Named inputs of the transposed deformable convolution, for tests, benchmarks and documents."""
+"""Named inputs of the transposed deformable convolution for tests, benchmarks and documentation."""
 
 from dataclasses import dataclass
-from math import prod
 from typing import Any
 
-import torch
-
+from .._case import ConvolutionCase, Draw, check_divisor, check_shape
 from .._shape import ntuple, times, transposed_output_size
 
 OPERATOR = "deform_conv_transpose"
 
 
 @dataclass(frozen=True)
-class Case:
-    """The sizes of one call; :meth:`arguments` makes its tensors."""
+class Case(ConvolutionCase):
+    """The sizes of one call; :meth:`arguments` creates its tensors."""
 
     name: str
     batch: int
@@ -31,69 +29,40 @@ class Case:
     boundary: str = "zeros"
     offset_std: float = 2.0
 
-    @property
-    def axes(self) -> int:
-        """Number of spatial axes."""
-        return len(self.size)
-
-    def arguments(
-        self, dtype: torch.dtype = torch.float32, device: str | torch.device = "cpu", seed: int = 0
-    ) -> dict[str, Any]:
-        """Random arguments by name, in the order of the operator's schema. Offsets keep clear of grid lines."""
-        generator = torch.Generator().manual_seed(seed)
-
-        def normal(*shape: int) -> torch.Tensor:
-            return torch.randn(shape, generator=generator, dtype=torch.float64)
-
-        taps, fan_in = prod(self.kernel_size), self.channels // self.groups * prod(self.kernel_size)
-        offset = normal(self.batch, self.offset_groups * taps * self.axes, *self.size) * self.offset_std
-        offset = offset.floor() + (offset - offset.floor()).clamp(0.05, 0.95)
-        tensors = {
-            "input": normal(self.batch, self.channels, *self.size),
-            "offset": offset,
-            "weight": normal(self.channels, self.out_channels // self.groups, *self.kernel_size) / fan_in**0.5,
-            "mask": normal(self.batch, self.offset_groups * taps, *self.size).sigmoid() if self.modulated else None,
-        }
-        ready = {name: value if value is None else value.to(device, dtype) for name, value in tensors.items()}
-        mask = ready.pop("mask")
-        stride, padding, output_padding, dilation = (
-            [step] * self.axes if isinstance(step, int) else list(step)
-            for step in (self.stride, self.padding, self.output_padding, self.dilation)
-        )
-        steps = {"stride": stride, "padding": padding, "output_padding": output_padding}
+    def drawn(self, draw: Draw) -> dict[str, Any]:
+        """The arguments with tensors in float64 on the CPU."""
+        stride, padding, output_padding, dilation = self.per_axis("stride", "padding", "output_padding", "dilation")
+        offset = self.offset(draw, self.size)
         return {
-            **ready,
-            **steps,
+            "input": draw.normal(self.batch, self.channels, *self.size),
+            "offset": offset,
+            "weight": self.weight(draw, self.channels, self.out_channels // self.groups),
+            "stride": stride,
+            "padding": padding,
+            "output_padding": output_padding,
             "groups": self.groups,
             "dilation": dilation,
-            "mask": mask,
+            "mask": self.mask(draw, self.size),
             "boundary": self.boundary,
         }
-
-    def __str__(self) -> str:
-        sizes = f"B{self.batch} C{self.channels} {times(self.size)} -> {self.out_channels}, k{times(self.kernel_size)}"
-        return f"{self.name} ({sizes})"
 
 
 FROM_SHAPE = ("name", "batch", "channels", "size")
 
 
 def of_shape(shape: list[int], **settings: Any) -> Case:
-    """The case of an input ``[B, C, *S]``: a 4x4 kernel, half as many output channels, twice the size, unless set."""
-    if not 3 <= len(shape) <= 5:
-        raise ValueError(f"shape is {shape}; it must be [B, C, *S] with 1, 2 or 3 spatial axes S")
+    """A case with the input ``[B, C, *S]``; by default a 4x4 kernel halves the channels and doubles the size."""
+    check_shape(shape, "[B, C, *S]", 2)
     batch, channels, *size = shape
     settings = {"stride": 2, "padding": 1, "out_channels": max(channels // 2, 1), **settings}
-    kernel = tuple(ntuple(settings.pop("kernel_size", 4), len(size), "kernel_size", 1))
+    kernel = ntuple(settings.pop("kernel_size", 4), len(size), "kernel_size", 1)
     least = {"stride": 1, "padding": 0, "output_padding": 0, "dilation": 1}
     steps = [ntuple(settings.get(name, low), len(size), name, low) for name, low in least.items()]
     if min(transposed_output_size(size, kernel, *steps)) < 1:
         raise ValueError(f"padding is {settings['padding']}; it leaves no output of a shape {shape}")
-    counts = {"channels": channels, "out_channels": settings["out_channels"]}
-    for name, divisor in (("channels", "groups"), ("out_channels", "groups"), ("out_channels", "offset_groups")):
-        if counts[name] % settings.get(divisor, 1):
-            raise ValueError(f"{divisor} is {settings[divisor]}; it must divide {name}, which is {counts[name]}")
-    return Case(times(shape), batch, channels, tuple(size), kernel_size=kernel, **settings)
+    check_divisor(settings, "groups", channels=channels, out_channels=settings["out_channels"])
+    check_divisor(settings, "offset_groups", out_channels=settings["out_channels"])
+    return Case(times(shape), batch, channels, tuple(size), kernel_size=tuple(kernel), **settings)
 
 
 CASES = [

@@ -1,22 +1,17 @@
-"""Named inputs of the deformable correlation, for tests, benchmarks and documents."""
+"""Named inputs of deformable correlation for tests, benchmarks and documentation."""
 
 from dataclasses import dataclass
-from math import prod
 from typing import Any
 
-import torch
-
-from .._shape import compute_dtype, times
+from .._case import Draw, LevelsCase, check_shape, levelled
+from .._shape import times
 
 OPERATOR = "deform_correlate"
 
 
 @dataclass(frozen=True)
-class Case:
-    """The sizes of one call; :meth:`arguments` makes its tensors.
-
-    ``reach``: how far beyond the edge of a level points are drawn, in pixels.
-    """
+class Case(LevelsCase):
+    """The sizes of one call; :meth:`arguments` creates its tensors."""
 
     name: str
     batch: int
@@ -28,56 +23,28 @@ class Case:
     mode: str = "linear"
     reach: float = 1.5
 
-    @property
-    def axes(self) -> int:
-        """Number of spatial axes."""
-        return len(self.sizes[0])
-
-    def arguments(
-        self, dtype: torch.dtype = torch.float32, device: str | torch.device = "cpu", seed: int = 0
-    ) -> dict[str, Any]:
-        """Random arguments by name, in the order of the operator's schema. Locations keep clear of grid lines."""
-        generator = torch.Generator().manual_seed(seed)
-        draw: dict[str, Any] = {"generator": generator, "dtype": torch.float64}
-        locations = []
-        for size, count in zip(self.sizes, self.points, strict=True):
-            extent = torch.tensor(size, dtype=torch.float64)
-            unit = torch.rand(self.batch, self.queries, self.heads, count, self.axes, **draw)
-            pixel = unit * (extent + 2 * self.reach) - self.reach - 0.5
-            pixel = pixel.floor() + (pixel - pixel.floor()).clamp(0.05, 0.95)
-            locations.append(((pixel + 0.5) / extent).flip(-1))
-        query = torch.randn(self.batch, self.queries, self.heads * self.channels, **draw) / self.channels**0.5
-        key = torch.randn(self.batch, sum(map(prod, self.sizes)), self.heads, self.channels, **draw)
+    def drawn(self, draw: Draw) -> dict[str, Any]:
+        """The arguments with tensors in float64 on the CPU."""
+        locations = self.locations(draw)
         return {
-            "query": query.to(device, dtype),
-            "key": key.to(device, dtype),
-            "spatial_shapes": [length for size in self.sizes for length in size],
-            "sampling_locations": torch.cat(locations, 3).to(device, compute_dtype(dtype)),
+            "query": draw.normal(self.batch, self.queries, self.heads * self.channels) / self.channels**0.5,
+            "key": draw.normal(self.batch, self.positions, self.heads, self.channels),
+            "spatial_shapes": self.spatial_shapes,
+            "sampling_locations": locations,
             "num_points": list(self.points),
             "mode": self.mode,
         }
-
-    def __str__(self) -> str:
-        levels = " ".join(times(size) for size in self.sizes)
-        points = "+".join(map(str, self.points))
-        return f"{self.name} (B{self.batch} {levels}, Q{self.queries} H{self.heads} D{self.channels} P{points})"
 
 
 FROM_SHAPE = ("name", "batch", "heads", "channels", "queries")
 
 
 def of_shape(shape: list[int], **settings: Any) -> Case:
-    """The case of a query ``[B, Q, H, D]``, with ``sizes`` of the levels: 9 points a level, unless set."""
-    if len(shape) != 4:
-        raise ValueError(f"shape is {shape}; it must be [B, Q, H, D]")
+    """A case with the query ``[B, Q, H, D]`` and levels of ``sizes``; by default it has 9 points a level."""
+    check_shape(shape, "[B, Q, H, D]")
     batch, queries, heads, channels = shape
-    sizes = settings.pop("sizes", None)
-    if not sizes:
-        raise ValueError(f"sizes is {sizes}; it must be set to the sizes of the levels")
-    points = settings.pop("points", 9)
-    points = (points,) * len(sizes) if isinstance(points, int) else tuple(points)
-    settings = {"reach": 0.0, **settings}
-    return Case(times(shape), batch, tuple(sizes), queries, heads, channels, points, **settings)
+    settings = levelled({"points": 9, "reach": 0.0, **settings})
+    return Case(times(shape), batch, queries=queries, heads=heads, channels=channels, **settings)
 
 
 CASES = [

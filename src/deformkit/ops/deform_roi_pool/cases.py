@@ -6,13 +6,14 @@ from typing import Any
 
 import torch
 
-from .._shape import compute_dtype, ntuple, times
+from .._case import BaseCase, Draw, check_shape
+from .._shape import ntuple, times
 
 OPERATOR = "deform_roi_pool"
 
 
 @dataclass(frozen=True)
-class Case:
+class Case(BaseCase):
     """The sizes of one call; :meth:`arguments` creates its tensors.
 
     ``bin_size`` is the length of the longest bin, in pixels of the input. ``spread`` limits how far RoIs stick out, in
@@ -34,50 +35,23 @@ class Case:
     spread: float = 0.25
     group_size: tuple[int, ...] = ()
 
-    @property
-    def axes(self) -> int:
-        """Number of spatial axes."""
-        return len(self.size)
+    def drawn(self, draw: Draw) -> dict[str, Any]:
+        """The arguments with tensors in float64 on the CPU.
 
-    def arguments(
-        self, dtype: torch.dtype = torch.float32, device: str | torch.device = "cpu", seed: int = 0
-    ) -> dict[str, Any]:
-        """Random arguments by name, in the order of the schema. No sample is near a grid line.
-
-        Each is at a multiple of 1/16 of a pixel plus 1/32, because sizes of bins, starts of RoIs and shifts by offsets
-        are chosen so.
+        Each sample is at a multiple of 1/16 of a pixel plus 1/32, because sizes of bins, starts of RoIs and shifts by
+        offsets are chosen so.
         """
-        generator = torch.Generator().manual_seed(seed)
-
-        def uniform(*shape: int) -> torch.Tensor:
-            return torch.rand(shape, generator=generator, dtype=torch.float64)
-
-        size, bins = (torch.tensor(s, dtype=torch.float64) for s in (self.size, self.output_size))
-        if self.sampling_ratio:
-            samples = torch.full((self.rois, self.axes), float(self.sampling_ratio), dtype=torch.float64)
-            least, most = torch.ones_like(samples), (8 * self.bin_size / samples).floor().clamp(1)
-        else:  # bins longer than n - 1 and shorter than n pixels, which exist for n up to 7
-            samples = 1 + (uniform(self.rois, self.axes) * min(self.bin_size, 7)).floor()
-            least, most = (8 * (samples - 1) / samples).floor() + 1, torch.full_like(samples, 7.0)
-        step = least + (uniform(self.rois, self.axes) * (most - least + 1)).floor()
-        length = bins * samples * step / 8
-        start = uniform(self.rois, self.axes) * (size - length * (1 - 2 * self.spread)) - self.spread * length
+        length = self._lengths(draw)
+        size = torch.tensor(self.size, dtype=torch.float64)
+        start = draw.uniform(self.rois, self.axes) * (size - length * (1 - 2 * self.spread)) - self.spread * length
         low = ((start * 8).floor() / 8 + 1 / 32 + 0.5) / self.spatial_scale
         high = low + length / self.spatial_scale
-        index = torch.randint(self.batch, (self.rois, 1), generator=generator)
-        # The sizes above are in the order of the axes; corners and offsets are x first.
-        rois = torch.cat([index, low.flip(1), high.flip(1)], 1)
-
-        offset = None
-        if self.with_offset:
-            reach = self.gamma * length.flip(1).reshape(self.rois, self.axes, *[1] * self.axes)
-            normal = torch.randn(self.rois, self.axes, *self.output_size, generator=generator, dtype=torch.float64)
-            offset = ((normal * reach * 16).round() / 16 / reach).to(device, dtype)
+        index = torch.randint(self.batch, (self.rois, 1), generator=draw.generator)
+        offset = self._offset(draw, length) if self.with_offset else None
         return {
-            "input": torch.randn(
-                self.batch, self.channels * prod(self.group_size), *self.size, generator=generator, dtype=torch.float64
-            ).to(device, dtype),
-            "rois": rois.to(device, compute_dtype(dtype)),
+            "input": draw.normal(self.batch, self.channels * prod(self.group_size), *self.size),
+            # Lengths and starts are in the order of the axes; corners and offsets are x first.
+            "rois": torch.cat([index, low.flip(1), high.flip(1)], 1),
             "offset": offset,
             "output_size": list(self.output_size),
             "spatial_scale": self.spatial_scale,
@@ -85,6 +59,21 @@ class Case:
             "gamma": self.gamma,
             "group_size": list(self.group_size),
         }
+
+    def _lengths(self, draw: Draw) -> torch.Tensor:
+        """``[R, N]``: the lengths of the RoIs, in pixels of the input."""
+        if self.sampling_ratio:
+            samples = torch.full((self.rois, self.axes), float(self.sampling_ratio), dtype=torch.float64)
+            least, most = torch.ones_like(samples), (8 * self.bin_size / samples).floor().clamp(1)
+        else:  # bins longer than n - 1 and shorter than n pixels, which exist for n up to 7
+            samples = 1 + (draw.uniform(self.rois, self.axes) * min(self.bin_size, 7)).floor()
+            least, most = (8 * (samples - 1) / samples).floor() + 1, torch.full_like(samples, 7.0)
+        step = least + (draw.uniform(self.rois, self.axes) * (most - least + 1)).floor()
+        return torch.tensor(self.output_size, dtype=torch.float64) * samples * step / 8
+
+    def _offset(self, draw: Draw, length: torch.Tensor) -> torch.Tensor:
+        reach = self.gamma * length.flip(1).reshape(self.rois, self.axes, *[1] * self.axes)
+        return (draw.normal(self.rois, self.axes, *self.output_size) * reach * 16).round() / 16 / reach
 
     def __str__(self) -> str:
         samples = f"{self.sampling_ratio} samples" if self.sampling_ratio else "adaptive"
@@ -97,13 +86,18 @@ FROM_SHAPE = ("name", "batch", "channels", "size")
 
 def of_shape(shape: list[int], **settings: Any) -> Case:
     """A case with the input ``[B, C, *S]``. By default there are 100 RoIs with 7 bins along each axis."""
-    if not 3 <= len(shape) <= 5:
-        raise ValueError(f"shape is {shape}; it must be [B, C, *S] with 1, 2 or 3 spatial axes S")
+    check_shape(shape, "[B, C, *S]", 2)
     batch, channels, *size = shape
-    output_size = tuple(ntuple(settings.pop("output_size", 7), len(size), "output_size", 1))
-    settings.setdefault("rois", 100)
-    groups = settings.get("group_size", ())
-    return Case(times(shape), batch, channels // prod(groups), tuple(size), output_size=output_size, **settings)
+    settings = {"rois": 100, "output_size": 7, **settings}
+    for name in ("output_size", "group_size"):
+        if name in settings:
+            settings[name] = tuple(ntuple(settings[name], len(size), name, 1))
+    groups = prod(settings.get("group_size", ()))
+    if channels % groups:
+        raise ValueError(
+            f"group_size is {settings['group_size']}; channels, which is {channels}, must be a multiple of {groups}"
+        )
+    return Case(times(shape), batch, channels // groups, tuple(size), **settings)
 
 
 CASES = [

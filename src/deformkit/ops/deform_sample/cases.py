@@ -1,21 +1,20 @@
-"""Named inputs of deformable sampling, for tests, benchmarks and documents."""
+"""Named inputs of deformable sampling for tests, benchmarks and documentation."""
 
 from dataclasses import dataclass
 from typing import Any
 
-import torch
-
-from .._shape import compute_dtype, ntuple, times
+from .._case import BaseCase, Draw, check_divisor, check_shape, off_grid
+from .._shape import ntuple, times
 
 OPERATOR = "deform_sample"
 
 
 @dataclass(frozen=True)
-class Case:
-    """The sizes of one call; :meth:`arguments` makes its tensors.
+class Case(BaseCase):
+    """The sizes of one call; :meth:`arguments` creates its tensors.
 
-    ``out_size`` gives the number of points, which lie on a regular grid over the field, moved by random distances of
-    ``spread`` pixels. With a ``spread`` of None they lie anywhere in the field and up to two pixels outside.
+    ``out_size`` gives the number of points, ``spread`` their distance from a regular grid over the field, in pixels;
+    with None they lie anywhere.
     """
 
     name: str
@@ -28,32 +27,12 @@ class Case:
     mode: str = "linear"
     spread: float | None = None
 
-    @property
-    def axes(self) -> int:
-        """Number of spatial axes."""
-        return len(self.size)
-
-    def arguments(
-        self, dtype: torch.dtype = torch.float32, device: str | torch.device = "cpu", seed: int = 0
-    ) -> dict[str, Any]:
-        """Random arguments by name, in the order of the operator's schema. Points keep clear of grid lines."""
-        generator = torch.Generator().manual_seed(seed)
-        shape = (self.batch, self.groups, *self.out_size, self.axes)
-        size = torch.tensor(self.size, dtype=torch.float64)
-        if self.spread is None:
-            point = torch.rand(shape, generator=generator, dtype=torch.float64) * (size + 4) - 2.5
-        else:
-            along = [(torch.arange(n) + 0.5) / n * s - 0.5 for n, s in zip(self.out_size, self.size, strict=True)]
-            grid = torch.stack(torch.meshgrid(*along, indexing="ij"), -1).double()
-            point = grid + torch.randn(shape, generator=generator, dtype=torch.float64) * self.spread
-        # Half-way between two pixels the nearest one changes.
-        steps = 2 if self.mode == "nearest" else 1
-        low = (point * steps).floor()
-        point = (low + (point * steps - low).clamp(0.05, 0.95)) / steps
-        input = torch.randn(self.batch, self.channels, *self.size, generator=generator, dtype=torch.float64)
+    def drawn(self, draw: Draw) -> dict[str, Any]:
+        """The arguments with tensors in float64 on the CPU."""
+        points = draw.points((self.batch, self.groups), self.out_size, self.size, self.spread)
         return {
-            "input": input.to(device, dtype),
-            "points": point.to(device, compute_dtype(dtype)),
+            "input": draw.normal(self.batch, self.channels, *self.size),
+            "points": off_grid(points, lines=2 if self.mode == "nearest" else 1),
             "boundary": self.boundary,
             "mode": self.mode,
         }
@@ -61,30 +40,22 @@ class Case:
     def __str__(self) -> str:
         groups = f" G{self.groups}" if self.groups > 1 else ""
         nearest = ", nearest" if self.mode == "nearest" else ""
-        points = counted_points(self)
+        where = "anywhere" if self.spread is None else "in order"
+        points = f"{times(self.out_size)} points {where}"
         return f"{self.name} (B{self.batch} C{self.channels}{groups} {times(self.size)}, {points}{nearest})"
-
-
-def counted_points(case: Case) -> str:
-    """The points of a case in words."""
-    where = "anywhere" if case.spread is None else "in order"
-    return f"{times(case.out_size)} points {where}"
 
 
 FROM_SHAPE = ("name", "batch", "channels", "size")
 
 
 def of_shape(shape: list[int], **settings: Any) -> Case:
-    """The case of an input ``[B, C, *S]``: as many points as positions, moved by about a pixel, unless set."""
-    if not 3 <= len(shape) <= 5:
-        raise ValueError(f"shape is {shape}; it must be [B, C, *S] with 1, 2 or 3 spatial axes S")
+    """A case with the input ``[B, C, *S]``; by default it has as many points as positions, moved by about a pixel."""
+    check_shape(shape, "[B, C, *S]", 2)
     batch, channels, *size = shape
-    out_size = tuple(ntuple(settings.pop("out_size", size), len(size), "out_size", 1))
-    settings.setdefault("spread", 1.0)
-    groups = settings.get("groups", 1)
-    if groups < 1 or channels % groups:
-        raise ValueError(f"groups is {groups}; the {channels} channels must be a multiple of it")
-    return Case(times(shape), batch, channels, tuple(size), out_size, **settings)
+    settings = {"spread": 1.0, **settings}
+    out_size = ntuple(settings.pop("out_size", size), len(size), "out_size", 1)
+    check_divisor(settings, "groups", channels=channels)
+    return Case(times(shape), batch, channels, tuple(size), tuple(out_size), **settings)
 
 
 CASES = [

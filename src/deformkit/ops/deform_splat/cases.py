@@ -1,21 +1,20 @@
-"""Named inputs of splatting, for tests, benchmarks and documents."""
+"""Named inputs of splatting for tests, benchmarks and documentation."""
 
 from dataclasses import dataclass
 from typing import Any
 
-import torch
-
-from .._shape import compute_dtype, ntuple, times
+from .._case import BaseCase, Draw, check_divisor, check_shape, off_grid
+from .._shape import ntuple, times
 
 OPERATOR = "deform_splat"
 
 
 @dataclass(frozen=True)
-class Case:
-    """The sizes of one call; :meth:`arguments` makes its tensors.
+class Case(BaseCase):
+    """The sizes of one call; :meth:`arguments` creates its tensors.
 
-    The values lie on a regular grid over the result, moved by random distances of ``spread`` pixels. With a ``spread``
-    of None they lie anywhere in the result and up to two pixels outside.
+    ``spread`` is the distance of the values from a regular grid over the result, in pixels; with None they lie
+    anywhere.
     """
 
     name: str
@@ -27,30 +26,12 @@ class Case:
     boundary: str = "zeros"
     spread: float | None = None
 
-    @property
-    def axes(self) -> int:
-        """Number of spatial axes of the result."""
-        return len(self.size)
-
-    def arguments(
-        self, dtype: torch.dtype = torch.float32, device: str | torch.device = "cpu", seed: int = 0
-    ) -> dict[str, Any]:
-        """Random arguments by name, in the order of the operator's schema. Points keep clear of grid lines."""
-        generator = torch.Generator().manual_seed(seed)
-        shape = (self.batch, self.groups, *self.in_size, self.axes)
-        size = torch.tensor(self.size, dtype=torch.float64)
-        if self.spread is None:
-            point = torch.rand(shape, generator=generator, dtype=torch.float64) * (size + 4) - 2.5
-        else:
-            along = [(torch.arange(n) + 0.5) / n * s - 0.5 for n, s in zip(self.in_size, self.size, strict=True)]
-            grid = torch.stack(torch.meshgrid(*along, indexing="ij"), -1).double()
-            point = grid + torch.randn(shape, generator=generator, dtype=torch.float64) * self.spread
-        low = point.floor()
-        point = low + (point - low).clamp(0.05, 0.95)
-        input = torch.randn(self.batch, self.channels, *self.in_size, generator=generator, dtype=torch.float64)
+    def drawn(self, draw: Draw) -> dict[str, Any]:
+        """The arguments with tensors in float64 on the CPU."""
+        points = draw.points((self.batch, self.groups), self.in_size, self.size, self.spread)
         return {
-            "input": input.to(device, dtype),
-            "points": point.to(device, compute_dtype(dtype)),
+            "input": draw.normal(self.batch, self.channels, *self.in_size),
+            "points": off_grid(points),
             "size": list(self.size),
             "boundary": self.boundary,
         }
@@ -58,25 +39,21 @@ class Case:
     def __str__(self) -> str:
         groups = f" G{self.groups}" if self.groups > 1 else ""
         where = "anywhere" if self.spread is None else "in order"
-        return (
-            f"{self.name} (B{self.batch} C{self.channels}{groups} {times(self.in_size)} {where} to {times(self.size)})"
-        )
+        sizes = f"{times(self.in_size)} {where} to {times(self.size)}"
+        return f"{self.name} (B{self.batch} C{self.channels}{groups} {sizes})"
 
 
 FROM_SHAPE = ("name", "batch", "channels", "in_size")
 
 
 def of_shape(shape: list[int], **settings: Any) -> Case:
-    """The case of an input ``[B, C, *in]``: a result of the same size, points moved by about a pixel, unless set."""
-    if not 3 <= len(shape) <= 5:
-        raise ValueError(f"shape is {shape}; it must be [B, C, *in] with 1, 2 or 3 axes in")
+    """A case with the input ``[B, C, *S]``; by default the result has the same size, and points move by a pixel."""
+    check_shape(shape, "[B, C, *S]", 2)
     batch, channels, *in_size = shape
-    size = tuple(ntuple(settings.pop("size", in_size), len(in_size), "size", 1))
-    settings.setdefault("spread", 1.0)
-    groups = settings.get("groups", 1)
-    if groups < 1 or channels % groups:
-        raise ValueError(f"groups is {groups}; the {channels} channels must be a multiple of it")
-    return Case(times(shape), batch, channels, tuple(in_size), size, **settings)
+    settings = {"spread": 1.0, **settings}
+    size = ntuple(settings.pop("size", in_size), len(in_size), "size", 1)
+    check_divisor(settings, "groups", channels=channels)
+    return Case(times(shape), batch, channels, tuple(in_size), tuple(size), **settings)
 
 
 CASES = [

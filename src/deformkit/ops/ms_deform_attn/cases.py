@@ -1,23 +1,22 @@
 """Named inputs of multi-scale deformable attention for tests, benchmarks and documentation."""
 
 from dataclasses import dataclass
-from math import prod
 from typing import Any
 
 import torch
 
-from .._shape import compute_dtype, times
+from .._case import Draw, LevelsCase, check_shape, levelled
+from .._shape import times
 
 OPERATOR = "ms_deform_attn"
 
 
 @dataclass(frozen=True)
-class Case:
+class Case(LevelsCase):
     """The sizes of one call; :meth:`arguments` creates its tensors.
 
-    ``reach`` is the distance in pixels up to which points lie outside a level if they are spread over all of it.
-    With ``near`` they have this standard deviation around the query's pixel, in pixels of the sampled level; query
-    q has position q of ``value``.
+    With ``near`` the points have this standard deviation around the query's pixel, in pixels of the sampled level;
+    query q has position q of ``value``.
     """
 
     name: str
@@ -31,41 +30,23 @@ class Case:
     reach: float = 1.5
     near: float | None = None
 
-    @property
-    def axes(self) -> int:
-        """Number of spatial axes."""
-        return len(self.sizes[0])
-
-    def arguments(
-        self, dtype: torch.dtype = torch.float32, device: str | torch.device = "cpu", seed: int = 0
-    ) -> dict[str, Any]:
-        """Random arguments by name, in the order of the schema. No location is near a grid line."""
-        generator = torch.Generator().manual_seed(seed)
-
-        def normal(*shape: int) -> torch.Tensor:
-            return torch.randn(shape, generator=generator, dtype=torch.float64)
-
-        value = normal(self.batch, sum(map(prod, self.sizes)), self.heads, self.channels)
-        locations = []
-        for size, count in zip(self.sizes, self.points, strict=True):
-            shape = (self.batch, self.queries, self.heads, count, self.axes)
-            extent = torch.tensor(size, dtype=torch.float64)
-            if self.near is None:
-                unit = torch.rand(shape, generator=generator, dtype=torch.float64)
-                pixel = unit * (extent + 2 * self.reach) - self.reach - 0.5
-            else:
-                pixel = self._centres()[:, None, None] * extent - 0.5 + self.near * normal(*shape)
-            pixel = pixel.floor() + (pixel - pixel.floor()).clamp(0.05, 0.95)
-            locations.append(((pixel + 0.5) / extent).flip(-1))
-        weights = normal(self.batch, self.queries, self.heads, sum(self.points)).softmax(-1)
+    def drawn(self, draw: Draw) -> dict[str, Any]:
+        """The arguments with tensors in float64 on the CPU."""
         return {
-            "value": value.to(device, dtype),
-            "spatial_shapes": [length for size in self.sizes for length in size],
-            "sampling_locations": torch.cat(locations, 3).to(device, compute_dtype(dtype)),
-            "attention_weights": weights.to(device, dtype),
+            "value": draw.normal(self.batch, self.positions, self.heads, self.channels),
+            "spatial_shapes": self.spatial_shapes,
+            "sampling_locations": self.locations(draw),
+            "attention_weights": draw.normal(self.batch, self.queries, self.heads, sum(self.points)).softmax(-1),
             "num_points": list(self.points),
             "mode": self.mode,
         }
+
+    def pixels(self, draw: Draw, count: int, extent: torch.Tensor) -> torch.Tensor:
+        """``count`` points for each query and head in pixels of a level of the size ``extent``."""
+        if self.near is None:
+            return super().pixels(draw, count, extent)
+        moved = self.near * draw.normal(self.batch, self.queries, self.heads, count, self.axes)
+        return self._centres()[:, None, None] * extent - 0.5 + moved
 
     def _centres(self) -> torch.Tensor:
         """``[Q, N]``: the centre of each query's pixel, 0 to 1 over the map, in tensor-axis order."""
@@ -75,27 +56,16 @@ class Case:
             levels.append(torch.stack(torch.meshgrid(*axes, indexing="ij"), -1).flatten(0, -2))
         return torch.cat(levels)[: self.queries]
 
-    def __str__(self) -> str:
-        levels = " ".join(times(size) for size in self.sizes)
-        points = "+".join(map(str, self.points))
-        return f"{self.name} (B{self.batch} {levels}, Q{self.queries} H{self.heads} D{self.channels} P{points})"
-
 
 FROM_SHAPE = ("name", "batch", "heads", "channels")
 
 
 def of_shape(shape: list[int], **settings: Any) -> Case:
     """A case with the value ``[B, S, H, D]`` of levels ``sizes``; by default 300 queries have 4 points a level."""
-    if len(shape) != 4:
-        raise ValueError(f"shape is {shape}; it must be [B, S, H, D]")
+    check_shape(shape, "[B, S, H, D]")
     batch, length, heads, channels = shape
-    sizes = settings.pop("sizes", None)
-    if sizes is None or sum(map(prod, sizes)) != length:
-        raise ValueError(f"sizes is {sizes}; it must be set to the sizes of the levels, which add up to S = {length}")
-    points = settings.pop("points", 4)
-    points = (points,) * len(sizes) if isinstance(points, int) else tuple(points)
-    settings = {"queries": 300, "reach": 0.0, **settings}
-    return Case(times(shape), batch, tuple(sizes), heads=heads, channels=channels, points=points, **settings)
+    settings = levelled({"queries": 300, "points": 4, "reach": 0.0, **settings}, length)
+    return Case(times(shape), batch, heads=heads, channels=channels, **settings)
 
 
 CASES = [
