@@ -102,6 +102,35 @@ def test_sizes_that_no_other_test_changes_stay_dynamic(name: str, tmp_path: Path
     check_answers(path, values, truth, expected)
 
 
+class Pooled(nn.Module):
+    """Two poolings, one of which takes as many samples as an RoI is long."""
+
+    def forward(self, input: Tensor, rois: Tensor) -> Tensor:
+        first, second = (dk.deform_roi_pool(input, rois, output_size=3, sampling_ratio=ratio) for ratio in (2, 0))
+        return first - second
+
+
+@pytest.mark.parametrize("form", ["standard", "gridsample", "plain"])
+def test_pooling_whose_operations_depend_on_the_rois_has_no_standard_form(form: Any, tmp_path: Path) -> None:
+    values = torch.randn(2, 4, 9), torch.tensor([[0.0, 1.0, 6.0], [1.0, 2.0, 4.0]])
+    with pytest.raises(ValueError, match="sampling_ratio is 0; in a model of plain operations it must be at least 1"):
+        dk.onnx.export(Pooled().eval(), values, tmp_path / "model.onnx", form=form)
+
+
+def test_pooling_whose_operations_depend_on_the_rois_is_a_node_without_a_function(tmp_path: Path) -> None:
+    def drawn(images: int, rois: int) -> tuple[Tensor, Tensor]:
+        low, length = 6 * torch.rand(rois, 1), 8 * torch.rand(rois, 1)
+        return torch.randn(images, 4, 9), torch.cat([torch.randint(images, (rois, 1)), low, low + length], 1)
+
+    path, shapes = tmp_path / "model.onnx", ({0: torch.export.Dim("images")}, {0: torch.export.Dim("rois")})
+    report = dk.onnx.export(Pooled().eval(), drawn(2, 5), path, dynamic_shapes=shapes)
+    assert report.alone == {"deformkit.deform_roi_pool": 1} and report.operators["deformkit.deform_roi_pool"] == 2
+    assert len(onnx.load(path).functions) == 1 and "OpenVINO: no: deformkit.deform_roi_pool" in str(report)
+    if selection.path is not None:
+        for values in (drawn(2, 5), drawn(3, 1), drawn(1, 0)):
+            assert torch.equal(answer(path, *values, library=True), Pooled()(*values))
+
+
 class Convolutions(nn.Module):
     """Two alike, with groups and a mask, and one of another kind."""
 

@@ -4,7 +4,7 @@ from typing import Any
 
 import pytest
 import torch
-from rooms import Call, Of, representatives
+from rooms import CALLS, Call, Of, representatives
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
@@ -78,6 +78,17 @@ def test_programs_with_dynamic_sizes(name: str) -> None:
     assert not [n for n in program.graph.nodes if n.target in BY_NUMBERS and sizes.intersection(n.all_input_nodes)]
     assert all(value.numel() <= 64 for value in program.constants.values() if isinstance(value, Tensor))
     assert torch.allclose(program.module()(*model.values), model(*model.values), atol=1e-5)
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("trace", [torch.export.export, torch.jit.trace])
+def test_a_number_of_operations_that_depends_on_values_is_not_traced(trace: Any) -> None:
+    model = Of(next(call for call in CALLS if str(call) == "deform_roi_pool-1d-adaptive")).eval()
+    with decomposed():
+        found = model(*model.values)
+        with pytest.raises(ValueError, match="sampling_ratio is 0; in a model of plain operations"):
+            trace(model, model.values)
+    assert torch.allclose(found, model(*model.values), atol=1e-5)
 
 
 def test_the_context_holds_for_its_own_calls_alone() -> None:

@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 from ..ops._form import Form as InnerForm
-from ..ops._form import exported_as
+from ..ops._form import NoPlainForm, exported_as
 from ..ops._library import NAMESPACE, operators
 from ..ops._shape import check_choice
 from ._functions import FOLDED, function, key_of
@@ -45,7 +45,8 @@ def export(
         form: how the operators of deformkit appear in it.
 
             - ``"deformkit"``: as nodes of the domain ``deformkit``, for which the file also contains functions of
-              standard operators; a runtime without kernels for the nodes runs these.
+              standard operators; a runtime without kernels for the nodes runs these. RoI pooling with a
+              ``sampling_ratio`` of 0 has no function, because the number of its operations depends on the RoIs.
             - ``"standard"``: two-dimensional convolutions without ``boundary`` as ``DeformConv``, all else as standard
               operators such as ``GatherElements``.
             - ``"gridsample"``: likewise, but images are sampled by ``GridSample``; coordinates must be finite.
@@ -63,7 +64,8 @@ def export(
 
     Raises:
         ImportError: the package onnx or onnxscript is missing.
-        ValueError: the form is unknown, or the opset does not fit it.
+        ValueError: the form is unknown, the opset does not fit it, or in a form without nodes of deformkit an RoI
+            pooling has a ``sampling_ratio`` of 0.
 
     Example:
         >>> import tempfile, torch, deformkit
@@ -85,7 +87,8 @@ def export(
     _add_functions(made.model, calls, opset)
     made.save(os.fspath(path))
     inside = counted(node for each in made.model.functions.values() for node in each)
-    return Report(Path(path), form, opset, counted(made.model.graph), inside)
+    alone = counted(node for node in made.model.graph if node.domain == NAMESPACE and not node.overload)
+    return Report(Path(path), form, opset, counted(made.model.graph), inside, alone)
 
 
 def _check_opset(form: str, opset: int) -> None:
@@ -127,20 +130,25 @@ def simplified(model: Any) -> Any:
 
 
 def _add_functions(model: Any, calls: Mapping[Any, Any], opset: int) -> None:
-    """Give every node of ours in the graph a function, one for each configuration."""
+    """Give every node of ours in the graph a function, one for each configuration, unless there is none."""
     overloads: dict[Any, str] = {}
+    ours = False
     for node in model.graph:
         if node.domain != NAMESPACE:
             continue
+        ours = True
         operator = operators[node.op_type]
         args = [_value(argument) for argument in calls[node].args]
         key = key_of(operator, args)
         if key not in overloads:
-            overloads[key] = str(len(overloads))
-            made = function(operator, args, overloads[key], opset)
+            try:
+                made = function(operator, args, str(len(overloads)), opset)
+            except NoPlainForm:
+                continue
+            overloads[key] = made.overload
             model.functions[made.identifier()] = made
         node.overload = overloads[key]
-    if overloads:
+    if ours:
         model.graph.opset_imports[NAMESPACE] = VERSION
         # Overloads of functions are part of the format since version 10.
         model.ir_version = max(model.ir_version or 0, 10)

@@ -16,6 +16,7 @@ class Report:
         opset: the version of the standard operators.
         operators: how often each operator occurs in the graph; those of deformkit as ``deformkit.deform_conv``.
         inside: likewise, in the functions that the file contains for the operators of deformkit.
+        alone: how often operators of deformkit occur for which the file contains no function.
     """
 
     path: Path
@@ -23,6 +24,7 @@ class Report:
     opset: int
     operators: dict[str, int] = field(default_factory=dict)
     inside: dict[str, int] = field(default_factory=dict)
+    alone: dict[str, int] = field(default_factory=dict)
 
     @property
     def runtimes(self) -> dict[str, str]:
@@ -42,6 +44,13 @@ class Report:
             found["TensorRT"] = "yes, from 10.1 on"
         if samples and self.opset >= 20:
             found["TensorRT"] = "no: it takes GridSample of opset 20 for nearest"
+        if self.alone:
+            reason = f"no: {', '.join(self.alone)} without a function; RoI pooling needs a sampling_ratio of at least 1"
+            found = {
+                "ONNX Runtime": "with the library at deformkit.onnx.library()",
+                "OpenVINO": reason,
+                "TensorRT": reason,
+            }
         return found
 
     def __str__(self) -> str:

@@ -15,6 +15,11 @@ from . import _torch
 
 Form = Literal["", "plain", "standard", "gridsample"]
 
+
+class NoPlainForm(ValueError):
+    """A call has no form in plain tensor operations, because their number would depend on the values of tensors."""
+
+
 _requested: ContextVar[Form] = ContextVar("form", default="")
 
 

@@ -8,7 +8,7 @@ from math import prod
 import torch
 from torch import Tensor
 
-from .. import _torch
+from .. import _form, _torch
 from .._shape import compute_dtype
 from ..sample.reference import clamped, has_nan, sample, tap_grid
 
@@ -37,7 +37,7 @@ def deform_roi_pool(
     if sampling_ratio > 0 or rois.shape[0] == 0:
         output = _pool(input, image, start, length, moved, output_size, [sampling_ratio] * axes, group_size)
     else:
-        counts = adaptive_samples(length, output_size).tolist()
+        counts = _adaptive_counts(length, output_size)
         order = sorted(range(len(counts)), key=counts.__getitem__)
         parts = []
         for samples, group in groupby(order, key=counts.__getitem__):
@@ -96,6 +96,16 @@ def adaptive_samples(length: Tensor, output_size: Sequence[int]) -> Tensor:
     # One sample propagates a NaN corner; no sample would hide it.
     unknown = ~length.isfinite().all(1, keepdim=True)
     return counts.clamp(0, MOST_SAMPLES).masked_fill(unknown, 1.0).to(torch.int64)
+
+
+def _adaptive_counts(length: Tensor, output_size: Sequence[int]) -> list[list[int]]:
+    """:func:`adaptive_samples` as numbers, which a traced model would keep for all other RoIs."""
+    if torch.compiler.is_exporting() or _torch.tracing():
+        raise _form.NoPlainForm(
+            "sampling_ratio is 0; in a model of plain operations it must be at least 1, because their number would "
+            "depend on the RoIs"
+        )
+    return adaptive_samples(length, output_size).tolist()
 
 
 def _image_index(index: Tensor, batch: int) -> Tensor:
