@@ -29,6 +29,16 @@ constexpr int lanes_for(int channels) {
   return channels > 0 && channels % full == 0 ? full : channels == 4 ? 4 : 32 / static_cast<int>(sizeof(A));
 }
 
+// a * b + c * d, added up from zero. Of two bare products a compiler may fuse either with their addition, and need not
+// choose the same in each copy of a loop, so that bits would depend on how long the loop is (GCC 16 on AVX-512:
+// tests/ops/test_batch.py). Longer sums of products start from zero for the same reason.
+template <typename V>
+inline V sum_of_products(const V& a, const V& b, const V& c, const V& d) {
+  V sum{};
+  sum += a * b;
+  return sum + c * d;
+}
+
 template <typename V, typename A>
 inline V read_lanes(const A* from) {
   V value;

@@ -88,9 +88,9 @@ class InnerCells {
   }
 
   Reals interpolate(const Reals (&value)[corners]) const {
-    Reals sum = weight<false>(0) * value[0];
+    Reals sum{};
 #pragma GCC unroll 8
-    for (int corner = 1; corner < corners; ++corner) sum += weight<false>(corner) * value[corner];
+    for (int corner = 0; corner < corners; ++corner) sum += weight<false>(corner) * value[corner];
     return sum;
   }
 
@@ -162,9 +162,9 @@ class InnerCells {
     for (int corner = 0; corner < corners; ++corner) weights[corner] = weight<kEdge>(corner);
     for (int64_t c = 0; c < planes; ++c, plane += pitch) {
       read_as<kEdge>(plane, value);
-      Reals sum = weights[0] * value[0];
+      Reals sum{};
 #pragma GCC unroll 8
-      for (int corner = 1; corner < corners; ++corner) sum += weights[corner] * value[corner];
+      for (int corner = 0; corner < corners; ++corner) sum += weights[corner] * value[corner];
       f(c, sum);
     }
   }
@@ -204,9 +204,9 @@ class InnerCells {
   void slopes_from(const Reals (&dots)[corners], Reals (&slope)[N]) const {
 #pragma GCC unroll 3
     for (int axis = 0; axis < N; ++axis) {
-      slope[axis] = dots[0] * weight<kEdge>(0, axis);
+      slope[axis] = Reals{};
 #pragma GCC unroll 8
-      for (int corner = 1; corner < corners; ++corner) slope[axis] += dots[corner] * weight<kEdge>(corner, axis);
+      for (int corner = 0; corner < corners; ++corner) slope[axis] += dots[corner] * weight<kEdge>(corner, axis);
     }
   }
 

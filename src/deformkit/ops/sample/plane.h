@@ -40,8 +40,8 @@ void sample_in_place(const Cells<A, N, Index>& cells, int64_t points, const T* p
         read_neighbours(cells, corner, i, plane, low, high);
         if constexpr (kKeep)
           write_lanes(cells.values(corner) + i, low), write_lanes(cells.values(corner + 1) + i, high);
-        sum +=
-            read_lanes<Reals>(cells.weight(corner) + i) * low + read_lanes<Reals>(cells.weight(corner + 1) + i) * high;
+        sum += read_lanes<Reals>(cells.weight(corner) + i) * low;
+        sum += read_lanes<Reals>(cells.weight(corner + 1) + i) * high;
       }
     }
     if (i + Run::lanes <= points) {

@@ -323,7 +323,7 @@ class Cells {
   // coordinate has a NaN slope, though no corner.
   template <bool differ>
   static A between(A low, A high, A part) {
-    return differ ? high - low + 0 * part : low * (1 - part) + high * part;
+    return differ ? high - low + 0 * part : sum_of_products(low, 1 - part, high, part);
   }
 
   // The dot of a point and corner is dots()[point * kPoint + corner * corner_step]; kCorner is that step, or 0 where it
