@@ -132,23 +132,20 @@ def simplified(model: Any) -> Any:
 def _add_functions(model: Any, calls: Mapping[Any, Any], opset: int) -> None:
     """Give every node of ours in the graph a function, one for each configuration, unless there is none."""
     overloads: dict[Any, str] = {}
-    ours = False
-    for node in model.graph:
-        if node.domain != NAMESPACE:
-            continue
-        ours = True
+    nodes = [node for node in model.graph if node.domain == NAMESPACE]
+    for node in nodes:
         operator = operators[node.op_type]
         args = [_value(argument) for argument in calls[node].args]
         key = key_of(operator, args)
         if key not in overloads:
+            overloads[key] = str(len(overloads))
             try:
-                made = function(operator, args, str(len(overloads)), opset)
+                made = function(operator, args, overloads[key], opset)
+                model.functions[made.identifier()] = made
             except NoPlainForm:
-                continue
-            overloads[key] = made.overload
-            model.functions[made.identifier()] = made
+                overloads[key] = ""
         node.overload = overloads[key]
-    if ours:
+    if nodes:
         model.graph.opset_imports[NAMESPACE] = VERSION
         # Overloads of functions are part of the format since version 10.
         model.ir_version = max(model.ir_version or 0, 10)

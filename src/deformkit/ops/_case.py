@@ -1,6 +1,8 @@
 """What the named inputs of all operators share: a case has the sizes of a call, and draws its arguments."""
 
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
+from dataclasses import dataclass
 from math import prod
 from typing import Any
 
@@ -53,7 +55,7 @@ def off_grid(point: Tensor, lines: int = 1) -> Tensor:
     return (low + (point * lines - low).clamp(0.05, 0.95)) / lines
 
 
-class BaseCase:
+class BaseCase(ABC):
     """The sizes of one call. The class of a room is a dataclass with ``name``, ``batch`` and the other sizes."""
 
     size: tuple[int, ...]
@@ -74,27 +76,33 @@ class BaseCase:
             for name, value in self.drawn(Draw(seed)).items()
         }
 
+    @abstractmethod
     def drawn(self, draw: Draw) -> dict[str, Any]:
         """The arguments with tensors in float64 on the CPU."""
-        raise NotImplementedError
 
     def per_axis(self, *names: str) -> list[list[int]]:
         """The values of fields that are one number for all axes or one for each."""
         return [ntuple(getattr(self, name), self.axes, name, 0) for name in names]
 
 
+@dataclass(frozen=True)
 class ConvolutionCase(BaseCase):
     """What the convolution and its adjoint share. ``grid`` is the size over which the kernel moves."""
 
     name: str
     batch: int
     channels: int
+    size: tuple[int, ...]
     out_channels: int
     kernel_size: tuple[int, ...]
-    groups: int
-    offset_groups: int
-    modulated: bool
-    offset_std: float
+    stride: int | tuple[int, ...] = 1
+    padding: int | tuple[int, ...] = 0
+    dilation: int | tuple[int, ...] = 1
+    groups: int = 1
+    offset_groups: int = 1
+    modulated: bool = True
+    boundary: str = "zeros"
+    offset_std: float = 2.0
 
     @property
     def taps(self) -> int:
@@ -118,6 +126,7 @@ class ConvolutionCase(BaseCase):
         return f"{self.name} ({sizes})"
 
 
+@dataclass(frozen=True)
 class LevelsCase(BaseCase):
     """What attention and correlation share. Points lie up to ``reach`` pixels beyond the edge of a level."""
 
@@ -128,7 +137,8 @@ class LevelsCase(BaseCase):
     heads: int
     channels: int
     points: tuple[int, ...]
-    reach: float
+    mode: str = "linear"
+    reach: float = 1.5
 
     @property
     def axes(self) -> int:

@@ -13,21 +13,7 @@ OPERATOR = "deform_conv"
 class Case(ConvolutionCase):
     """The sizes of one call; :meth:`arguments` creates its tensors."""
 
-    name: str
-    batch: int
-    channels: int
-    size: tuple[int, ...]
-    out_channels: int
-    kernel_size: tuple[int, ...]
-    stride: int | tuple[int, ...] = 1
-    padding: int | tuple[int, ...] = 0
-    dilation: int | tuple[int, ...] = 1
-    groups: int = 1
-    offset_groups: int = 1
-    modulated: bool = True
     bias: bool = True
-    boundary: str = "zeros"
-    offset_std: float = 2.0
 
     def drawn(self, draw: Draw) -> dict[str, Any]:
         """The arguments with tensors in float64 on the CPU."""

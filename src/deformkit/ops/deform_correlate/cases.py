@@ -13,16 +13,6 @@ OPERATOR = "deform_correlate"
 class Case(LevelsCase):
     """The sizes of one call; :meth:`arguments` creates its tensors."""
 
-    name: str
-    batch: int
-    sizes: tuple[tuple[int, ...], ...]
-    queries: int
-    heads: int
-    channels: int
-    points: tuple[int, ...]
-    mode: str = "linear"
-    reach: float = 1.5
-
     def drawn(self, draw: Draw) -> dict[str, Any]:
         """The arguments with tensors in float64 on the CPU."""
         locations = self.locations(draw)

@@ -19,15 +19,6 @@ class Case(LevelsCase):
     query q has position q of ``value``.
     """
 
-    name: str
-    batch: int
-    sizes: tuple[tuple[int, ...], ...]
-    queries: int
-    heads: int
-    channels: int
-    points: tuple[int, ...]
-    mode: str = "linear"
-    reach: float = 1.5
     near: float | None = None
 
     def drawn(self, draw: Draw) -> dict[str, Any]:
