@@ -31,10 +31,11 @@ def main() -> None:
             document["rows"].append(row)
         print("\n\n".join([f"## {table.SECTIONS[section][0]}", *table.section(document)]), flush=True)
         if options.save:
-            table.RESULTS.mkdir(exist_ok=True)
-            (table.RESULTS / f"{section}.json").write_text(json.dumps(document, indent=1) + "\n")
+            folder = table.RESULTS / document["machine"]["kernels"]
+            folder.mkdir(parents=True, exist_ok=True)
+            (folder / f"{section}.json").write_text(json.dumps(document, indent=1) + "\n")
     if options.save:
-        table.PAGE.write_text(table.page(table.load()))
+        table.write_pages()
 
 
 def _rows(section: str, options: argparse.Namespace) -> Iterator[dict[str, Any]]:
@@ -74,7 +75,7 @@ def _options() -> argparse.Namespace:
     parser.add_argument("--seconds", type=float, default=2.0, help="how long to time each call")
     parser.add_argument("--threads", type=int, help="how many threads torch may use")
     parser.add_argument("--tiny", action="store_true", help="tiny cases: whether everything runs, not how fast")
-    parser.add_argument("--save", action="store_true", help=f"write {table.RESULTS.name}/ and docs/{table.PAGE.name}")
+    parser.add_argument("--save", action="store_true", help=f"write {table.RESULTS.name}/ and the pages in docs/")
     options = parser.parse_args()
     for section in options.sections:
         if section not in table.SECTIONS:

@@ -1,7 +1,10 @@
-"""Turns ``results/*.json`` into ``docs/benchmarks.md``: ``python benchmarks/table.py``."""
+"""Turns the results into the pages of the documentation about performance: ``python benchmarks/table.py``.
+
+The folder ``results`` has a folder of results for each instruction set of the kernels.
+"""
 
 import json
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from functools import partial
 from itertools import product
 from pathlib import Path
@@ -11,21 +14,62 @@ from typing import Any
 import targets
 
 HERE = Path(__file__).parent
-RESULTS, PAGE = HERE / "results", HERE.parent / "docs" / "benchmarks.md"
+RESULTS, DOCS = HERE / "results", HERE.parent / "docs"
+MAIN, OTHER = "avx512", "avx2"
+PAGES = {MAIN: DOCS / "benchmarks.md", OTHER: DOCS / "benchmarks_avx2.md"}
+"""The page for each instruction set, by the name of the kernels."""
+
+TITLES = {MAIN: "AVX-512", OTHER: "AVX2"}
 PASSES = ("forward", "forward + backward")
 OURS, PLAIN = "deformkit", "plain"
+DEFINITION = ("reference", "compiled")
 MIB = 2**20
 
 
-def page(documents: Iterable[dict[str, Any]]) -> str:
-    by_section = {document["section"]: document for document in documents}
-    parts = ["# Performance", INTRODUCTION]
-    parts += [f"![{alt}](_generated/charts/{name}.svg)" for name, alt in CHARTS.items()]
+def write_pages() -> None:
+    for kernels, path in PAGES.items():
+        path.write_text(page(kernels))
+
+
+def page(kernels: str) -> str:
+    by_section = load(kernels)
+    if kernels == MAIN:
+        parts = ["# Performance", INTRODUCTION]
+        parts += [f"![{alt}](_generated/charts/{name}.svg)" for name, alt in CHARTS.items()]
+        parts += ["## Summary", *summary({each: load(each) for each in PAGES})]
+    else:
+        parts = [f"# Performance on {TITLES[kernels]}", ABOUT_OTHER]
     parts += ["## Where we lose", *losses(by_section), "## Tables"]
+    if kernels == MAIN:
+        parts.append(f"These are for {TITLES[MAIN]}; [another page](benchmarks_avx2.md) has those for {TITLES[OTHER]}.")
     for name, (title, _) in SECTIONS.items():
         if name in by_section:
             parts += [f"### {title}", *map(_folded, section(by_section[name]))]
     return "\n\n".join(parts) + "\n"
+
+
+def summary(results: Mapping[str, Mapping[str, dict[str, Any]]]) -> Iterator[str]:
+    """The means of the tables that have a target, beside the libraries that the target names."""
+    lines = []
+    for table, rival in ((table, rival) for table in targets.TABLES for rival in table.targets):
+        if rival in DEFINITION:
+            continue
+        cells = []
+        for by_section, what in product(results.values(), PASSES):
+            document = by_section.get(SECTION_OF[table.operator], {"rows": ()})
+            ratios = ratios_of(document["rows"], table, rival, what)
+            cells.append(f"{geometric_mean(ratios):.2f}x" if ratios else "")
+        lines.append([table.title, f"`{rival}`", *cells])
+    yield "The geometric mean of each table. With backward is forward and backward together."
+    yield _table(["", "beside", *(f"{TITLES[k]}{also}" for k in results for also in ("", ", with backward"))], lines)
+
+
+def ratios_of(rows: Iterable[dict[str, Any]], table: targets.Table, rival: str, what: str) -> list[float]:
+    return [
+        _ratio(rival, row["rivals"])
+        for row in rows
+        if (_operator(row), row["pass"]) == (table.operator, what) and row["case"] in table.cases and _timed(rival, row)
+    ]
 
 
 def section(document: dict[str, Any]) -> Iterator[str]:
@@ -245,6 +289,9 @@ calls are in `benchmarks/results`; `benchmarks/README.md` explains how to repeat
 - The name of a convolution gives the number of axes, then channels x size (`k7`: kernel size 7; `d3`: dilation 3;
   `og8`: 8 offset groups; `L1024`: length 1024). The tables give the full shapes."""
 
+ABOUT_OTHER = """\
+These are the tables of [Performance](benchmarks.md), which explains them, for a processor that has AVX2 but not AVX-512."""
+
 CHARTS = {
     "convolution": "Time of deformable convolutions as a multiple of the plain convolution's, for each library",
     "attention_aggregation": "Time of other implementations of attention and aggregation as a multiple of deformkit's",
@@ -263,6 +310,8 @@ OPERATORS = {
     "splat": "deform_splat",
 }
 """The sections that compare one operator with others."""
+
+SECTION_OF = {operator: section for section, operator in OPERATORS.items()}
 
 SECTIONS = {
     "conv": ("Deformable convolution against others", partial(against, "deform_conv")),
@@ -303,11 +352,10 @@ def _table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     return "\n".join("| " + " | ".join(line) + " |" for line in [head, ["---"] * len(head), *rows])
 
 
-def load(directory: Path = RESULTS) -> list[dict[str, Any]]:
-    """The results that are sections of this page; other programs have their results in the same folder."""
-    return [json.loads(path.read_text()) for path in sorted(directory.glob("*.json")) if path.stem in SECTIONS]
+def load(kernels: str = MAIN) -> dict[str, dict[str, Any]]:
+    """The results of each section, measured with kernels for this instruction set."""
+    return {path.stem: json.loads(path.read_text()) for path in sorted((RESULTS / kernels).glob("*.json"))}
 
 
 if __name__ == "__main__":
-    PAGE.write_text(page(load()))
-    print(PAGE.relative_to(HERE.parent))
+    write_pages()

@@ -1,27 +1,22 @@
-"""Shows which targets of ``targets.py`` the saved results meet: ``python benchmarks/verdict.py``."""
+"""Shows which targets of ``targets.py`` the saved results meet: ``python benchmarks/verdict.py [avx512|avx2]``."""
+
+import sys
 
 from collections.abc import Iterator
 from statistics import geometric_mean
 from typing import Any
 
 import targets
-from table import OURS, PASSES, PLAIN, _operator, _ratio, _timed, load
+from table import MAIN, OURS, PASSES, PLAIN, SECTION_OF, _timed, load, ratios_of
 
 
-def verdicts(documents: list[dict[str, Any]]) -> Iterator[tuple[str, float, float, bool]]:
+def verdicts(by_section: dict[str, dict[str, Any]]) -> Iterator[tuple[str, float, float, bool]]:
     """The description, the figure, the target, and whether it is met."""
-    rows = {document["section"]: document["rows"] for document in documents}
-    every = [row for name in ("conv", "attn", "aggregate", "roi") for row in rows.get(name, ())]
+    rows = {section: document["rows"] for section, document in by_section.items()}
     for table in targets.TABLES:
         for name, pair in table.targets.items():
             for what, aim in zip(PASSES, pair, strict=True):
-                ratios = [
-                    _ratio(name, row["rivals"])
-                    for row in every
-                    if (_operator(row), row["pass"]) == (table.operator, what)
-                    and row["case"] in table.cases
-                    and _timed(name, row)
-                ]
+                ratios = ratios_of(rows.get(SECTION_OF[table.operator], ()), table, name, what)
                 if ratios:
                     mean = geometric_mean(ratios)
                     yield f"{table.title}, {what}: {name}", mean, aim, mean <= aim if name == PLAIN else mean >= aim
@@ -53,5 +48,5 @@ def verdicts(documents: list[dict[str, Any]]) -> Iterator[tuple[str, float, floa
 
 
 if __name__ == "__main__":
-    for what, figure, aim, met in verdicts(load()):
+    for what, figure, aim, met in verdicts(load(*sys.argv[1:])):
         print(f"{'met' if met else 'MISSED':7}{figure:<12.4g}{aim:<12.4g}{what}")

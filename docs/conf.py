@@ -73,7 +73,7 @@ def draw(app):
     import _figures
     import _start
 
-    results, output = DOCS.parent / "benchmarks/results", DOCS / "_generated"
+    results, output = DOCS.parent / "benchmarks/results/avx512", DOCS / "_generated"
     _charts.draw(results, output / "charts")
     _start.draw(results, output / "charts")
     _cost.draw(results, output / "cost.md")
