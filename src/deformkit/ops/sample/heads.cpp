@@ -7,11 +7,14 @@
 namespace deformkit {
 namespace {
 
-// Measured by `python benchmarks/run.py attn aggregate` with other values in their place:
+// Measured by `python benchmarks/run.py attn aggregate` with other values in their place, and those of positions with
+// other numbers of queries as well:
 constexpr int64_t plane_bytes = 16 * mib;  // of a head's field that a thread lays out: twice that with its gradient
 constexpr int64_t joined_bytes = 4 * mib;  // of levels that share an item of work, so that they stay in the caches
 constexpr int64_t far_bytes = 2 * mib;     // of a span that is far in the backward pass, which uses two of them
-constexpr int64_t seldom = 2;              // positions to a sample up to which a field is laid out
+// Positions to a sample up to which a field is laid out; with a gradient in place that needs a conversion, up to twice
+// as many.
+constexpr int64_t seldom = 1, seldom_converted = 2;
 
 // A row that is laid out is so wide that registers divide it.
 int64_t padded(int64_t channels) {
@@ -377,8 +380,8 @@ std::tuple<Tensor, Tensor, Tensor> attend_backward(Heads<N> call, const Tensor& 
   STD_TORCH_CHECK(sizes_of(grad_output) == call.output_shape && grad_output.scalar_type() == value.scalar_type(),
                   "grad_output must have the output's shape and dtype");
   const Tensor grad = contiguous(grad_output);
-  // Where sums have the value's dtype, the gradient in place needs no conversion: that pays a little longer.
-  const Spans spans = spans_of(call, sum_dtype(value.scalar_type()) == value.scalar_type() ? 1 : seldom);
+  const bool converts = sum_dtype(value.scalar_type()) != value.scalar_type();
+  const Spans spans = spans_of(call, converts ? seldom_converted : seldom);
 
   const bool adds = output_mask[0] && !spans.in_place.empty();
   const ScalarType dtype = adds ? grad_dtype(call) : value.scalar_type();
