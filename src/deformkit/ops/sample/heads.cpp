@@ -12,9 +12,11 @@ namespace {
 constexpr int64_t plane_bytes = 16 * mib;  // of a head's field that a thread lays out: twice that with its gradient
 constexpr int64_t joined_bytes = 4 * mib;  // of levels that share an item of work, so that they stay in the caches
 constexpr int64_t far_bytes = 2 * mib;     // of a span that is far in the backward pass, which uses two of them
-// Positions to a sample up to which a field is laid out; with a gradient in place that needs a conversion, up to twice
-// as many.
-constexpr int64_t seldom = 1, seldom_converted = 2;
+// Positions to a sample up to which a field is laid out. In place, an element in half precision is converted whenever
+// it is read, and its gradient at the end.
+int64_t seldom(ScalarType dtype) {
+  return sum_dtype(dtype) == dtype ? 1 : 2;
+}
 
 // A row that is laid out is so wide that registers divide it.
 int64_t padded(int64_t channels) {
@@ -364,7 +366,7 @@ template <int N>
 Tensor attend(const Heads<N>& call, const Tensor& value) {
   const Tensor output = new_result(value, call.output_shape);
   // Where samples and heads are few, the items are runs of queries, in place: that changes no bit of a sum.
-  const bool laid_out = is_laid_out(call, whole(call), seldom) && call.batch * call.heads >= 8;
+  const bool laid_out = is_laid_out(call, whole(call), seldom(value.scalar_type())) && call.batch * call.heads >= 8;
   const bool wide = is_wide(call, laid_out ? padded(call.channels) : call.value.position_stride);
   dispatch_held(laid_out, value.scalar_type(), [&]<template <typename> typename kHeld, typename T>() {
     dispatch_index(wide, [&]<typename Index>() { attend<kHeld, T, N, Index>(call, Sink(output)); });
@@ -380,8 +382,7 @@ std::tuple<Tensor, Tensor, Tensor> attend_backward(Heads<N> call, const Tensor& 
   STD_TORCH_CHECK(sizes_of(grad_output) == call.output_shape && grad_output.scalar_type() == value.scalar_type(),
                   "grad_output must have the output's shape and dtype");
   const Tensor grad = contiguous(grad_output);
-  const bool converts = sum_dtype(value.scalar_type()) != value.scalar_type();
-  const Spans spans = spans_of(call, converts ? seldom_converted : seldom);
+  const Spans spans = spans_of(call, seldom(value.scalar_type()));
 
   const bool adds = output_mask[0] && !spans.in_place.empty();
   const ScalarType dtype = adds ? grad_dtype(call) : value.scalar_type();
