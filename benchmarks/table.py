@@ -51,9 +51,7 @@ def page(kernels: str) -> str:
 def summary(results: Mapping[str, Mapping[str, dict[str, Any]]]) -> Iterator[str]:
     """The means of the tables that have a target, beside the libraries that the target names."""
     lines = []
-    for table, rival in ((table, rival) for table in targets.TABLES for rival in table.targets):
-        if rival in DEFINITION:
-            continue
+    for table, rival in [(each, name) for each in targets.TABLES for name in each.targets if name not in DEFINITION]:
         cells = []
         for by_section, what in product(results.values(), PASSES):
             document = by_section.get(SECTION_OF[table.operator], {"rows": ()})
@@ -290,7 +288,7 @@ calls are in `benchmarks/results`; `benchmarks/README.md` explains how to repeat
   `og8`: 8 offset groups; `L1024`: length 1024). The tables give the full shapes."""
 
 ABOUT_OTHER = """\
-These are the tables of [Performance](benchmarks.md), which explains them, for a processor that has AVX2 but not AVX-512."""
+These are the tables of [Performance](benchmarks.md), which explains them, for a processor with AVX2 and no AVX-512."""
 
 CHARTS = {
     "convolution": "Time of deformable convolutions as a multiple of the plain convolution's, for each library",

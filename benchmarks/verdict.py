@@ -1,13 +1,12 @@
 """Shows which targets of ``targets.py`` the saved results meet: ``python benchmarks/verdict.py [avx512|avx2]``."""
 
 import sys
-
 from collections.abc import Iterator
 from statistics import geometric_mean
 from typing import Any
 
 import targets
-from table import MAIN, OURS, PASSES, PLAIN, SECTION_OF, _timed, load, ratios_of
+from table import OURS, PASSES, PLAIN, SECTION_OF, _timed, load, ratios_of
 
 
 def verdicts(by_section: dict[str, dict[str, Any]]) -> Iterator[tuple[str, float, float, bool]]:

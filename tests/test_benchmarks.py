@@ -82,7 +82,9 @@ def test_models(name: str) -> None:
 
 
 def test_tables_are_those_of_the_results() -> None:
-    program = "import table; assert all(table.page(kernels) == page.read_text() for kernels, page in table.PAGES.items())"
+    program = (
+        "import table; assert all(table.page(kernels) == page.read_text() for kernels, page in table.PAGES.items())"
+    )
     done = subprocess.run([sys.executable, "-c", program], cwd=BENCHMARKS, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
 
