@@ -50,16 +50,21 @@ def page(kernels: str) -> str:
 
 def summary(results: Mapping[str, Mapping[str, dict[str, Any]]]) -> Iterator[str]:
     """The means of the tables that have a target, beside the libraries that the target names."""
-    lines = []
-    for table, rival in [(each, name) for each in targets.TABLES for name in each.targets if name not in DEFINITION]:
-        cells = []
-        for by_section, what in product(results.values(), PASSES):
-            document = by_section.get(SECTION_OF[table.operator], {"rows": ()})
-            ratios = ratios_of(document["rows"], table, rival, what)
-            cells.append(f"{geometric_mean(ratios):.2f}x" if ratios else "")
-        lines.append([table.title, f"`{rival}`", *cells])
-    yield "The geometric mean of each table. With backward is forward and backward together."
-    yield _table(["", "beside", *(f"{TITLES[k]}{also}" for k in results for also in ("", ", with backward"))], lines)
+    named = [(table, rival) for table in targets.TABLES for rival in table.targets if rival not in DEFINITION]
+    columns = [(kernels, what) for kernels in results for what in PASSES]
+    head = [f"{TITLES[kernels]}, {what}" for kernels, what in columns]
+
+    def mean(table: targets.Table, rival: str, kernels: str, what: str) -> str:
+        document = results[kernels].get(SECTION_OF[table.operator], {"rows": ()})
+        ratios = ratios_of(document["rows"], table, rival, what)
+        return f"{geometric_mean(ratios):.2f}x" if ratios else ""
+
+    yield "These are geometric means of the tables below. The time of a convolution as a multiple of the plain one's:"
+    plain = [[table.title, *(mean(table, PLAIN, *column) for column in columns)] for table, r in named if r == PLAIN]
+    yield _table(["", *head], plain)
+    yield "How many times faster deformkit is than another library:"
+    others = [[t.title, f"`{r}`", *(mean(t, r, *column) for column in columns)] for t, r in named if r != PLAIN]
+    yield _table(["", "than", *head], others)
 
 
 def ratios_of(rows: Iterable[dict[str, Any]], table: targets.Table, rival: str, what: str) -> list[float]:
