@@ -40,8 +40,6 @@ def page(kernels: str) -> str:
     else:
         parts = [f"# Performance on {TITLES[kernels]}", ABOUT_OTHER]
     parts += ["## Where we lose", *losses(by_section), "## Tables"]
-    if kernels == MAIN:
-        parts.append(f"These are for {TITLES[MAIN]}; [another page](benchmarks_avx2.md) has those for {TITLES[OTHER]}.")
     for name, (title, _) in SECTIONS.items():
         if name in by_section:
             parts += [f"### {title}", *map(_folded, section(by_section[name]))]
@@ -59,7 +57,11 @@ def summary(results: Mapping[str, Mapping[str, dict[str, Any]]]) -> Iterator[str
         ratios = ratios_of(document["rows"], table, rival, what)
         return f"{geometric_mean(ratios):.2f}x" if ratios else ""
 
-    yield "These are geometric means of the tables below. The time of a convolution as a multiple of the plain one's:"
+    yield (
+        f"Each figure is the geometric mean of a table: one below for {TITLES[MAIN]}, and one of "
+        f"[another page]({PAGES[OTHER].name}) for {TITLES[OTHER]}."
+    )
+    yield "The time of a convolution as a multiple of the plain one's:"
     plain = [[table.title, *(mean(table, PLAIN, *column) for column in columns)] for table, r in named if r == PLAIN]
     yield _table(["", *head], plain)
     yield "How many times faster deformkit is than another library:"
@@ -355,7 +357,7 @@ def _table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     return "\n".join("| " + " | ".join(line) + " |" for line in [head, ["---"] * len(head), *rows])
 
 
-def load(kernels: str = MAIN) -> dict[str, dict[str, Any]]:
+def load(kernels: str) -> dict[str, dict[str, Any]]:
     """The results of each section, measured with kernels for this instruction set."""
     return {path.stem: json.loads(path.read_text()) for path in sorted((RESULTS / kernels).glob("*.json"))}
 

@@ -1,12 +1,12 @@
 """Shows which targets of ``targets.py`` the saved results meet: ``python benchmarks/verdict.py [avx512|avx2]``."""
 
-import sys
+import argparse
 from collections.abc import Iterator
 from statistics import geometric_mean
 from typing import Any
 
 import targets
-from table import OURS, PASSES, PLAIN, SECTION_OF, _timed, load, ratios_of
+from table import MAIN, OURS, PAGES, PASSES, PLAIN, SECTION_OF, _timed, load, ratios_of
 
 
 def verdicts(by_section: dict[str, dict[str, Any]]) -> Iterator[tuple[str, float, float, bool]]:
@@ -47,5 +47,7 @@ def verdicts(by_section: dict[str, dict[str, Any]]) -> Iterator[tuple[str, float
 
 
 if __name__ == "__main__":
-    for what, figure, aim, met in verdicts(load(*sys.argv[1:])):
+    parser = argparse.ArgumentParser(description="The targets, and which of them the saved results meet.")
+    parser.add_argument("kernels", nargs="?", choices=list(PAGES), default=MAIN, help=f"default: {MAIN}")
+    for what, figure, aim, met in verdicts(load(parser.parse_args().kernels)):
         print(f"{'met' if met else 'MISSED':7}{figure:<12.4g}{aim:<12.4g}{what}")
