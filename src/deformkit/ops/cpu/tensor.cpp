@@ -1,4 +1,4 @@
-// Copies of tensors. They are divided among threads by shape, as all work is.
+// Copies of tensors, which are divided among threads by shape, as all work is; and runs of elements of any dtype.
 #include "cpu/tensor.h"
 
 #include <algorithm>
@@ -142,5 +142,36 @@ Tensor zeros_like(const Tensor& like, ScalarType dtype) {
   set_to_zero(result);
   return result;
 }
+
+template <typename A>
+void read_run(const Map& map, int64_t batch, int64_t channel, int64_t position, int64_t count, A* out) {
+  dispatch_dtype(map.dtype(), [&]<typename T>() {
+    const T* source = map.at<T>(batch, channel, position);
+    const int64_t stride = map.position_stride;
+    if (stride == 1) {
+      load_run(source, count, out);
+    } else {
+      for (int64_t i = 0; i < count; ++i) out[i] = load<A>(source[i * stride]);
+    }
+  });
+}
+
+template <typename A>
+void Sink::write(int64_t at, const A* values, int64_t count, bool add) const {
+  dispatch_dtype(dtype_, [&]<typename T>() {
+    T* out = static_cast<T*>(data_) + at;
+    if (add) {
+      for (int64_t i = 0; i < count; ++i) out[i] = store<T>(load<A>(out[i]) + values[i]);
+    } else {
+      store_run(values, count, out);
+    }
+  });
+}
+
+#define DEFORMKIT_INSTANTIATE(A)                                              \
+  template void read_run(const Map&, int64_t, int64_t, int64_t, int64_t, A*); \
+  template void Sink::write(int64_t, const A*, int64_t, bool) const;
+DEFORMKIT_INSTANTIATE(float)
+DEFORMKIT_INSTANTIATE(double)
 
 }  // namespace deformkit

@@ -220,17 +220,7 @@ class Map {
 
 // `count` elements of a Map of any dtype, as A.
 template <typename A>
-void read_run(const Map& map, int64_t batch, int64_t channel, int64_t position, int64_t count, A* out) {
-  dispatch_dtype(map.dtype(), [&]<typename T>() {
-    const T* source = map.at<T>(batch, channel, position);
-    const int64_t stride = map.position_stride;
-    if (stride == 1) {
-      for (int64_t i = 0; i < count; ++i) out[i] = load<A>(source[i]);
-    } else {
-      for (int64_t i = 0; i < count; ++i) out[i] = load<A>(source[i * stride]);
-    }
-  });
-}
+void read_run(const Map& map, int64_t batch, int64_t channel, int64_t position, int64_t count, A* out);
 
 // Prefetches a run that is read later. Such functions are always inlined: GCC 12 takes one that does nothing but
 // prefetch for one without any effect, and leaves out its calls.
@@ -259,16 +249,7 @@ class Sink {
 
   // Stores `count` values from element `at` on, or adds them if `add`.
   template <typename A>
-  void write(int64_t at, const A* values, int64_t count, bool add = false) const {
-    dispatch_dtype(dtype_, [&]<typename T>() {
-      T* out = static_cast<T*>(data_) + at;
-      if (add) {
-        for (int64_t i = 0; i < count; ++i) out[i] = store<T>(load<A>(out[i]) + values[i]);
-      } else {
-        for (int64_t i = 0; i < count; ++i) out[i] = store<T>(values[i]);
-      }
-    });
-  }
+  void write(int64_t at, const A* values, int64_t count, bool add = false) const;
 
   template <typename T>
   T* data() const {

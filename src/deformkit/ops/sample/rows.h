@@ -1,4 +1,4 @@
-// Rows of a tensor of any dtype, which start a fixed pitch apart, to and from rows of sums.
+// Rows of sums, to and from tensors of any dtype that hold them a fixed pitch apart, or turned: as planes.
 #pragma once
 
 #include <algorithm>
@@ -46,28 +46,21 @@ __attribute__((always_inline)) inline void ask_for_row(const T* row, int64_t wid
 // left of those.
 template <typename A>
 void read_rows(const Tensor& tensor, int64_t at, int64_t pitch, int64_t rows, int64_t width, A* values,
-               int64_t own_pitch) {
-  dispatch_dtype(tensor.scalar_type(), [&]<typename T>() {
-    const T* source = static_cast<const T*>(tensor.data_ptr()) + at;
-    for (int64_t r = 0; r < rows; ++r, source += pitch, values += own_pitch) {
-      ask_for_row(source + rows_ahead * pitch, width);
-      load_run(source, width, values);
-      std::fill(values + width, values + own_pitch, A(0));
-    }
-  });
-}
+               int64_t own_pitch);
 
 // The reverse.
 template <typename A>
 void write_rows(const Sink& out, int64_t at, int64_t pitch, const A* values, int64_t own_pitch, int64_t rows,
-                int64_t width) {
-  dispatch_dtype(out.dtype(), [&]<typename T>() {
-    T* to = out.data<T>() + at;
-    for (int64_t r = 0; r < rows; ++r, to += pitch, values += own_pitch) {
-      ask_for_row<true>(to + rows_ahead * pitch, width);
-      store_run(values, width, to);
-    }
-  });
-}
+                int64_t width);
+
+// Rows of `channels` elements for `points` positions of some planes, from position `from` on.
+template <typename A>
+void read_turned(const Map& field, int64_t batch, int64_t channel, int64_t channels, int64_t from, int64_t points,
+                 A* rows);
+
+// The reverse: rows of `channels` elements, `pitch` apart, to planes, `plane` apart, of a tensor from element `at` on.
+template <typename A>
+void write_turned(const A* rows, int64_t pitch, int64_t points, int64_t channels, const Sink& out, int64_t at,
+                  int64_t plane, bool add);
 
 }  // namespace deformkit
