@@ -63,14 +63,14 @@ def build_wheel(
     wheel_directory: str, config_settings: Settings | None = None, metadata_directory: str | None = None
 ) -> str:
     """Compile the kernels and pack the wheel."""
-    return _build(_backend.build_wheel, wheel_directory, config_settings, metadata_directory)
+    return _build(_backend.build_wheel, "all", wheel_directory, config_settings, metadata_directory)
 
 
 def build_editable(
     wheel_directory: str, config_settings: Settings | None = None, metadata_directory: str | None = None
 ) -> str:
-    """Compile the kernels and pack a wheel that refers to the sources."""
-    return _build(_backend.build_editable, wheel_directory, config_settings, metadata_directory)
+    """Compile the kernels that this processor runs and pack a wheel that refers to the sources, which stay here."""
+    return _build(_backend.build_editable, "native", wheel_directory, config_settings, metadata_directory)
 
 
 def find_torch() -> Path | None:
@@ -125,6 +125,7 @@ def _plain(config_settings: Settings | None) -> dict[str, Any]:
 
 def _build(
     build: Callable[[str, dict[str, Any], str | None], str],
+    isas: str,
     wheel_directory: str,
     config_settings: Settings | None,
     metadata_directory: str | None,
@@ -137,6 +138,7 @@ def _build(
             f"{sys.executable} has no such torch. Install one first (pip install torch), then deformkit."
         )
     settings["cmake.define.DEFORMKIT_TORCH"] = Path(torch).as_posix()
+    settings.setdefault("cmake.define.DEFORMKIT_ISAS", isas)
     folder = settings.setdefault("build-dir", _build_directory(str(torch)))
     with _progress(Path(folder)):
         return build(wheel_directory, settings, metadata_directory)

@@ -1,6 +1,7 @@
 """Building from source: compilers, headers of the oldest torch, and messages about missing tools."""
 
 import os
+import platform
 import shutil
 import subprocess
 import sys
@@ -12,6 +13,9 @@ import torch
 ROOT = Path(__file__).parent.parent
 PACKAGING = ROOT / "packaging"
 SOURCES = sorted(path for folder in ("ops", "hosts") for path in (ROOT / "src/deformkit" / folder).glob("**/*.cpp"))
+# An editable install leaves out the instruction sets that its processor does not run: the widest is compiled here.
+WIDEST = ["-mavx512f", "-mavx512dq", "-mavx512bw", "-mavx512vl", "-mfma", "-mf16c"]
+IS_X86 = platform.machine().lower() in ("x86_64", "amd64")
 COMPILER = os.environ.get("CXX") or shutil.which("c++") or shutil.which("g++") or shutil.which("clang++")
 
 
@@ -34,7 +38,8 @@ def test_sources_compile_against_the_oldest_torch(source: Path, oldest_torch: Pa
     folders = [f"-I{ROOT / 'src/deformkit'}", f"-I{ROOT / 'src/deformkit/ops'}", "-isystem", f"{oldest_torch}/include"]
     subprocess.run([sys.executable, PACKAGING / "schemas.py", tmp_path / "schemas.inc"], check=True)
     folders.append(f"-I{tmp_path}")
-    command = [COMPILER, "-std=c++20", "-fsyntax-only", "-Wno-psabi", *definitions, *folders, str(source)]
+    command = [COMPILER, "-std=c++20", "-fsyntax-only", "-Wall", "-Wextra", "-Werror", "-Wno-psabi", *definitions]
+    command += [*(WIDEST if IS_X86 else []), *folders, str(source)]
     done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
 
@@ -103,6 +108,16 @@ def test_a_torch_that_is_too_old_is_named(tmp_path: Path) -> None:
     assert f"deformkit needs torch >= 2.10; {tmp_path / 'torch'} is torch 2.9.1" in words(done.stderr)
 
 
+@pytest.mark.skipif(not IS_X86, reason="instruction sets of x86")
+def test_instruction_sets_that_are_compiled_for(tmp_path: Path) -> None:
+    capability = torch.backends.cpu.get_cpu_capability()
+    native = {"DEFAULT": "baseline", "AVX2": "avx2;baseline", "AVX512": "avx512;avx2;baseline"}[capability]
+    for asked, expected in [("all", "baseline;avx2;avx512"), ("native", native), ("avx2", "avx2"), ("native", native)]:
+        done = configure(tmp_path, f"-DDEFORMKIT_ISAS={asked}", f"-DPython_EXECUTABLE={sys.executable}")
+        assert done.returncode == 0, done.stderr
+        assert f"-- instruction sets: {expected}\n" in done.stdout
+
+
 def backend(program: str, *options: str, **environment: str) -> subprocess.CompletedProcess[str]:
     """Run ``program`` in an interpreter in which the build backend can be imported."""
     command = [sys.executable, *options, "-c", f"import sys; sys.path.insert(0, {str(PACKAGING)!r})\n{program}"]
@@ -168,6 +183,18 @@ def test_a_torch_without_headers_or_too_old_is_not_used(tmp_path: Path) -> None:
     header.unlink()
     program = f"from pathlib import Path; print(deformkit_build._will_do(Path({str(tmp_path)!r})))"
     assert [*answers, backend(STUB + program).stdout.strip()] == ["False", "True", "False"]
+
+
+def test_an_editable_install_compiles_for_this_processor_and_a_wheel_for_all() -> None:
+    build = "build = lambda folder, settings, metadata: print(settings['cmake.define.DEFORMKIT_ISAS'])\n"
+    asked = "{'build-dir': 'none', 'cmake.define.DEFORMKIT_ISAS': 'avx2'}"
+    program = STUB + build + "core.build.build_wheel = core.build.build_editable = build\n"
+    for kind in ("wheel", "editable"):
+        program += (
+            f"deformkit_build.build_{kind}('', {{'build-dir': 'none'}})\ndeformkit_build.build_{kind}('', {asked})\n"
+        )
+    said = [line for line in backend(program).stdout.splitlines() if not line.startswith("deformkit: ")]
+    assert said == ["all", "avx2", "native", "avx2"]
 
 
 def test_each_environment_builds_in_a_folder_of_its_own() -> None:

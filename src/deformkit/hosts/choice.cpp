@@ -1,7 +1,8 @@
 #include "hosts/choice.h"
 
 #include <cstdlib>
-#include <vector>
+
+#include "hosts/isas.h"
 
 #ifdef _WIN32
 #define NOMINMAX
@@ -26,24 +27,6 @@ __asm__(".symver dladdr,dladdr@" DEFORMKIT_OLDEST_GLIBC);
 
 namespace deformkit {
 namespace {
-
-// Best first. A processor supports its own instruction set and all that follow it.
-struct Isa {
-  const char* name;
-  bool supported;
-};
-
-std::vector<Isa> isas() {
-#if defined(__x86_64__)
-  __builtin_cpu_init();
-  const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
-  const bool avx512 = avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512dq") &&
-                      __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512vl");
-  return {{"avx512", avx512}, {"avx2", avx2}, {"baseline", true}};
-#else
-  return {{"avx512", false}, {"avx2", false}, {"baseline", true}};
-#endif
-}
 
 // The best instruction set that torch's own variable allows, as an index of isas(); none means no limit.
 size_t first_allowed() {
@@ -131,10 +114,10 @@ Choice choose() {
   for (const Isa& each : isas()) {
     const std::string name = "deformkit_" + std::string(each.name) + ".so", path = folder + name;
     std::string reason;
-    if (!exists(path)) {
-      reason = "no " + name + " beside " + self.substr(start) + ": it was not built";
-    } else if (!each.supported) {
+    if (!each.supported) {
       reason = "this processor does not support it";
+    } else if (!exists(path)) {
+      reason = "no " + name + " beside " + self.substr(start) + ": it was not built";
     } else if (index < allowed) {
       reason = "ATEN_CPU_CAPABILITY excludes it";
     } else if (choice.kernels) {
