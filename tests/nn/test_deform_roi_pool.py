@@ -199,8 +199,7 @@ def test_autocast(axes: int, half: torch.dtype) -> None:
     assert grad is not None and grad.dtype == torch.float32 and grad.any()
 
 
-@pytest.mark.parametrize("ratio", [0, 2])
-@pytest.mark.parametrize("dynamic", [False, True])
+@pytest.mark.parametrize(("ratio", "dynamic"), [(0, True), (2, False)])
 def test_compile(axes: int, ratio: int, dynamic: bool) -> None:
     torch._dynamo.reset()
     model = packed(axes, modulated=True, sampling_ratio=ratio)
