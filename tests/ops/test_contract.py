@@ -84,7 +84,7 @@ def test_opcheck_double_backward(call: Call) -> None:
     args = call.backward_arguments(call.arguments())
     for i in (0, *(1 + p for p in call.positions(args[1:]))):
         args[i].requires_grad_()
-    # The operations of the second derivative come from the references, and those of one see no more of a symbol.
+    # One operator stands for all where sizes are symbols: second derivatives are made of the same operations.
     opcheck(call.backward_operator.overload, args, dynamic=call.operator.name == "deform_sample")
 
 
