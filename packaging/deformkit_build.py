@@ -176,7 +176,7 @@ def _progress(folder: Path) -> Iterator[None]:
                 say(f"{count}, {time.time() - start:.0f} s")
 
     watcher = threading.Thread(target=watch, daemon=True)
-    say("compiling the kernels, which takes two to five minutes on two cores when nothing is compiled yet")
+    say("compiling the kernels, which takes several minutes on two cores when nothing is compiled yet")
     watcher.start()
     try:
         yield

@@ -9,6 +9,9 @@ from pathlib import Path
 
 import pytest
 import torch
+from rooms import needs_kernels
+
+from deformkit._kernels import ISAS, selection
 
 ROOT = Path(__file__).parent.parent
 PACKAGING = ROOT / "packaging"
@@ -108,13 +111,11 @@ def test_a_torch_that_is_too_old_is_named(tmp_path: Path) -> None:
     assert f"deformkit needs torch >= 2.10; {tmp_path / 'torch'} is torch 2.9.1" in words(done.stderr)
 
 
-@pytest.mark.skipif(
-    not IS_X86 or "ATEN_CPU_CAPABILITY" in os.environ, reason="all instruction sets of an x86 processor"
-)
+@needs_kernels
 def test_instruction_sets_that_are_compiled_for(tmp_path: Path) -> None:
-    capability = torch.backends.cpu.get_cpu_capability()
-    native = {"DEFAULT": "baseline", "AVX2": "avx2;baseline", "AVX512": "avx512;avx2;baseline"}[capability]
-    for asked, expected in [("all", "baseline;avx2;avx512"), ("native", native), ("avx2", "avx2"), ("native", native)]:
+    everything = "baseline;avx2;avx512" if IS_X86 else "baseline"
+    native = ";".join(isa for isa in ISAS if selection.reasons.get(isa) != "this processor does not support it")
+    for asked, expected in [("all", everything), ("native", native), ("avx2", "avx2"), ("native", native)]:
         done = configure(tmp_path, f"-DDEFORMKIT_ISAS={asked}", f"-DPython_EXECUTABLE={sys.executable}")
         assert done.returncode == 0, done.stderr
         assert f"-- instruction sets: {expected}\n" in done.stdout

@@ -140,8 +140,9 @@ def main() -> None:
     if ranks == 4:
         checks["two axes"] = partial(check_two_axes, init_device_mesh("cpu", (2, 2)))
     for case in cases():
+        # The rules of lines divide by two what those of planes and volumes divide.
         if ranks == 2 and case.axes != 1:
-            continue  # A share between two others is met on four ranks alone.
+            continue
         op = operators[operator(case)]
         args = op.ordered(case.arguments(torch.float64))
         for rule, is_kept in rules(op, args, ranks):

@@ -116,7 +116,7 @@ def test_compiled_transforms(call: Call) -> None:
         def along(*values: Tensor) -> Any:
             return torch.func.jvp(loss, values, directions)
 
-        def per_sample(*values: Tensor) -> Any:
+        def per_sample(*values: Tensor) -> Any:  # which compiles the gradient, too
             return torch.func.vmap(gradient)(*(torch.stack([v, 2 * v]) for v in values))
 
         return {"jvp": along, "per sample": per_sample}

@@ -3,8 +3,8 @@
 
 #include <algorithm>
 
+#include "cpu/lanes.h"
 #include "cpu/parallel.h"
-#include "sample/rows.h"
 
 namespace deformkit {
 namespace {
@@ -112,13 +112,11 @@ void write_rounded(const Tensor& sums, const Tensor& result) {
   const Sink out(result);
   each(ceil_div(sums.numel(), piece), [&](int64_t item) {
     const int64_t begin = item * piece, count = std::min(piece, sums.numel() - begin);
-    dispatch_dtype(result.scalar_type(), [&]<typename T>() {
-      if (sums.scalar_type() == ScalarType::Double) {
-        store_run(static_cast<const double*>(sums.data_ptr()) + begin, count, out.data<T>() + begin);
-      } else {
-        store_run(static_cast<const float*>(sums.data_ptr()) + begin, count, out.data<T>() + begin);
-      }
-    });
+    if (sums.scalar_type() == ScalarType::Double) {
+      out.write(begin, static_cast<const double*>(sums.data_ptr()) + begin, count);
+    } else {
+      out.write(begin, static_cast<const float*>(sums.data_ptr()) + begin, count);
+    }
   });
 }
 

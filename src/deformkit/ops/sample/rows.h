@@ -7,30 +7,6 @@
 
 namespace deformkit {
 
-// to[0 ... count) = from[0 ... count), as A.
-template <typename A, typename T>
-inline void load_run(const T* from, int64_t count, A* to) {
-  constexpr int lanes = register_bytes / static_cast<int>(sizeof(A));
-  typedef typename Lanes<A, lanes>::type V;
-  typedef typename Lanes<A, lanes / 2>::type Short;
-  int64_t i = 0;
-  for (; i + lanes <= count; i += lanes) write_lanes(to + i, load_lanes<V>(from + i));
-  if (i + lanes / 2 <= count) write_lanes(to + i, load_lanes<Short>(from + i)), i += lanes / 2;
-  for (; i < count; ++i) to[i] = load<A>(from[i]);
-}
-
-// The reverse, rounded to T.
-template <typename T, typename A>
-inline void store_run(const A* from, int64_t count, T* to) {
-  constexpr int lanes = register_bytes / static_cast<int>(sizeof(A));
-  typedef typename Lanes<A, lanes>::type V;
-  typedef typename Lanes<A, lanes / 2>::type Short;
-  int64_t i = 0;
-  for (; i + lanes <= count; i += lanes) store_lanes(to + i, read_lanes<V>(from + i));
-  if (i + lanes / 2 <= count) store_lanes(to + i, read_lanes<Short>(from + i)), i += lanes / 2;
-  for (; i < count; ++i) to[i] = store<T>(from[i]);
-}
-
 // Rows far apart escape the hardware's prefetching; so do those that the caller will ask for next.
 constexpr int64_t rows_ahead = 16;
 template <typename T>
