@@ -22,12 +22,12 @@ def aggregate_views(value: Tensor, sizes: SpatialShapes, points: Tensor, weights
     Returns:
         ``[B, Q, G*D]``.
     """
-    seen = ((points > 0) & (points < 1)).all(-1).transpose(2, 3)[:, :, :, None, :, None]
     # To [B, Q, G, V*scales, P].
-    weights = (weights * seen).permute(0, 1, 5, 2, 3, 4).flatten(3, 4).to(value.dtype)
-    # A camera may see a key point at infinity, or nowhere: such a point is not read. Negative locations would look like
-    # those of grid_sample, of which ms_deform_attn warns.
-    inside = points.transpose(2, 3).masked_fill(~seen[:, :, :, 0], 2.0)
+    weights = weights.permute(0, 1, 5, 2, 3, 4).flatten(3, 4).to(value.dtype)
+    # A camera may see a key point at infinity, or nowhere: such a point is not read. Neither is one with a coordinate
+    # of 2, which lies outside of a map of any size. Negative locations would look like those of grid_sample, of which
+    # ms_deform_attn warns.
+    inside = points.where((points > 0) & (points < 1), 2.0).transpose(2, 3)
     scales = len(sizes) // points.shape[3]
     locations = inside.unsqueeze(3).expand(-1, -1, -1, scales, -1, -1).flatten(2, 3).unsqueeze(2)
     return ms_deform_attn(value, sizes, locations, weights)
