@@ -1,8 +1,7 @@
 """The cost of a small call beyond its kernel.
 
 The kernel is the operator as the dispatcher calls it below autograd, without Python in between except torch's parsing
-of the arguments. The public function includes checks, autograd, and in the last row the backward pass. All runs use one
-thread: such small calls gain nothing from a second one, and the cost of waking it is not of interest.
+of the arguments. The public function includes checks, autograd, and in the last row the backward pass.
 """
 
 from collections.abc import Callable, Collection, Iterable, Iterator
@@ -18,8 +17,6 @@ from deformkit.ops._library import operators
 
 
 def rows(cases: Iterable[Any], names: Collection[str], seconds: float) -> Iterator[dict[str, Any]]:
-    default = torch.get_num_threads()
-    torch.set_num_threads(1)
     for case in cases:
         forward, backward = operators[operator(case)], operators[f"{operator(case)}_backward"]
         calls = {}
@@ -44,7 +41,6 @@ def rows(cases: Iterable[Any], names: Collection[str], seconds: float) -> Iterat
             times = {name: timing.median for name, timing in timings.items()}
             over = times[OURS] - times["kernel"]
             yield {**about(case), "pass": what, "times": times, "overhead": over}
-    torch.set_num_threads(default)
 
 
 def _below_autograd(kernels: Iterable[Callable[[], object]]) -> None:

@@ -5,7 +5,8 @@ from collections.abc import Iterator
 import pytest
 import torch
 
-from deformkit.ops import _suspect
+# Before the kernels are loaded: tests of threads make small calls.
+os.environ["DEFORMKIT_SPREAD_SMALL_CALLS"] = "1"
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -44,6 +45,8 @@ def _reproducible() -> Iterator[None]:
     In deterministic mode every ``empty`` of torch is filled with NaN, also those that a kernel allocates in C++:
     an element that a kernel forgets to write, or reads before it has written it, shows in its result.
     """
+    from deformkit.ops import _suspect
+
     random.seed(0)
     torch.manual_seed(0)
     _suspect.given.clear()

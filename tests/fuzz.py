@@ -6,6 +6,7 @@ of the one that deformkit would load. After a failure ``--seed N --calls 1`` rep
 
 import argparse
 import importlib.util
+import os
 import random
 import sys
 import time
@@ -15,6 +16,9 @@ from pathlib import Path
 import random_calls
 import torch
 from torch import Tensor
+
+# Before the kernels are loaded: most calls are small, and threads would not meet in them.
+os.environ["DEFORMKIT_SPREAD_SMALL_CALLS"] = "1"
 
 
 def run_one(seed: int, compare: bool, refuse: bool = True) -> str:

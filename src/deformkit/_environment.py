@@ -10,7 +10,13 @@ from pathlib import Path
 
 from . import __version__
 
-_SPEAKING_VARIABLES = ("ATEN_CPU_CAPABILITY", "MKL_NUM_THREADS", "OMP_NUM_THREADS", "TRITON_INTERPRET")
+_SPEAKING_VARIABLES = (
+    "ATEN_CPU_CAPABILITY",
+    "DEFORMKIT_SPREAD_SMALL_CALLS",
+    "MKL_NUM_THREADS",
+    "OMP_NUM_THREADS",
+    "TRITON_INTERPRET",
+)
 
 
 def without_torch(error: BaseException) -> str:

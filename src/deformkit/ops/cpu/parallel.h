@@ -1,9 +1,11 @@
 // Work and memory inside a kernel.
 #pragma once
 
+#include <algorithm>
 #include <array>
 #include <atomic>
 #include <cstdio>
+#include <cstdlib>
 #include <exception>
 #include <memory>
 #include <new>
@@ -40,6 +42,31 @@ class Turns {
   std::atomic<bool> failed_{false};
 };
 
+// How much a call does, in elements that it reads and multiplies. One that does little, some 60 microseconds on one
+// thread, stays on the thread that makes it: the others may be asleep, or their processors busy, and then it would wait
+// for them a hundred times as long. From there on two idle threads are a fifth quicker than one: `python
+// benchmarks/run.py overhead` measures it. A test of what threads do sets the environment variable, or its small calls
+// would prove nothing.
+class Work {
+ public:
+  inline static const double little = std::getenv("DEFORMKIT_SPREAD_SMALL_CALLS") ? -1.0 : 3e5;
+
+  explicit Work(double elements) : before_(is_little_) { is_little_ = elements <= little; }
+  ~Work() { is_little_ = before_; }
+  Work(const Work&) = delete;
+  Work& operator=(const Work&) = delete;
+
+  // Of what is done in the innermost scope of this thread.
+  static bool is_little() { return is_little_; }
+
+ private:
+  inline static constinit thread_local bool is_little_ = false;
+  const bool before_;
+};
+
+// The work of setting an element to 0.
+constexpr double clearing = 0.125;
+
 // Runs f(scratch, 0) ... f(scratch, items - 1) on the host's threads, with one scratch = make() for each. What an item
 // computes must not depend on the thread: work is divided by shape, so that results are bit-identical for any number of
 // threads. The first exception ends the work, releases waiting threads, and is thrown again.
@@ -59,7 +86,8 @@ void each(int64_t items, const M& make, const F& f, Turns* turns = nullptr) {
       if (turns) turns->fail();
     }
   };
-  if (items > 0) current_host->parallel(items, [](void* data) { (*static_cast<decltype(work)*>(data))(); }, &work);
+  const int64_t most = Work::is_little() ? std::min<int64_t>(items, 1) : items;
+  if (most > 0) current_host->parallel(most, [](void* data) { (*static_cast<decltype(work)*>(data))(); }, &work);
   if (failure) std::rethrow_exception(failure);
 }
 

@@ -95,6 +95,7 @@ void copy(const Tensor& tensor, T* to) {
 Tensor contiguous(const Tensor& tensor) {
   if (tensor.is_contiguous()) return tensor;
   const Tensor result = new_scratch(tensor.sizes(), tensor.scalar_type());
+  const Work work(static_cast<double>(tensor.numel()));
   switch (tensor.element_size()) {
     case 2:
       copy(tensor, static_cast<uint16_t*>(result.data_ptr()));

@@ -45,6 +45,7 @@ Tensor deform_conv(const Tensor& input, const Tensor& offset, const Tensor& weig
     const Call<N> call({input, offset, weight, bias, stride, padding, dilation, mask, boundary}, input, offset, weight,
                        mask);
     const Problem<N>& problem = call.problem;
+    const Work work(problem.work());
     std::vector<int64_t> size{problem.batch, problem.out_channels};
     size.insert(size.end(), problem.out_size.begin(), problem.out_size.end());
     output = new_result(input, size);
@@ -88,6 +89,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> deform_conv_backward(
                         std::equal(problem.out_size.begin(), problem.out_size.end(), size.begin() + 2),
                     "grad_output must have the output's shape");
     STD_TORCH_CHECK(grad_output.scalar_type() == input.scalar_type(), "grad_output must have input's dtype");
+
+    const Work work(3 * problem.work() + clearing * static_cast<double>(input.numel()));
 
     // Where the gradient by the input is summed up depends on the call.
     const auto make = [&](int i, bool asked) { results[i] = empty_like(like[i] ? *like[i] : input, asked && like[i]); };

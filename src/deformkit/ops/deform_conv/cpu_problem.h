@@ -78,6 +78,12 @@ struct Problem {
     wide = reach >= (int64_t(1) << 29) || count<N>(size) >= (int64_t(1) << 30);
   }
 
+  // Products are the quickest part.
+  double work() const {
+    const double columns = static_cast<double>(batch * positions) * static_cast<double>(taps);
+    return work_of<N>(columns * static_cast<double>(offset_groups), channels_per_offset_group()) +
+           columns * static_cast<double>(group_channels) * static_cast<double>(out_channels) / 4;
+  }
   int64_t field() const { return count<N>(size); }
   int64_t channels_per_offset_group() const { return channels / offset_groups; }
   int64_t group_rows() const { return out_channels / groups; }

@@ -314,6 +314,7 @@ Tensor deform_roi_pool(const Tensor& input, const Tensor& rois, const std::optio
   Tensor output;
   dispatch_sums(input.scalar_type(), input.dim() - 2, [&]<typename A, int N>() {
     const Pooling<A, N> problem(input, rois, offset, output_size, spatial_scale, sampling_ratio, gamma, group_size);
+    const Work work(problem.work());
     std::vector<int64_t> shape{static_cast<int64_t>(problem.rois.size()), problem.channels};
     shape.insert(shape.end(), output_size.begin(), output_size.end());
     output = new_result(input, shape);
@@ -342,6 +343,7 @@ std::tuple<Tensor, Tensor> deform_roi_pool_backward(const Tensor& grad_output, c
     shape.insert(shape.end(), output_size.begin(), output_size.end());
     STD_TORCH_CHECK(sizes_of(grad_output) == shape && grad_output.scalar_type() == input.scalar_type(),
                     "grad_output must have the output's shape and input's dtype");
+    const Work work(3 * problem.work() + clearing * static_cast<double>(input.numel()));
     const bool by_input = output_mask[0], by_offset = output_mask[1] && offset;
     const std::vector<Slice> slices = slices_of(problem);
     grad_input = empty_like(input, by_input);

@@ -82,6 +82,12 @@ struct Pooling {
     return all;
   }
 
+  double work() const {
+    double samples = 0;
+    for (const Roi<A, N>& roi : rois) samples += static_cast<double>(roi.total);
+    return work_of<N>(samples * static_cast<double>(bins), channels);
+  }
+
   bool is_wide() const { return positions() >= int64_t(1) << 29; }
 
   // The corners of the samples in an image, no more than are worth a count.

@@ -23,6 +23,7 @@ Tensor deform_sample(const Tensor& input, const Tensor& points, int64_t boundary
   Tensor output;
   dispatch_sums(input.scalar_type(), input.dim() - 2, [&]<typename A, int N>() {
     const Problem<N> problem(input, points, boundary, mode);
+    const Work work(problem.work());
     output = new_result(input, problem.output_sizes);
     if (output.numel() == 0) return;
     const Map field(input);
@@ -45,6 +46,7 @@ std::tuple<Tensor, Tensor> deform_sample_backward(const Tensor& grad_output, con
   dispatch_sums(input.scalar_type(), input.dim() - 2, [&]<typename A, int N>() {
     const Problem<N> problem(input, points, boundary, mode);
     check_grad_output(problem, grad_output, input);
+    const Work work(3 * problem.work() + clearing * static_cast<double>(input.numel()));
     grad_input = empty_like(input, output_mask[0]), grad_points = empty_like(points, output_mask[1]);
     std::optional<Sink> by_input, by_points;
     if (output_mask[0]) by_input.emplace(grad_input);
@@ -60,6 +62,7 @@ std::tuple<Tensor, Tensor> deform_sample_and_backward(const Tensor& grad_output,
   dispatch_sums(input.scalar_type(), input.dim() - 2, [&]<typename A, int N>() {
     const Problem<N> problem(input, points, boundary, 0);
     check_grad_output(problem, grad_output, input);
+    const Work work(2 * problem.work());
     const Map field(input);
     if (problem.batch == 0 || problem.points == 0 || !problem.is_laid_out(field, sizeof(A))) return;
     result.emplace(new_result(input, sizes_of(grad_output)), empty_like(points, true));

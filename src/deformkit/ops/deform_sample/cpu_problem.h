@@ -55,6 +55,9 @@ struct Problem {
 
   int64_t positions() const { return count<N>(size); }
   int64_t group_channels() const { return channels / groups; }
+  double work() const {
+    return work_of<N>(static_cast<double>(batch * groups) * static_cast<double>(points), group_channels());
+  }
   int64_t blocks() const { return ceil_div(points, block<N>); }
   int corners() const { return nearest ? 1 : 1 << N; }
   Window<N> whole() const { return {size, 0, size[0]}; }

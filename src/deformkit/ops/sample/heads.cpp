@@ -365,6 +365,7 @@ void run(const auto& first, const auto& second) {
 
 template <int N>
 Tensor attend(const Heads<N>& call, const Tensor& value) {
+  const Work work(call.work());
   const Tensor output = new_result(value, call.output_shape);
   // Where samples and heads are few, the items are runs of queries, in place: that changes no bit of a sum.
   const bool laid_out = is_laid_out(call, whole(call), seldom(value.scalar_type())) && call.batch * call.heads >= 8;
@@ -382,6 +383,7 @@ std::tuple<Tensor, Tensor, Tensor> attend_backward(Heads<N> call, const Tensor& 
   STD_TORCH_CHECK(output_mask.size() == 3, "output_mask must have 3 values");
   STD_TORCH_CHECK(sizes_of(grad_output) == call.output_shape && grad_output.scalar_type() == value.scalar_type(),
                   "grad_output must have the output's shape and dtype");
+  const Work work(3 * call.work() + clearing * static_cast<double>(value.numel()));
   const Tensor grad = contiguous(grad_output);
   const Spans spans = spans_of(call, seldom(value.scalar_type()));
 

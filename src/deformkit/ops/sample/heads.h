@@ -96,6 +96,10 @@ struct Heads {
                     "the dtype of the coordinates does not fit value's");
   }
 
+  double work() const {
+    return work_of<N>(static_cast<double>(batch * queries * heads) * static_cast<double>(points), channels);
+  }
+
   // Where the values of a query and head start in a contiguous [B, Q, H, ...] with `width` of them for each.
   int64_t place(int64_t b, int64_t query, int64_t head, int64_t width) const {
     return ((b * queries + query) * heads + head) * width;

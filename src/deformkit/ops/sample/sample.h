@@ -24,6 +24,12 @@ int64_t count(const Axes<N>& size) {
   return result;
 }
 
+// The work of sampling `channels` elements at each of some points, of which finding the cell is a part.
+template <int N>
+double work_of(double points, int64_t channels) {
+  return points * (1 << N) * static_cast<double>(channels + 8);
+}
+
 // The rows [first, last) of a field of `size`, along its first axis, with the other axes whole.
 template <int N>
 struct Window {
