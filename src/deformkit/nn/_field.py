@@ -9,9 +9,12 @@ from ..ops._shape import check_alike, check_floating, compute_dtype, times
 
 
 def positions(size: Sequence[int], dtype: torch.dtype, device: torch.device) -> Tensor:
-    """The positions of all pixels, ``[*size, N]``: the index of each, in tensor-axis order."""
+    """The positions of all pixels, ``[*size, N]``: the index of each, in tensor-axis order.
+
+    They lie in memory as a displacement ``[N, *size]`` does, so that a sum of both needs no copy.
+    """
     along = [torch.arange(length, dtype=dtype, device=device) for length in size]
-    return torch.stack(torch.meshgrid(*along, indexing="ij"), -1)
+    return torch.stack(torch.meshgrid(*along, indexing="ij")).movedim(0, -1)
 
 
 def moved_positions(name: str, displacement: Tensor, input: Tensor) -> Tensor:

@@ -70,8 +70,8 @@ class DySample(nn.Module):
         offset = self.offset_head(input).to(dtype)
         offset = offset / 4 if self.scope_head is None else offset * self.scope_head(input).to(dtype).sigmoid() / 2
         # F.pixel_shuffle fails in the backward pass of an empty batch.
-        fine = offset.unflatten(1, (self.groups, 2, self.scale, self.scale)).permute(0, 1, 5, 3, 6, 4, 2)
-        offset = fine.flatten(2, 3).flatten(3, 4)
+        fine = offset.unflatten(1, (self.groups, 2, self.scale, self.scale)).permute(0, 1, 2, 5, 3, 6, 4)
+        offset = fine.flatten(3, 4).flatten(4, 5).movedim(2, -1)
         return (positions(offset.shape[2:-1], dtype, input.device) + 0.5) / self.scale - 0.5 + offset
 
     def extra_repr(self) -> str:

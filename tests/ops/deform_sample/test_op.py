@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 import deformkit as dk
-from deformkit._testing import assert_close
+from deformkit._testing import assert_close, assert_equal, evaluate
 from deformkit.ops.deform_sample.cases import Case
 
 
@@ -35,6 +35,24 @@ def test_points_of_any_rank(named: dict[str, Any], out_size: tuple[int, ...]) ->
                 found = function(named["input"], points, boundary=boundary, mode=mode)
                 assert found.shape == expected.shape
                 assert_close(found, expected)
+
+
+@pytest.mark.parametrize("boundary", ["zeros", "reflect"])
+@pytest.mark.parametrize("channels", [1, 3, 9, 17])
+def test_points_that_lie_axis_by_axis_change_no_bit(axes: int, channels: int, boundary: Any, dtype: torch.dtype) -> None:
+    """A displacement whose axes were moved is read where it is; of a larger tensor, too."""
+    size = (40, 30, 9)[-axes:]
+    input = torch.randn(2, 2 * channels, *size).to(dtype)
+    points = torch.randn(2, 2, *size, axes, dtype=torch.float64 if dtype is torch.float64 else torch.float32)
+    points = 2 * points + torch.stack(torch.meshgrid(*[torch.arange(n) for n in size], indexing="ij"), -1)
+    room = torch.full((3, 3, axes + 1, *size), torch.nan, dtype=points.dtype)
+    moved = room[1:, :2, 1:].movedim(2, -1).copy_(points)
+    found, expected = (
+        evaluate(lambda x, p: dk.deform_sample(x, p, boundary=boundary), [input, where], [0, 1], dtype)
+        for where in (moved, points)
+    )
+    for name, one, other in zip(("output", "input", "points"), found, expected, strict=True):
+        assert_equal(one, other, name)
 
 
 def test_a_group_of_channels_reads_its_own_points(named: dict[str, Any]) -> None:

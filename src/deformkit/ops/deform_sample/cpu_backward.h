@@ -151,7 +151,8 @@ void points_laid_out(const Problem<N>& problem, const Map& input, const Tensor& 
               const int64_t first = item % blocks * block<N>, points = std::min(block<N>, problem.points - first);
               for (int64_t s = groups[item / blocks]; s < groups[item / blocks + 1]; ++s) {
                 const Slice& slice = slices[s];
-                scratch.points.read(coordinates_of<A>(problem, slice.batch, slice.group, first), points);
+                scratch.points.read(coordinates_of<A>(problem, slice.batch * problem.groups + slice.group, first),
+                                    points);
                 of_slice(scratch, rows, slice, first, points);
                 scratch.write(problem, slice.batch, slice.group, first, points, !slice.first, grad_points);
               }
@@ -228,7 +229,7 @@ class FieldBackward {
       const int64_t found =
           all ? points : touches_.list(item.group, first, points, item.number, scratch.list.get() + listed);
       if (found >= points * most_of_a_block) {
-        scratch.points.read(coordinates_of<A>(problem_, 0, item.group, first), points);
+        scratch.points.read(coordinates_of<A>(problem_, item.group, first), points);
         read(scratch, item, first, points);
         add(scratch, item, points);
         continue;
@@ -252,7 +253,7 @@ class FieldBackward {
   }
 
   void add_listed(Scratch& scratch, const Item& item, int64_t points) const {
-    scratch.points.read(coordinates_of<A>(problem_, 0, item.group), scratch.list.get(), points);
+    scratch.points.read(coordinates_of<A>(problem_, item.group), scratch.list.get(), points);
     dispatch_dtype(grad_output_.scalar_type(), [&]<typename T>() {
       const T* const from = static_cast<const T*>(grad_output_.data_ptr()) + item.channel * problem_.points;
       const int64_t pitch = item.in_rows() ? few_channels : 1, plane = item.in_rows() ? 1 : block<N>;

@@ -95,7 +95,7 @@ void forward_laid_out(const Problem<N>& problem, const Map& input, const Sink& o
         [&](Scratch& scratch, int64_t item) {
           const Slice& slice = slices[item / blocks];
           const int64_t first = item % blocks * block<N>, points = std::min(block<N>, problem.points - first);
-          scratch.points.read(coordinates_of<A>(problem, slice.batch, slice.group, first), points);
+          scratch.points.read(coordinates_of<A>(problem, slice.batch * problem.groups + slice.group, first), points);
           scratch.points.locate(problem, problem.whole(), points, slice.channels,
                                 static_cast<int32_t>(problem.positions() * slice.channels));
           gather<true>(scratch.points.cells, points, 1, slice.field(problem, rows), slice.channels,

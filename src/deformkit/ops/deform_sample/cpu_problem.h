@@ -28,11 +28,15 @@ struct Problem {
   Axes<N> size;
   Boundary boundary;
   bool nearest;
+  bool by_axis;        // whether the coordinates along an axis lie side by side, not those of a point
   Tensor coordinates;  // [B, G, *out, N]
   Sizes output_sizes;  // [B, C, *out]
 
   Problem(const Tensor& input, const Tensor& points_, int64_t boundary_, int64_t mode)
-      : boundary(boundary_of(boundary_)), nearest(mode == 1), coordinates(contiguous(points_)) {
+      : boundary(boundary_of(boundary_)),
+        nearest(mode == 1),
+        by_axis(lie_by_axis(points_)),
+        coordinates(by_axis ? points_ : contiguous(points_)) {
     const auto sizes = sizes_of(input), shape = sizes_of(points_);
     STD_TORCH_CHECK(mode == 0 || mode == 1, "mode must be 0 (linear) or 1 (nearest)");
     STD_TORCH_CHECK(sizes.size() == N + 2 && shape.size() >= 4 && shape.back() == N,
@@ -51,6 +55,14 @@ struct Problem {
       size[axis] = sizes[axis + 2];
       STD_TORCH_CHECK(size[axis] > 0 && size[axis] <= farthest, "every size must be from 1 to 2^40");
     }
+  }
+
+  // Whether the axes out are contiguous by themselves, as in a displacement [B, N, *out] whose axes were moved.
+  static bool lie_by_axis(const Tensor& points) {
+    int64_t expected = 1;
+    for (size_t axis = points.dim() - 1; axis-- > 2; expected *= points.sizes()[axis])
+      if (points.sizes()[axis] != 1 && points.strides()[axis] != expected) return false;
+    return N > 1 && expected > 1;
   }
 
   int64_t positions() const { return count<N>(size); }
@@ -81,6 +93,15 @@ struct Problem {
   }
 };
 
+// The coordinates of points that follow one another.
+template <typename A>
+struct Coordinates {
+  const A* first;
+  int64_t point_stride, axis_stride;
+
+  const A* along(int axis) const { return first + axis * axis_stride; }
+};
+
 // A run of points, located.
 template <typename A, int N, typename Index>
 class Points {
@@ -88,17 +109,24 @@ class Points {
   explicit Points(int64_t capacity) : cells(capacity), capacity_(capacity), shifts_(N * capacity) {}
 
   // The coordinates of points that follow one another, or of those of them in a list. Those that follow are asked for.
-  void read(const A* from, int64_t points) {
-    ask_for_row(from + points * N, points * N);
+  void read(const Coordinates<A>& from, int64_t points) {
+    if (from.point_stride == N) ask_for_row(from.first + points * N, points * N);
     for (int axis = 0; axis < N; ++axis) {
+      const A* const along = from.along(axis);
       A* const to = shifts_.get() + axis * capacity_;
+      if (from.point_stride != N) {
+        ask_for_row(along + points, points);
+        std::copy_n(along, points, to);
+      } else {
 #pragma omp simd
-      for (int64_t i = 0; i < points; ++i) to[i] = from[i * N + axis];
+        for (int64_t i = 0; i < points; ++i) to[i] = along[i * N];
+      }
     }
   }
-  void read(const A* from, const int64_t* list, int64_t points) {
+  void read(const Coordinates<A>& from, const int64_t* list, int64_t points) {
     for (int64_t i = 0; i < points; ++i)
-      for (int axis = 0; axis < N; ++axis) shifts_[axis * capacity_ + i] = from[list[i] * N + axis];
+      for (int axis = 0; axis < N; ++axis)
+        shifts_[axis * capacity_ + i] = from.along(axis)[list[i] * from.point_stride];
   }
 
   // Locates the points [begin, begin + points) of those that were read.
@@ -118,10 +146,14 @@ class Points {
   Buffer<A> shifts_;
 };
 
+// Of a group, counted in all batches, from a point on.
 template <typename A, int N>
-const A* coordinates_of(const Problem<N>& problem, int64_t batch, int64_t group, int64_t point = 0) {
-  return static_cast<const A*>(problem.coordinates.data_ptr()) +
-         ((batch * problem.groups + group) * problem.points + point) * N;
+Coordinates<A> coordinates_of(const Problem<N>& problem, int64_t group, int64_t point = 0) {
+  const A* const data = static_cast<const A*>(problem.coordinates.data_ptr());
+  if (!problem.by_axis) return {data + (group * problem.points + point) * N, N, 1};
+  const auto strides = problem.coordinates.strides();
+  const int64_t place = group / problem.groups * strides[0] + group % problem.groups * strides[1];
+  return {data + place + point, 1, strides.back()};
 }
 
 // Like each(), for items that a thread takes some at a time: those that follow one another read the same rows of a
@@ -144,7 +176,7 @@ void for_blocks(const Problem<N>& problem, const F& f) {
       [&](Scratch& scratch, int64_t item) {
         const int64_t group = item / blocks % problem.groups, b = item / blocks / problem.groups;
         const int64_t first = item % blocks * block<N>, points = std::min(block<N>, problem.points - first);
-        scratch.points.read(coordinates_of<A>(problem, b, group, first), points);
+        scratch.points.read(coordinates_of<A>(problem, b * problem.groups + group, first), points);
         f(scratch, b, group, first, points);
       });
 }

@@ -85,7 +85,7 @@ class Sweep {
     const int64_t blocks = ceil_div(problem_.blocks(), of_group_), group = item / of_group_;
     part.begin = std::min(item % of_group_ * blocks * block<N>, problem_.points);
     part.end = std::min(part.begin + blocks * block<N>, problem_.points);
-    const float* const from = coordinates_of<float>(problem_, 0, group, part.begin);
+    const Coordinates<float> from = coordinates_of<float>(problem_, group, part.begin);
     const auto [least, most] = reach(from, part.end - part.begin)[0];
     part.is_near = 2 * volume(reach(from, std::min(block<N>, part.end - part.begin))) < problem_.positions();
     const int64_t rows = problem_.size[0];
@@ -118,28 +118,40 @@ class Sweep {
   using Reach = std::array<std::pair<float, float>, N>;
 
   // The least and the largest coordinates of some points; 0 if none is a number.
-  static Reach reach(const float* from, int64_t points) {
-    constexpr float far = std::numeric_limits<float>::infinity();
-    Reals least[N], most[N];
-    for (int k = 0; k < N; ++k) least[k] = Reals{} + far, most[k] = Reals{} - far;
-    int64_t i = 0;
-    for (; i + Run::lanes <= points; i += Run::lanes)
-#pragma GCC unroll 3
-      for (int k = 0; k < N; ++k) {
-        const Reals some = read_lanes<Reals>(from + i * N + k * Run::lanes);
-        least[k] = some < least[k] ? some : least[k], most[k] = some > most[k] ? some : most[k];
-      }
+  static Reach reach(const Coordinates<float>& from, int64_t points) {
     Reach found;
-    found.fill({far, -far});
-    const auto include = [&](int64_t at, float low, float high) {
-      auto& [lowest, highest] = found[at % N];
-      lowest = std::min(lowest, low), highest = std::max(highest, high);
-    };
-    for (int at = 0; at < N * Run::lanes; ++at)
-      include(at, least[at / Run::lanes][at % Run::lanes], most[at / Run::lanes][at % Run::lanes]);
-    for (int64_t at = i * N; at < points * N; ++at) include(at, from[at], from[at]);
+    if (from.point_stride == N) {
+      found = extremes<N>(from.first, points);
+    } else {
+      for (int axis = 0; axis < N; ++axis) found[axis] = extremes<1>(from.along(axis), points)[0];
+    }
     for (auto& [low, high] : found)
       if (!(low <= high)) low = high = 0;
+    return found;
+  }
+
+  // The least and the largest of some numbers, of every kCount-th from each of the first kCount on.
+  template <int kCount>
+  static std::array<std::pair<float, float>, kCount> extremes(const float* from, int64_t times) {
+    constexpr float far = std::numeric_limits<float>::infinity();
+    Reals least[kCount], most[kCount];
+    for (int k = 0; k < kCount; ++k) least[k] = Reals{} + far, most[k] = Reals{} - far;
+    int64_t i = 0;
+    for (; i + Run::lanes <= times; i += Run::lanes)
+#pragma GCC unroll 3
+      for (int k = 0; k < kCount; ++k) {
+        const Reals some = read_lanes<Reals>(from + i * kCount + k * Run::lanes);
+        least[k] = some < least[k] ? some : least[k], most[k] = some > most[k] ? some : most[k];
+      }
+    std::array<std::pair<float, float>, kCount> found;
+    found.fill({far, -far});
+    const auto include = [&](int64_t at, float low, float high) {
+      auto& [lowest, highest] = found[at % kCount];
+      lowest = std::min(lowest, low), highest = std::max(highest, high);
+    };
+    for (int at = 0; at < kCount * Run::lanes; ++at)
+      include(at, least[at / Run::lanes][at % Run::lanes], most[at / Run::lanes][at % Run::lanes]);
+    for (int64_t at = i * kCount; at < times * kCount; ++at) include(at, from[at], from[at]);
     return found;
   }
 
@@ -161,7 +173,7 @@ class Sweep {
     const Window<N> window{problem_.size, part.first, part.past};
     const float* const grads = grad_.at<float>(b, channel, first);
     float* const sums = scratch.sums.get();
-    scratch.points.read(coordinates_of<float>(problem_, b, owner, first), points);
+    scratch.points.read(coordinates_of<float>(problem_, group, first), points);
     const auto add = [&](const InnerCells<N>* cells, int64_t i, int64_t some) {
       const auto grad = [&](int64_t c) { return read_lanes<Reals>(grads + c * problem_.points + i); };
       if (cells) return cells->scatter(sums - part.first * window.inner(), plane, channels, grad);

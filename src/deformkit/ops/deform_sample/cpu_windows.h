@@ -98,8 +98,8 @@ class Touches {
 
     void find(const Problem<N>& problem, const Windows<N>& windows, int64_t group, int64_t begin, int64_t points,
               uint8_t* lower, uint8_t* upper, uint8_t* range) {
-      const A* const from = coordinates_of<A>(problem, 0, group, begin);
-      for (int64_t i = 0; i < points; ++i) shifts[i] = from[i * N];
+      const Coordinates<A> from = coordinates_of<A>(problem, group, begin);
+      for (int64_t i = 0; i < points; ++i) shifts[i] = from.first[i * from.point_stride];
       const A* const shift[1] = {shifts.get()};
       cells.locate(Window<1>{{problem.size[0]}, 0, problem.size[0]}, problem.boundary, problem.nearest, points, {}, {},
                    shift, nullptr, 1, -1);
