@@ -7,6 +7,7 @@ from collections.abc import Iterable, Iterator
 from typing import Any
 
 import growth
+import layers
 import measure
 import memory
 import models
@@ -45,6 +46,9 @@ def _rows(section: str, options: argparse.Namespace) -> Iterator[dict[str, Any]]
     seconds = 0.0 if options.tiny else options.seconds
     if section == "models":
         yield from models.rows([name for name in MODELS if options.case in name], seconds, options.tiny)
+        return
+    if section == table.LAYERS:
+        yield from layers.rows(options.case, seconds, options.tiny)
         return
     names = [table.OPERATORS[section]] if section in table.OPERATORS else list(ROOMS)
     small = [case for name in names for case in tiny(name)]

@@ -316,7 +316,8 @@ OPERATORS = {
 }
 """The sections that compare one operator with others."""
 
-SECTION_OF = {operator: section for section, operator in OPERATORS.items()}
+LAYERS = "layers"
+SECTION_OF = {**{operator: section for section, operator in OPERATORS.items()}, LAYERS: LAYERS}
 
 SECTIONS = {
     "conv": ("Deformable convolution against others", partial(against, "deform_conv")),
@@ -327,6 +328,7 @@ SECTIONS = {
     "correlate": ("Correlation at sampled points against others", partial(against, "deform_correlate")),
     "sample": ("Deformable sampling against others", partial(against, "deform_sample")),
     "splat": ("Splatting against others", partial(against, "deform_splat")),
+    LAYERS: ("Layers against operations of torch", partial(against, LAYERS)),
     "half": ("Half precision", half),
     "memory": ("Memory", memory),
     "growth": ("Growth", growth),

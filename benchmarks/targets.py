@@ -148,6 +148,12 @@ TABLES = [
         ("2d 64x256x256", "2d 64x256x256 anywhere", "1d 64x4096", "3d 16x64x64x64"),
         {"index_add": (10, 10)},
     ),
+    Table(
+        "layers",
+        "guided attention and aggregation of views, at given points",
+        ("guided attention at points", "aggregation of views at points"),
+        {"torch": (10, 10)},
+    ),
 ]
 
 HALF = 1.5

@@ -56,6 +56,13 @@ def test_operator_against_others(section: str) -> None:
 
 
 @pytest.mark.slow
+def test_layers() -> None:
+    output = run("layers", "--seconds", "0")
+    for layer in ("GuidedDeformAttn", "DeformableAggregation", "Warp3d", "SoftmaxSplat", "SnakeConv2d", "LDConv2d"):
+        assert output.count(f"| {layer} 1x") == 2
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("section", ["half", "growth", "overhead"])
 def test_all_operators(section: str) -> None:
     output = run(section, "--case", "1d", "--rivals", "plain,reference")
@@ -93,8 +100,12 @@ def test_targets_refer_to_existing_cases() -> None:
     program = """
 import targets
 from deformkit._testing import rivals
+import layers
 from deformkit._testing.cases import ROOMS
 for table in targets.TABLES:
+    if table.operator == "layers":
+        assert set(table.cases) <= set(layers.CASES) and set(table.targets) == {layers.TORCH}
+        continue
     cases = {case.name: case for case in ROOMS[table.operator].BENCHMARKS}
     for name in table.cases:
         assert set(table.targets) <= set(rivals.rivals(cases[name], rivals.EVERYONE)), name
