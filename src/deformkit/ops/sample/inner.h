@@ -1,6 +1,6 @@
 // The cells of one register of points in a field that is read in place. Only the first element of each cell and the
-// parts of its corners are kept. A cell at the edge of a field with zeros outside is moved inside, and its corners are
-// relabelled.
+// parts of its corners are kept. A cell at the edge of a field, with zeros or its nearest end outside, is moved inside,
+// and the parts of its corners are changed.
 #pragma once
 
 #include "sample/sample.h"
@@ -14,9 +14,10 @@ struct InnerField {
 
   int32_t size[N], stride[N];
   int64_t row[rows] = {};
-  bool has_edges;
+  bool has_edges, clamps;
 
-  InnerField(const Axes<N>& sizes, Boundary boundary) : has_edges(boundary == Boundary::zeros) {
+  InnerField(const Axes<N>& sizes, Boundary boundary)
+      : has_edges(boundary == Boundary::zeros || boundary == Boundary::border), clamps(boundary == Boundary::border) {
     int64_t pitch = 1;
     for (int axis = N; axis-- > 0; pitch *= sizes[axis]) {
       has_edges = has_edges && sizes[axis] > 1;
@@ -37,7 +38,7 @@ class InnerCells {
   static constexpr float furthest = 1 << 30;  // outside of any field whose indices are int32
 
   // Locates a register of points base + shift, with no base where it is null. Returns false where a point's cell leaves
-  // the field in another way than into zeros: the general sampler locates such points.
+  // the field in another way: the general sampler locates such points.
   __attribute__((always_inline)) bool find(const InnerField<N>& field, const Reals (&shift)[N],
                                            const Indices* base = nullptr) {
     field_ = &field;
@@ -62,7 +63,7 @@ class InnerCells {
     }
     at_edge_ = any_lane(beyond >> 31);
     if (at_edge_ && !field.has_edges) return false;
-    if (at_edge_) move_inside(shift, low);
+    if (at_edge_) field.clamps ? move_inside<true>(shift, low) : move_inside<false>(shift, low);
     Indices element = low[N - 1];
 #pragma GCC unroll 2
     for (int axis = 0; axis < N - 1; ++axis) element += low[axis] * field.stride[axis];
@@ -106,6 +107,7 @@ class InnerCells {
   }
 
  private:
+  template <bool kClamps>
   void move_inside(const Reals (&shift)[N], Indices (&low)[N]) {
     for (Indices& counts : counts_) counts = Indices{} - 1;
 #pragma GCC unroll 3
@@ -114,14 +116,23 @@ class InnerCells {
       const Indices moved = low[axis] < 0 ? Indices{} : low[axis] > last ? last : low[axis];
       const Indices by = low[axis] - moved, same = by == 0;
       const Reals none = shift[axis] == shift[axis] ? Reals{} : shift[axis], one = none + 1;
-      const Reals lower = by == -1 ? part_[axis][1] : none, upper = by == 1 ? part_[axis][0] : none;
+      Reals lower, upper;
+      if constexpr (kClamps) {
+        lower = by < 0 ? one : none, upper = by > 0 ? one : none;
+        slope_[axis][0] = same ? -one : none, slope_[axis][1] = same ? one : none;
+      } else {
+        lower = by == -1 ? part_[axis][1] : none, upper = by == 1 ? part_[axis][0] : none;
+        // An upper part grows with the coordinate, a lower one shrinks.
+        slope_[axis][0] = same ? -one : by == -1 ? one : none, slope_[axis][1] = same ? one : by == 1 ? -one : none;
+      }
       part_[axis][0] = same ? part_[axis][0] : lower, part_[axis][1] = same ? part_[axis][1] : upper;
-      // An upper part grows with the coordinate, a lower one shrinks.
-      slope_[axis][0] = same ? -one : by == -1 ? one : none, slope_[axis][1] = same ? one : by == 1 ? -one : none;
       low[axis] = moved;
 #pragma GCC unroll 8
-      for (int corner = 0; corner < corners; ++corner)
-        counts_[corner] &= same | (by == (Run::is_upper(corner, axis) ? 1 : -1));
+      for (int corner = 0; corner < corners; ++corner) {
+        const bool is_upper = Run::is_upper(corner, axis);
+        counts_[corner] &= kClamps ? (shift[axis] == shift[axis]) & (same | (is_upper ? by > 0 : by < 0))
+                                   : same | (by == (is_upper ? 1 : -1));
+      }
     }
   }
 
