@@ -33,7 +33,8 @@ def deform_sample(input: Tensor, points: Tensor, *, boundary: Boundary = "zeros"
         input: ``[B, C, *S]`` with N spatial axes; float16, bfloat16, float32 or float64.
         points: ``[B, G, *out, N]`` in pixels, the N coordinates in tensor-axis order. The C channels form G groups of
             consecutive channels, and each group has points of its own. ``*out`` has any number of axes, also none.
-            float64 if ``input`` is float64, else float32, even if ``input`` is in half precision.
+            float64 if ``input`` is float64, else float32, even if ``input`` is in half precision. On a CPU, coordinates
+            that lie axis by axis, as those of ``displacement.movedim(1, -1)`` do, are read without a copy.
         boundary: ``"zeros"``: pixels outside the field are 0. ``"border"``: points are clamped into the field.
             ``"reflect"``: points are mirrored at the outer edges of the end pixels, at -0.5 and S - 0.5.
         mode: ``"linear"``; or ``"nearest"``: the value of the pixel ``floor(point + 1/2)``, with no gradient to
