@@ -163,6 +163,19 @@ def test_a_wrong_option_of_bench_is_named(monkeypatch: pytest.MonkeyPatch, name:
     assert "Traceback" not in result.output
 
 
+@pytest.mark.parametrize("error", [MemoryError(), RuntimeError("DefaultCPUAllocator: can't allocate memory")])
+def test_too_little_memory_for_bench_is_no_traceback(monkeypatch: pytest.MonkeyPatch, error: Exception) -> None:
+    def rows(*args: Any, **options: Any) -> Any:
+        raise error
+
+    monkeypatch.setenv("COLUMNS", "200")
+    monkeypatch.setattr(bench, "rows", rows)
+    result = run(cli.app, ["bench", "--op", "deform_sample", "--shape", "1x2x9"])
+    assert result.exit_code == 2 and "not enough memory for this call" in result.stderr, result.output
+    error = RuntimeError("another reason")
+    assert run(cli.app, ["bench", "--op", "deform_sample", "--shape", "1x2x9"]).exception is error
+
+
 def test_a_wrong_picture_of_the_demo_is_no_traceback(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("COLUMNS", "200")
     result = run(cli.app, ["demo", "--out", "foo.jpg"])

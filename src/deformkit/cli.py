@@ -1,6 +1,9 @@
 """The command line: ``deformkit doctor | bench | demo | look | plan``."""
 
 import json
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Annotated, Any
@@ -89,14 +92,15 @@ def _bench(
     names = _chosen_names(against)
     cases = _chosen_cases(op, shape, settings or [])
     if dry_run:
-        _print_plan(cases, names, _DTYPES[dtype], device)
+        with _enough_memory():
+            _print_plan(cases, names, _DTYPES[dtype], device)
         return
     warning = bench.busy()
     if warning:
         Console(stderr=True).print(f"[yellow]warning:[/yellow] {warning}", soft_wrap=True)
     passes = bench.PASSES if backward else bench.PASSES[:1]
     document: dict[str, Any] = {**bench.origin(), "device": device, "dtype": dtype, "rows": []}
-    with _progress.counting("timings") as progress:
+    with _enough_memory(), _progress.counting("timings") as progress:
         progress(0, total := len(cases) * len(passes))
         options: dict[str, Any] = {"dtype": _DTYPES[dtype], "device": device, "passes": passes, "least": 1}
         for row in bench.rows(cases, names, seconds, **options):
@@ -108,6 +112,18 @@ def _bench(
         _print_results(document)
     if plot is not None:
         bench.plot(document, plot)
+
+
+@contextmanager
+def _enough_memory() -> Iterator[None]:
+    """Say in words that the arguments of a call, or its reference, do not fit into memory."""
+    try:
+        yield
+    except (MemoryError, RuntimeError) as error:
+        if not isinstance(error, MemoryError) and not re.search("allocate memory|out of memory", str(error)):
+            raise
+        problem = "there is not enough memory for this call and for the reference that it is compared with"
+        raise typer.BadParameter(f"{problem}; a smaller one needs less", param_hint="--shape and --set") from None
 
 
 def _check_picture(option: str, path: Path) -> None:
