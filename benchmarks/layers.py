@@ -74,12 +74,12 @@ def _apart(case: Case) -> float:
     return max(((one - other).norm() / other.norm()).item() for one, other in zip(*results, strict=True))
 
 
-def sampled(field: Tensor, points: Tensor) -> Tensor:
-    """``field [B, C, *S]`` at ``points [B, *out, N]`` in pixels, clamped to the field: ``[B, C, *out]``."""
+def sampled(field: Tensor, points: Tensor, padding_mode: str = "border") -> Tensor:
+    """``field [B, C, *S]`` at ``points [B, *out, N]`` in pixels: ``[B, C, *out]``."""
     size = points.new_tensor(list(field.shape[2:]))
     grid = ((2 * points + 1) / size - 1).flip(-1)
     rows = grid.flatten(1, -2).reshape(len(grid), *[1] * (field.dim() - 3), -1, grid.shape[-1])
-    samples = F.grid_sample(field, rows, padding_mode="border", align_corners=False)
+    samples = F.grid_sample(field, rows, padding_mode=padding_mode, align_corners=False)
     return samples.flatten(2).unflatten(2, points.shape[1:-1])
 
 
@@ -177,9 +177,7 @@ def guided(tiny: bool) -> Case:
     def theirs(layer: Any, input: Tensor, source: Tensor, flow: Tensor) -> Tensor:
         (batch, frames), size, taps = source.shape[:2], input.shape[2:], layer.kernel_size
         aligned = pixels(input) + flow.flatten(0, 1).movedim(1, -1)
-        # Zeros outside, unlike sampled().
-        grid = ((2 * aligned + 1) / aligned.new_tensor(list(size)) - 1).flip(-1)
-        warped = F.grid_sample(source.flatten(0, 1), grid, align_corners=False)
+        warped = sampled(source.flatten(0, 1), aligned, "zeros")
         repeated = input.unsqueeze(1).expand_as(source).flatten(0, 1)
         raw = layer.offset_head(torch.cat([repeated, warped, flow.flatten(0, 1)], 1))
         offset = layer.max_offset * raw.tanh().unflatten(1, (layer.heads, -1, 2)).permute(0, 4, 5, 1, 2, 3)
@@ -240,9 +238,15 @@ def _guided(size: tuple[int, ...], query: Tensor, key: Tensor, value: Tensor, lo
 CAMERAS, GROUPS = 6, 8
 
 
+def _sizes_of_views(tiny: bool) -> tuple[list[tuple[int, int]], int, int, int]:
+    """The maps of a camera, channels, queries and their points."""
+    if tiny:
+        return [(4, 6), (2, 3)], 16, 5, 3
+    return [(64, 176), (32, 88), (16, 44), (8, 22)], 256, 900, 13
+
+
 def views(tiny: bool) -> Case:
-    scales = [(4, 6), (2, 3)] if tiny else [(64, 176), (32, 88), (16, 44), (8, 22)]
-    dim, queries, points = (16, 5, 3) if tiny else (256, 900, 13)
+    scales, dim, queries, points = _sizes_of_views(tiny)
     layer = dknn.DeformableAggregation(dim, CAMERAS, len(scales), points, GROUPS)
 
     def ours(layer: Any, query: Tensor, value: Tensor, points: Tensor) -> Tensor:
@@ -257,8 +261,7 @@ def views(tiny: bool) -> Case:
 
 def view_points(tiny: bool) -> Case:
     """What lies between the linear layers of the aggregation of views."""
-    scales = [(4, 6), (2, 3)] if tiny else [(64, 176), (32, 88), (16, 44), (8, 22)]
-    dim, queries, points = (16, 5, 3) if tiny else (256, 900, 13)
+    scales, dim, queries, points = _sizes_of_views(tiny)
 
     def ours(layer: nn.Module, value: Tensor, points: Tensor, weights: Tensor) -> Tensor:
         return aggregate_views(value.unflatten(-1, (GROUPS, -1)), scales * CAMERAS, points, weights)

@@ -31,7 +31,7 @@ for name in ROOMS:
 
 
 @needs_kernels
-@pytest.mark.skipif(sys.platform != "linux", reason="threads are counted as Linux lists them")
+@pytest.mark.skipif(sys.platform != "linux", reason="Linux alone lists the threads of OpenMP, in /proc")
 @pytest.mark.parametrize("spread", [False, True])
 def test_a_small_call_starts_no_thread(spread: bool) -> None:
     environment = {key: value for key, value in os.environ.items() if key != "DEFORMKIT_SPREAD_SMALL_CALLS"}

@@ -112,6 +112,15 @@ def test_a_corner_outside_does_not_leak(axes: int, boundary: str, channels: int)
     assert boundary != "zeros" or not dk.deform_sample(**named).any()
 
 
+def test_an_infinite_end_counts_alike_for_every_point_beyond_it(axes: int) -> None:
+    """Of as many points as registers hold, and of those that fill none."""
+    input = torch.full((1, 1, *(4, 5, 3)[:axes]), torch.inf)
+    points = torch.full((1, 1, 37, axes), -3.0)
+    points[:, :, 20:, 0] = 9.0
+    expected = dk.reference.deform_sample(input, points, "border", "linear")
+    assert_equal(dk.deform_sample(input, points, boundary="border"), expected)
+
+
 @pytest.mark.parametrize("call", [OURS[0], OURS[6], OURS[7], OURS[13]], ids=lambda c: c.case.name)
 @pytest.mark.parametrize("layout", LAYOUTS, ids=lambda f: f.__name__.strip("_"))
 def test_any_layout(call: Call, layout: Any) -> None:

@@ -64,9 +64,6 @@ class Work {
   const bool before_;
 };
 
-// The work of setting an element to 0.
-constexpr double clearing = 0.125;
-
 // Runs f(scratch, 0) ... f(scratch, items - 1) on the host's threads, with one scratch = make() for each. What an item
 // computes must not depend on the thread: work is divided by shape, so that results are bit-identical for any number of
 // threads. The first exception ends the work, releases waiting threads, and is thrown again.

@@ -90,7 +90,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> deform_conv_backward(
                     "grad_output must have the output's shape");
     STD_TORCH_CHECK(grad_output.scalar_type() == input.scalar_type(), "grad_output must have input's dtype");
 
-    const Work work(3 * problem.work() + clearing * static_cast<double>(input.numel()));
+    const Work work(backward_work(problem.work(), input));
 
     // Where the gradient by the input is summed up depends on the call.
     const auto make = [&](int i, bool asked) { results[i] = empty_like(like[i] ? *like[i] : input, asked && like[i]); };

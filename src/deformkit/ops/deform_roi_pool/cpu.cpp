@@ -343,7 +343,7 @@ std::tuple<Tensor, Tensor> deform_roi_pool_backward(const Tensor& grad_output, c
     shape.insert(shape.end(), output_size.begin(), output_size.end());
     STD_TORCH_CHECK(sizes_of(grad_output) == shape && grad_output.scalar_type() == input.scalar_type(),
                     "grad_output must have the output's shape and input's dtype");
-    const Work work(3 * problem.work() + clearing * static_cast<double>(input.numel()));
+    const Work work(backward_work(problem.work(), input));
     const bool by_input = output_mask[0], by_offset = output_mask[1] && offset;
     const std::vector<Slice> slices = slices_of(problem);
     grad_input = empty_like(input, by_input);

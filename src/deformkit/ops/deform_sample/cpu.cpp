@@ -46,7 +46,7 @@ std::tuple<Tensor, Tensor> deform_sample_backward(const Tensor& grad_output, con
   dispatch_sums(input.scalar_type(), input.dim() - 2, [&]<typename A, int N>() {
     const Problem<N> problem(input, points, boundary, mode);
     check_grad_output(problem, grad_output, input);
-    const Work work(3 * problem.work() + clearing * static_cast<double>(input.numel()));
+    const Work work(backward_work(problem.work(), input));
     grad_input = empty_like(input, output_mask[0]), grad_points = empty_like(points, output_mask[1]);
     std::optional<Sink> by_input, by_points;
     if (output_mask[0]) by_input.emplace(grad_input);

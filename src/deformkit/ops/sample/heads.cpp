@@ -383,7 +383,7 @@ std::tuple<Tensor, Tensor, Tensor> attend_backward(Heads<N> call, const Tensor& 
   STD_TORCH_CHECK(output_mask.size() == 3, "output_mask must have 3 values");
   STD_TORCH_CHECK(sizes_of(grad_output) == call.output_shape && grad_output.scalar_type() == value.scalar_type(),
                   "grad_output must have the output's shape and dtype");
-  const Work work(3 * call.work() + clearing * static_cast<double>(value.numel()));
+  const Work work(backward_work(call.work(), value));
   const Tensor grad = contiguous(grad_output);
   const Spans spans = spans_of(call, seldom(value.scalar_type()));
 

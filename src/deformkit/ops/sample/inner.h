@@ -110,6 +110,7 @@ class InnerCells {
   template <bool kClamps>
   void move_inside(const Reals (&shift)[N], Indices (&low)[N]) {
     for (Indices& counts : counts_) counts = Indices{} - 1;
+    clamped_ = Indices{};
 #pragma GCC unroll 3
     for (int axis = 0; axis < N; ++axis) {
       const Indices last = Indices{} + (field_->size[axis] - 2);
@@ -118,6 +119,7 @@ class InnerCells {
       const Reals none = shift[axis] == shift[axis] ? Reals{} : shift[axis], one = none + 1;
       Reals lower, upper;
       if constexpr (kClamps) {
+        clamped_ |= ~same;
         lower = by < 0 ? one : none, upper = by > 0 ? one : none;
         slope_[axis][0] = same ? -one : none, slope_[axis][1] = same ? one : none;
       } else {
@@ -163,6 +165,11 @@ class InnerCells {
 #pragma GCC unroll 8
       for (int corner = 0; corner < corners; ++corner)
         value[corner] = reinterpret_cast<Reals>(reinterpret_cast<Indices>(value[corner]) & counts_[corner]);
+      // The end that stands for both corners is multiplied by 0, too: where it is infinite, the sample is NaN.
+      if (!field_->clamps) return;
+#pragma GCC unroll 8
+      for (int corner = 0; corner < corners; ++corner)
+        value[corner] += reinterpret_cast<Reals>(reinterpret_cast<Indices>(0 * value[corner]) & clamped_);
     }
   }
 
@@ -226,6 +233,7 @@ class InnerCells {
   int32_t element_[Run::lanes];
   Reals part_[N][2], slope_[N][2];  // slopes at an edge
   Indices counts_[corners];
+  Indices clamped_;  // the points beyond an end that is their value
 };
 
 }  // namespace deformkit

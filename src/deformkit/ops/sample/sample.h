@@ -30,6 +30,11 @@ double work_of(double points, int64_t channels) {
   return points * (1 << N) * static_cast<double>(channels + 8);
 }
 
+// The work of a backward pass, which also sets a gradient of the field to 0.
+inline double backward_work(double forward_work, const Tensor& field) {
+  return 3 * forward_work + static_cast<double>(field.numel()) / 8;
+}
+
 // The rows [first, last) of a field of `size`, along its first axis, with the other axes whole.
 template <int N>
 struct Window {
