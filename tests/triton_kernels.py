@@ -3,12 +3,14 @@
 Without a GPU the interpreter of Triton runs them; with one, tensors are copied to it and back.
 """
 
+import math
 import os
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from types import SimpleNamespace
 from typing import Any
+from unittest.mock import patch
 
 import numpy
 import torch
@@ -56,7 +58,7 @@ def _interpreted(operator: Operator) -> Callable[..., Any]:
 
     def answer(*args: Any) -> Any:
         # NumPy warns about operations that a GPU permits: infinity times zero, and NaN as an integer in a masked row.
-        with numpy.errstate(all="ignore"), _Poisoned(), _patching_once():
+        with numpy.errstate(all="ignore"), _Poisoned(), _patching_once(), _types_once():
             return launch(*args)
 
     return answer
@@ -120,3 +122,45 @@ def _patching_once() -> Iterator[None]:
         interpreter._patch_lang = patch
         for scope in reversed(scopes):
             scope.restore()
+
+
+@contextmanager
+def _types_once() -> Iterator[None]:
+    """Keep the interpreter from making the types of each value again, which takes a quarter of its time."""
+    from triton.language import core
+    from triton.runtime import interpreter
+
+    make_block, find_dtype = core.block_type.__init__, interpreter._get_np_dtype
+
+    # Types of pointers have no hash.
+    def block(self: Any, element: Any, shape: Any) -> None:
+        kind = element.name, tuple(core._unwrap_shape(shape))
+        if kind not in _blocks:
+            make_block(self, element, shape)
+            _blocks[kind] = vars(self).copy()
+        vars(self).update(_blocks[kind])
+
+    def tensor(self: Any, handle: Any, type: Any) -> None:
+        sizes = type.shape if type.is_block() else ()
+        if sizes not in _shapes:
+            _shapes[sizes] = core.tuple([core.constexpr(size) for size in sizes]), core.constexpr(math.prod(sizes))
+        self.handle, self.type, self.dtype = handle, type, type.scalar
+        self.shape, self.numel = _shapes[sizes]
+
+    def dtype(of: Any) -> Any:
+        name = of.scalar.name
+        if name not in _dtypes:
+            _dtypes[name] = find_dtype(of)
+        return _dtypes[name]
+
+    with (
+        patch.object(core.block_type, "__init__", block),
+        patch.object(core.tensor, "__init__", tensor),
+        patch.object(interpreter, "_get_np_dtype", dtype),
+    ):
+        yield
+
+
+_blocks: dict[tuple[str, tuple[int, ...]], dict[str, Any]] = {}
+_shapes: dict[tuple[int, ...], Any] = {}
+_dtypes: dict[str, Any] = {}

@@ -3,6 +3,7 @@
 import json
 import os
 import sys
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -43,12 +44,17 @@ def run(output: Path, task: str = "detect", strategy: str = "ddp", precision: st
     return example.main(*choices, output=output, **options)
 
 
-def predicted(task: str, strategy: str) -> dict[str, int]:
-    """The bytes of each kind of collective, of the network and the batch of a run in float64."""
+@cache
+def traced_once(task: str) -> tuple[Any, Any]:
+    """The network of a task and a training step of it."""
     data = example.Detection(torch.float64) if task == "detect" else example.Segmentation(torch.float64, COMMON["size"])
     model = data.model().double()
-    step = traced(model, data.batch(torch.arange(COMMON["batch"]))[:1])
-    setting = Setting(model, step, dist.get_world_size(), COMMON["batch"], False, 0.5, HARDWARE["h100"])
+    return model, traced(model, data.batch(torch.arange(COMMON["batch"]))[:1])
+
+
+def predicted(task: str, strategy: str) -> dict[str, int]:
+    """The bytes of each kind of collective, of the network and the batch of a run in float64."""
+    setting = Setting(*traced_once(task), dist.get_world_size(), COMMON["batch"], False, 0.5, HARDWARE["h100"])
     return {one.kind: int(one.bytes) for one in planned(setting, strategy).collectives}
 
 
@@ -72,7 +78,8 @@ def main() -> None:
             everyones: list[Any] = [None] * ranks
             dist.all_gather_object(everyones, dict(counted))
             busiest = max(everyones, key=lambda sent: sum(sent.values()))
-            found[f"{task} {strategy}"] = [list(losses.values()), busiest, predicted(task, strategy)]
+            if dist.get_rank() == 0:
+                found[f"{task} {strategy}"] = [list(losses.values()), busiest, predicted(task, strategy)]
     example.take_step = step
     if ranks == 2:
         run(folder / "undisturbed", **UNDISTURBED)
