@@ -205,7 +205,7 @@ def guided_points(tiny: bool) -> Case:
     levels = [size] * frames
 
     def ours(layer: nn.Module, query: Tensor, key: Tensor, value: Tensor, locations: Tensor) -> Tensor:
-        scores = deform_correlate(query, key, levels, locations) / sqrt(query.shape[-1])
+        scores = deform_correlate(query / sqrt(query.shape[-1]), key, levels, locations)
         return ms_deform_attn(value, levels, locations, scores.flatten(3).softmax(-1).view_as(scores))
 
     def theirs(layer: nn.Module, query: Tensor, key: Tensor, value: Tensor, locations: Tensor) -> Tensor:
@@ -230,7 +230,8 @@ def _guided(size: tuple[int, ...], query: Tensor, key: Tensor, value: Tensor, lo
         for field in (key, value)
     )
     # [B, T, H, D, Q, K] and [B, T, H, Q, K].
-    scores = (keys * query.permute(0, 2, 3, 1)[:, None, ..., None]).sum(3) / sqrt(query.shape[-1])
+    query = query.permute(0, 2, 3, 1) / sqrt(query.shape[-1])
+    scores = (keys * query[:, None, ..., None]).sum(3)
     weights = scores.permute(0, 2, 3, 1, 4).flatten(3).softmax(-1).unflatten(3, (frames, taps)).permute(0, 3, 1, 2, 4)
     return (values * weights.unsqueeze(3)).sum((1, 5)).permute(0, 3, 1, 2).flatten(2)
 

@@ -103,7 +103,8 @@ class GuidedDeformAttn(nn.Module):
             linear(layer, tokens).unflatten(-1, (self.heads, -1)) for layer in (self.key_proj, self.value_proj)
         )
         levels = [tuple(size)] * frames
-        scores = deform_correlate(query, key, levels, locations) / sqrt(self.dim // self.heads)
+        # The query has fewer elements than the scores.
+        scores = deform_correlate(query / sqrt(self.dim // self.heads), key, levels, locations)
         weights = scores.flatten(3).softmax(-1).view_as(scores)
         output = linear(self.output_proj, ms_deform_attn(value, levels, locations, weights))
         return output.transpose(1, 2).unflatten(2, size)

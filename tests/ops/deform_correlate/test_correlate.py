@@ -4,11 +4,13 @@ from typing import Any
 
 import pytest
 import torch
+from rooms import Call, check
 from torch import Tensor
 from torch.nn import functional as F
 
 import deformkit as dk
 from deformkit._testing import assert_close, assert_equal, evaluate
+from deformkit.ops._library import operators
 from deformkit.ops.deform_correlate.cases import CASES, Case
 
 LINEAR = [case for case in CASES if case.mode == "linear"]
@@ -46,6 +48,20 @@ def test_formula(case: Case) -> None:
     expected = evaluate(lambda *v: by_grid_sample(case, *v), values, [0, 1, 2], torch.float64)
     for name, one, other in zip(("output", "query", "key", "locations"), actual, expected, strict=True):
         assert_close(one, other, name=name)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("queries", [3, 90], ids=["in-place", "laid-out"])
+@pytest.mark.parametrize("channels", [1, 4, 5, 8, 12, 16, 31, 32, 64, 72])
+def test_any_number_of_channels(channels: int, queries: int, dtype: torch.dtype) -> None:
+    """Registers hold some, and some points fill no register; one location is NaN, and one lies outside."""
+    call = Call(operators["deform_correlate"], Case("any", 1, ((5, 6), (3, 2)), queries, 2, channels, (2, 3)))
+    args = call.arguments(dtype)
+    locations = args[call.operator.arguments.index("sampling_locations")]
+    locations[0, 1, 0, 3, 0], locations[0, 2, 1, 1] = torch.nan, -1.0
+    output = call.operator(*args)
+    assert output[0, 1, 0].isnan().sum() == 1 and output[0, 2, 1, 1] == 0
+    check(call, args)
 
 
 def test_levels_of_as_many_points_have_an_axis_of_their_own() -> None:

@@ -163,6 +163,61 @@ void walk_as(const Cells<A, N, Index>& cells, int64_t points, const Walk<A, N, k
   }
 }
 
+// The gradient by the factor alone: a point's sample, times its gradient. kChannels is the number of channels, or 0 for
+// any.
+template <int kChannels, typename A, int N, typename Index, template <typename> typename kHeld, typename T>
+void correlate_as(const Cells<A, N, Index>& cells, int64_t points, const Walk<A, N, kHeld, T>& w) {
+  constexpr int corners = 1 << N, lanes = lanes_for<A>(kChannels);
+  typedef typename Lanes<A, lanes>::type V;
+  const int64_t channels = kChannels > 0 ? kChannels : w.channels, whole = channels / lanes * lanes;
+  const int64_t asking = w.field.far ? points - points_ahead : 0;
+  const A* grad = w.grad_columns;
+  int64_t left = w.per;
+  const A* weights[corners];
+  const Index* indices[corners];
+#pragma GCC unroll 8
+  for (int corner = 0; corner < corners; ++corner)
+    weights[corner] = cells.weight(corner), indices[corner] = cells.index(corner);
+  // The lanes of a product that are still to be added up; channels that fill none are added to `rest`.
+  const auto product = [&](int64_t i, A& rest) __attribute__((always_inline)) {
+    if (kChannels > 0 && i < asking) ask_for<true, false>(cells, i + points_ahead, channels, w);
+    const T* rows[corners];
+    A weight[corners];
+#pragma GCC unroll 8
+    for (int corner = 0; corner < corners; ++corner)
+      rows[corner] = w.field.row(indices[corner][i]), weight[corner] = weights[corner][i];
+    V sum{};
+    for (int64_t c = 0; c < whole; c += lanes) {
+      V sample{};
+#pragma GCC unroll 8
+      for (int corner = 0; corner < corners; ++corner) sample += weight[corner] * load_lanes<V>(rows[corner] + c);
+      sum += sample * read_lanes<V>(grad + c);
+    }
+    for (int64_t c = whole; c < channels; ++c) {
+      A sample = 0;
+      for (int corner = 0; corner < corners; ++corner) sample += weight[corner] * load<A>(rows[corner][c]);
+      rest += sample * grad[c];
+    }
+    if (--left == 0) grad += w.pitch, left = w.per;
+    return sum;
+  };
+  int64_t i = 0;
+  for (; i + 4 <= points; i += 4) {
+    V sums[4];
+    A products[4] = {};
+#pragma GCC unroll 4
+    for (int k = 0; k < 4; ++k) sums[k] = product(i + k, products[k]);
+    add_sums<A, lanes>(sums, products);
+    std::copy_n(products, 4, w.grad_factor + i);
+  }
+  V sums[4] = {};
+  A products[4] = {};
+  const int64_t rest = points - i;
+  for (int64_t k = 0; k < rest; ++k) sums[k] = product(i + k, products[k]);
+  add_sums<A, lanes>(sums, products);
+  std::copy_n(products, rest, w.grad_factor + i);
+}
+
 }  // namespace
 
 template <bool kOne, typename A, int N, typename Index, typename Field>
@@ -177,6 +232,8 @@ template <typename A, int N, typename Index, template <typename> typename kHeld,
 void walk(const Cells<A, N, Index>& cells, int64_t points, const A* factor, const Walk<A, N, kHeld, T>& w) {
   constexpr bool usual = is_usual<A, Index>;
   const int asked = (w.columns ? 4 : 0) + (w.by_point() ? 2 : 0) + (w.grad_field ? 1 : 0);
+  if (asked == 2 && !w.grad_shift[0] && !factor)
+    return dispatch_channels<usual>(w.channels, [&](auto constant) { correlate_as<constant.value>(cells, points, w); });
   const auto as = [&]<bool kColumns, bool kPoint, bool kField, int kChannels>() {
     walk_as<kColumns, kPoint, kField, kChannels>(cells, points, w);
   };

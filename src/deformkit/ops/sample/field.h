@@ -95,7 +95,8 @@ struct Walk {
 };
 
 // The one backward walk over the corners: sums of samples again, and the gradient by field, point and factor.
-// `factor` is the one that the cells were located with.
+// `factor` is the one that the cells were located with. The gradient by the factor does not depend on it: where that is
+// all, cells without a factor are faster.
 template <typename A, int N, typename Index, template <typename> typename kHeld, typename T>
 void walk(const Cells<A, N, Index>& cells, int64_t points, const A* factor, const Walk<A, N, kHeld, T>& w);
 

@@ -204,7 +204,7 @@ class Backward {
     Buffer<Index> targets;
 
     explicit Scratch(const Backward& work)
-        : points(work.capacity_),
+        : points(work.capacity_, work.results_.value || work.results_.coordinates || work.results_.sums),
           rows(work.plane()),
           grad_rows(work.plane()),
           grads(block_of(work.call_) * work.width_),
@@ -364,8 +364,10 @@ void run(const auto& first, const auto& second) {
 }  // namespace
 
 template <int N>
-Tensor attend(const Heads<N>& call, const Tensor& value) {
+Tensor attend(Heads<N> call, const Tensor& value) {
   const Work work(call.work());
+  call.coordinates.make_rows();
+  call.weights.make_rows();
   const Tensor output = new_result(value, call.output_shape);
   // Where samples and heads are few, the items are runs of queries, in place: that changes no bit of a sum.
   const bool laid_out = is_laid_out(call, whole(call), seldom(value.scalar_type())) && call.batch * call.heads >= 8;
@@ -384,6 +386,9 @@ std::tuple<Tensor, Tensor, Tensor> attend_backward(Heads<N> call, const Tensor& 
   STD_TORCH_CHECK(sizes_of(grad_output) == call.output_shape && grad_output.scalar_type() == value.scalar_type(),
                   "grad_output must have the output's shape and dtype");
   const Work work(backward_work(call.work(), value));
+  call.coordinates.make_rows();
+  // The gradient by the weights does not depend on them.
+  if (output_mask[0] || output_mask[1] || sums) call.weights.make_rows();
   const Tensor grad = contiguous(grad_output);
   const Spans spans = spans_of(call, seldom(value.scalar_type()));
 
@@ -420,7 +425,7 @@ std::tuple<Tensor, Tensor, Tensor> attend_backward(Heads<N> call, const Tensor& 
 }
 
 #define DEFORMKIT_INSTANTIATE(N)                                  \
-  template Tensor attend<N>(const Heads<N>&, const Tensor&);      \
+  template Tensor attend<N>(Heads<N>, const Tensor&);             \
   template std::tuple<Tensor, Tensor, Tensor> attend_backward<N>( \
       Heads<N>, const Tensor&, const Tensor&, const Tensor&, const Tensor&, const std::vector<bool>&, Tensor*);
 DEFORMKIT_INSTANTIATE(1)

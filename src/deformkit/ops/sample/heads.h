@@ -24,14 +24,16 @@ struct Affine {
   std::array<double, N> scale, bias;
 };
 
-// A tensor [B, *out, H, ...] whose last axes are a row for each query and head; made so by a copy if need be. The
-// others may have any strides, such as those of an expanded tensor.
+// A tensor [B, *out, H, ...] whose last axes are a row for each query and head, once make_rows() has made it so, by a
+// copy if need be. The others may have any strides, such as those of an expanded tensor.
 class RowsOfHeads {
  public:
-  RowsOfHeads(const Tensor& tensor, size_t inner) : tensor_(tensor) {
-    if (!has_rows(inner)) tensor_ = contiguous(tensor);
+  RowsOfHeads(const Tensor& tensor, size_t inner) : tensor_(tensor), inner_(inner) {}
+
+  void make_rows() {
+    if (!has_rows()) tensor_ = contiguous(tensor_);
     const auto sizes = tensor_.sizes(), strides = tensor_.strides();
-    const size_t head = sizes.size() - inner - 1;
+    const size_t head = sizes.size() - inner_ - 1;
     batch_stride_ = strides[0], head_stride_ = strides[head];
     // Of an axis of one element the stride may be any.
     for (size_t axis = 1; axis < head; ++axis)
@@ -46,9 +48,9 @@ class RowsOfHeads {
 
  private:
   // Whether the last axes are side by side, and the axes of the queries are one.
-  bool has_rows(size_t inner) const {
+  bool has_rows() const {
     const auto sizes = tensor_.sizes(), strides = tensor_.strides();
-    const size_t head = sizes.size() - inner - 1;
+    const size_t head = sizes.size() - inner_ - 1;
     int64_t expected = 1;
     for (size_t axis = sizes.size(); axis-- > head + 1; expected *= sizes[axis])
       if (sizes[axis] != 1 && strides[axis] != expected) return false;
@@ -62,7 +64,8 @@ class RowsOfHeads {
   }
 
   Tensor tensor_;
-  int64_t batch_stride_, query_stride_ = 0, head_stride_;
+  size_t inner_;
+  int64_t batch_stride_ = 0, query_stride_ = 0, head_stride_ = 0;
 };
 
 template <int N>
@@ -108,7 +111,7 @@ struct Heads {
 
 // The weighted sums of the samples.
 template <int N>
-Tensor attend(const Heads<N>& call, const Tensor& value);
+Tensor attend(Heads<N> call, const Tensor& value);
 
 // The gradients by value, coordinates and weights, those of them that are asked for; in `sums`, if it is not null, what
 // attend() returns.

@@ -66,15 +66,19 @@ struct Plan {
   }
 };
 
-// The points of a run of queries, located.
+// The points of a run of queries, located; without factors, the weights stay unread.
 template <typename A, int N, typename Index>
 struct QueryPoints {
   Cells<A, N, Index> cells;
   Buffer<A> stored, shifts, factors;
   Buffer<Index> origins;
 
-  explicit QueryPoints(int64_t capacity)
-      : cells(capacity), stored(N * capacity), shifts(N * capacity), factors(capacity), origins(N * capacity) {}
+  explicit QueryPoints(int64_t capacity, bool with_factors = true)
+      : cells(capacity),
+        stored(N * capacity),
+        shifts(N * capacity),
+        factors(with_factors ? Buffer<A>(capacity) : Buffer<A>()),
+        origins(N * capacity) {}
 
   void locate(const Heads<N>& call, const Plan<A, N, Index>& plan, int64_t b, int64_t head, int64_t first,
               int64_t queries, Index outside) {
@@ -82,8 +86,9 @@ struct QueryPoints {
     const int64_t points = queries * span.points, capacity = plan.capacity();
     read_rows(call.coordinates.tensor(), call.coordinates.place(b, first, head) + span.first * N,
               call.coordinates.query_stride(), queries, span.points * N, stored.get(), span.points * N);
-    read_rows(call.weights.tensor(), call.weights.place(b, first, head) + span.first, call.weights.query_stride(),
-              queries, span.points, factors.get(), span.points);
+    if (factors.get())
+      read_rows(call.weights.tensor(), call.weights.place(b, first, head) + span.first, call.weights.query_stride(),
+                queries, span.points, factors.get(), span.points);
     Index* own[N];
     const Index* origin[N];
     const A* shift[N];
