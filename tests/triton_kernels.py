@@ -124,9 +124,14 @@ def _patching_once() -> Iterator[None]:
             scope.restore()
 
 
+_blocks: dict[tuple[str, tuple[int, ...]], dict[str, Any]] = {}
+_shapes: dict[tuple[int, ...], Any] = {}
+_dtypes: dict[str, Any] = {}
+
+
 @contextmanager
 def _types_once() -> Iterator[None]:
-    """Keep the interpreter from making the types of each value again, which takes a quarter of its time."""
+    """Keep the interpreter from making the types of each value again, which takes a third of its time."""
     from triton.language import core
     from triton.runtime import interpreter
 
@@ -159,8 +164,3 @@ def _types_once() -> Iterator[None]:
         patch.object(interpreter, "_get_np_dtype", dtype),
     ):
         yield
-
-
-_blocks: dict[tuple[str, tuple[int, ...]], dict[str, Any]] = {}
-_shapes: dict[tuple[int, ...], Any] = {}
-_dtypes: dict[str, Any] = {}

@@ -212,10 +212,10 @@ void correlate_as(const Cells<A, N, Index>& cells, int64_t points, const Walk<A,
   }
   V sums[4] = {};
   A products[4] = {};
-  const int64_t rest = points - i;
-  for (int64_t k = 0; k < rest; ++k) sums[k] = product(i + k, products[k]);
+  const int64_t last = points - i;
+  for (int64_t k = 0; k < last; ++k) sums[k] = product(i + k, products[k]);
   add_sums<A, lanes>(sums, products);
-  std::copy_n(products, rest, w.grad_factor + i);
+  std::copy_n(products, last, w.grad_factor + i);
 }
 
 }  // namespace
