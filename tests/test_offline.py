@@ -23,8 +23,8 @@ def run(*program: str) -> subprocess.CompletedProcess[str]:
 
 @pytest.mark.slow
 def test_kernels_are_as_they_should_be_and_no_worse_than_saved() -> None:
-    # One target in every way, the others in one case of each kind of kernel; all is compiled where the table is saved.
-    done = run("offline.py", "--check", "--only", "sm_90|(256x56x84|encoder|500 RoIs) float16")
+    # One target in every way, the others in one; all is compiled where the table is saved.
+    done = run("offline.py", "--check", "--only", "sm_90|2d .* float16")
     assert done.returncode == 0, done.stderr
 
 

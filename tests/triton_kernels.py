@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from types import SimpleNamespace
 from typing import Any
-from unittest.mock import patch
+from unittest import mock
 
 import numpy
 import torch
@@ -159,8 +159,8 @@ def _types_once() -> Iterator[None]:
         return _dtypes[name]
 
     with (
-        patch.object(core.block_type, "__init__", block),
-        patch.object(core.tensor, "__init__", tensor),
-        patch.object(interpreter, "_get_np_dtype", dtype),
+        mock.patch.object(core.block_type, "__init__", block),
+        mock.patch.object(core.tensor, "__init__", tensor),
+        mock.patch.object(interpreter, "_get_np_dtype", dtype),
     ):
         yield

@@ -149,7 +149,7 @@ def main() -> None:
             places = ", ".join(f"{name} {axis}" for name, axis in rule.places.items())
             one = partial(check, op, args, mesh, [rule], is_kept)
             checks[f"{op.name}, {case.name}: {places}"] = partial(one, compiled=all_compiled)
-            if ranks == 2:
+            if ranks == 2 or op.name == "deform_conv":
                 checks.setdefault(f"{op.name}, compiled", partial(one, compiled=True))
     report(checks)
 

@@ -220,7 +220,7 @@ def main() -> None:
         for cut in range(axes):
             for operator in ("conv", "aggregate"):
                 checks[f"beyond {axes} {cut} {operator}"] = partial(beyond, mesh, axes, cut, operator)
-                if ranks == 2 and cut == 1:
+                if axes == 2 and cut == 1:
                     checks[f"compiled {axes} {operator}"] = partial(compiled, mesh, axes, cut, operator)
             for i, options in enumerate(grid):
                 if axes == 3 and cut == 1 and i not in (0, 3):

@@ -125,7 +125,7 @@ void attend(const Heads<N>& call, const Sink& output) {
     Buffer<A> sums, rows;
   };
   const auto make = [&] {
-    return Scratch{QueryPoints<A, N, Index>(plan.capacity()), Buffer<A>(block * width),
+    return Scratch{QueryPoints<A, N, Index>(call, plan.capacity()), Buffer<A>(block * width),
                    Buffer<A>(kLaidOut ? (call.positions + 1) * width : 0)};
   };
   const std::vector<T> zeros(channels, T(0));
@@ -204,7 +204,7 @@ class Backward {
     Buffer<Index> targets;
 
     explicit Scratch(const Backward& work)
-        : points(work.capacity_, work.results_.value || work.results_.coordinates || work.results_.sums),
+        : points(work.call_, work.capacity_),
           rows(work.plane()),
           grad_rows(work.plane()),
           grads(block_of(work.call_) * work.width_),

@@ -38,8 +38,10 @@ class RowsOfHeads {
     // Of an axis of one element the stride may be any.
     for (size_t axis = 1; axis < head; ++axis)
       if (sizes[axis] != 1) query_stride_ = strides[axis];
+    is_made_ = true;
   }
 
+  bool is_made() const { return is_made_; }
   const Tensor& tensor() const { return tensor_; }
   int64_t place(int64_t b, int64_t query, int64_t head) const {
     return b * batch_stride_ + query * query_stride_ + head * head_stride_;
@@ -65,6 +67,7 @@ class RowsOfHeads {
 
   Tensor tensor_;
   size_t inner_;
+  bool is_made_ = false;
   int64_t batch_stride_ = 0, query_stride_ = 0, head_stride_ = 0;
 };
 

@@ -66,18 +66,18 @@ struct Plan {
   }
 };
 
-// The points of a run of queries, located; without factors, the weights stay unread.
+// The points of a run of queries, located. Weights whose rows are not made are not read: the cells have no factors.
 template <typename A, int N, typename Index>
 struct QueryPoints {
   Cells<A, N, Index> cells;
   Buffer<A> stored, shifts, factors;
   Buffer<Index> origins;
 
-  explicit QueryPoints(int64_t capacity, bool with_factors = true)
+  QueryPoints(const Heads<N>& call, int64_t capacity)
       : cells(capacity),
         stored(N * capacity),
         shifts(N * capacity),
-        factors(with_factors ? Buffer<A>(capacity) : Buffer<A>()),
+        factors(call.weights.is_made() ? Buffer<A>(capacity) : Buffer<A>()),
         origins(N * capacity) {}
 
   void locate(const Heads<N>& call, const Plan<A, N, Index>& plan, int64_t b, int64_t head, int64_t first,
@@ -86,7 +86,7 @@ struct QueryPoints {
     const int64_t points = queries * span.points, capacity = plan.capacity();
     read_rows(call.coordinates.tensor(), call.coordinates.place(b, first, head) + span.first * N,
               call.coordinates.query_stride(), queries, span.points * N, stored.get(), span.points * N);
-    if (factors.get())
+    if (call.weights.is_made())
       read_rows(call.weights.tensor(), call.weights.place(b, first, head) + span.first, call.weights.query_stride(),
                 queries, span.points, factors.get(), span.points);
     Index* own[N];
