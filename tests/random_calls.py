@@ -366,7 +366,7 @@ def relayout(draw: random.Random, value: Any) -> Any:
 
 
 def spoil(draw: random.Random, args: list[Any]) -> list[Any]:
-    """Change a shape, or drop or add a step. The operator has to refuse the call or to compute it correctly."""
+    """Change a shape, a dtype or a device, or drop or add a step. The call has to be refused or computed correctly."""
     args = list(args)
     i = draw.choice([i for i, value in enumerate(args) if isinstance(value, Tensor | list)])
     if isinstance(args[i], list):
@@ -381,6 +381,8 @@ def spoil(draw: random.Random, args: list[Any]) -> list[Any]:
                 args[i].unsqueeze(axis),
                 args[i].select(axis, 0) if size else args[i].flatten(),
                 args[i].to(torch.float64 if args[i].dtype != torch.float64 else torch.float32),
+                args[i].to(draw.choice((torch.float16, torch.int64, torch.bool, torch.complex64))),
+                args[i].to("meta"),
             )
         )
     return args

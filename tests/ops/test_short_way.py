@@ -31,6 +31,35 @@ def test_the_short_way_computes_what_the_dispatcher_does(call: Call) -> None:
         assert call.operator(*leaves).is_inference()
 
 
+@one_call_each
+def test_a_kernel_is_asked_before_the_check(call: Call, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The check of a public function takes as long as a small call; it only says why a kernel refused."""
+    args = call.arguments()
+    expected = call.operator(*args)
+
+    def check(*args: Any, **form: Any) -> None:
+        raise ValueError(f"checked with {form}")
+
+    monkeypatch.setattr(call.operator, "check", check)
+    assert torch.equal(call.operator.checked_call(*args, axes=3), expected)
+    with pytest.raises(ValueError, match=r"checked with \{'axes': 3\}") as raised:
+        call.operator.checked_call(args[0].to(torch.int16), *args[1:], axes=3)
+    assert raised.value.__context__ is None
+
+
+@one_call_each
+def test_what_the_check_cannot_explain_is_raised_as_it_is(call: Call, monkeypatch: pytest.MonkeyPatch) -> None:
+    failure = RuntimeError("out of memory")
+
+    def run(args: Any) -> None:
+        raise failure
+
+    monkeypatch.setattr(call.operator, "_run", run)
+    with pytest.raises(RuntimeError) as raised:
+        call.operator.checked_call(*call.arguments())
+    assert raised.value is failure
+
+
 class Doubled(Tensor):
     """A subclass that doubles what a function returns."""
 

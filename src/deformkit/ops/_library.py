@@ -14,6 +14,7 @@ A kernel is then only ``STABLE_TORCH_LIBRARY_IMPL(deformkit, CPU, m)`` in C++ or
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
+from operator import itemgetter
 from types import new_class
 from typing import Any, NamedTuple
 
@@ -58,6 +59,7 @@ class Operator:
         arguments = _torch.arguments(self.overload)
         self.arguments = [name for name, _ in arguments]
         self.tensors = [i for i, (_, kind) in enumerate(arguments) if "Tensor" in kind]
+        self._tensors_of = itemgetter(*self.tensors)
         self.differentiable = [self.arguments.index(name) for name in differentiable]
         self.coordinates = [self.arguments.index(name) for name in coordinates]
         self.batched = {self.arguments.index(name) for name in batched}
@@ -80,6 +82,8 @@ class Operator:
 
     def __call__(self, *args: Any) -> Any:
         """Run the operator through the dispatcher, or in another way if a transform or an exporter needs it."""
+        if self._is_plain(args):
+            return self._run(args)
         if (form := _form.current()) and not self._stays(form, args):
             return self.reference(*args)
         if torch.compiler.is_compiling() or _torch.tracing():
@@ -92,8 +96,35 @@ class Operator:
                 return (self.reference if levels["Jvp"] or levels["Grad"] else self.overload)(*args)
             # A custom operator raises under torch.func.grad and returns zeros under torch.func.jvp.
             return self._transformed.apply(*args)
-        if _torch.intercepted(*(args[i] for i in self.tensors)):
-            return self.overload(*args)
+        return self.overload(*args)
+
+    def checked_call(self, *args: Any, **form: Any) -> Any:
+        """Run the operator for a public function: arguments that do not fit raise what ``check(*args, **form)`` says.
+
+        A kernel refuses them too, and sooner: without this check first, a small call takes a third less time; see
+        `benchmarks/run.py overhead`. What exactly is wrong, the check says after that.
+        """
+        if not self._is_plain(args):
+            self.check(*args, **form)
+            return self(*args)
+        try:
+            return self._run(args)
+        except Exception as error:
+            refusal = error
+        self.check(*args, **form)
+        raise refusal
+
+    def _is_plain(self, args: Sequence[Any]) -> bool:
+        """Whether nothing may change this call but autograd."""
+        return not (
+            _form.current()
+            or torch.compiler.is_compiling()
+            or _torch.tracing()
+            or _torch.transforming()
+            or _torch.intercepted(self._tensors_of(args))
+        )
+
+    def _run(self, args: Sequence[Any]) -> Any:
         # The overload would do the same through what torch.library registers: 5 us more without a graph, 30 us more
         # with one and 60 us more with a backward pass, where a small call takes 100; see `benchmarks/run.py overhead`.
         if torch.is_grad_enabled() and _torch.any_requires_grad(*args):

@@ -6,7 +6,7 @@ compiler and of sharding. One that is added names the releases on which it was t
 
 import sys
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from math import prod
 from typing import Any
@@ -61,7 +61,7 @@ def transforming() -> bool:
     return transforms_active() or forward_ad._current_level >= 0
 
 
-def intercepted(*tensors: torch.Tensor | None) -> bool:
+def intercepted(tensors: Iterable[torch.Tensor | None]) -> bool:
     """Whether a mode, autocast or a subclass of Tensor may change a call before autograd records it."""
     return (
         torch._C._len_torch_function_stack() > 0

@@ -91,9 +91,11 @@ def deform_aggregate(
     paddings = ntuple(padding, axes, "padding", 0)
     dilations = ntuple(dilation, axes, "dilation", 1)
     steps = (kernel, strides, paddings, dilations)
+    # The dispatcher would convert what is not a number, or not a bool.
+    check_offset_scale(offset_scale)
+    tap_count(kernel, remove_center)
     args = (value, offset, weight, *steps, offset_scale, remove_center, code_of("boundary", boundary))
-    _check(*args)
-    return _operator(*args)
+    return _operator.checked_call(*args)
 
 
 def _axes(value: Tensor, offset: Tensor) -> int:

@@ -150,8 +150,7 @@ def _deform_conv(
     paddings = ntuple(padding, axes, "padding", 0)
     dilations = ntuple(dilation, axes, "dilation", 1)
     args = (input, offset, weight, bias, strides, paddings, dilations, mask, code_of("boundary", boundary))
-    _check(*args, axes=axes)
-    return _operator(*args)
+    return _operator.checked_call(*args, axes=axes)
 
 
 def _check(

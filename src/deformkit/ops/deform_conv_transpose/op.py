@@ -15,6 +15,7 @@ from .._shape import (
     check_floating,
     check_offset_channels,
     check_offset_dtype,
+    check_tensor,
     check_window,
     code_of,
     name_of,
@@ -181,22 +182,28 @@ def _deform_conv_transpose(
             )
     check_count("groups", groups)
     rest = (paddings, extras, groups, dilations, mask, code_of("boundary", boundary))
-    _check(input, offset, weight, strides, *rest, axes=axes, whole_steps=True)
     if bias is not None:
-        check_alike("bias", bias, "input", input)
-        if list(bias.shape) != [groups * weight.shape[1]]:
-            raise ValueError(f"bias has shape {list(bias.shape)}; the output has {groups * weight.shape[1]} channels")
-
+        _check_bias(bias, input, weight, groups)
     steps = [extra // step for extra, step in zip(extras, strides, strict=True)]
     if any(steps):
+        _check(input, offset, weight, strides, *rest, axes=axes, whole_steps=True)
         # Output padding of whole steps is room for further positions of the input, which are 0.
         widths = [width for more in reversed(steps) for width in (0, more)]
         input, offset = F.pad(input, widths), F.pad(offset, widths)
         mask = None if mask is None else F.pad(mask, widths)
         extras = [extra % step for extra, step in zip(extras, strides, strict=True)]
         rest = (paddings, extras, groups, dilations, mask, code_of("boundary", boundary))
-    output = _operator(input, offset, weight, strides, *rest)
+    output = _operator.checked_call(input, offset, weight, strides, *rest, axes=axes)
     return output if bias is None else output + bias.to(output.dtype).reshape(-1, *[1] * axes)
+
+
+def _check_bias(bias: Tensor, input: Tensor, weight: Tensor, groups: int) -> None:
+    """Raise unless the output can take ``bias``, if ``weight`` says how many channels that has."""
+    check_floating("input", input)
+    check_alike("bias", bias, "input", input)
+    check_tensor("weight", weight)
+    if weight.dim() > 1 and list(bias.shape) != [groups * weight.shape[1]]:
+        raise ValueError(f"bias has shape {list(bias.shape)}; the output has {groups * weight.shape[1]} channels")
 
 
 def _check(

@@ -83,9 +83,8 @@ def deform_correlate(
     locations = over_heads_and_levels(sampling_locations, query.shape[2], levels, has_levels)
     flat_sizes = [length for size in sizes for length in size]
     args = (query.flatten(2), key, flat_sizes, locations, points, code_of("mode", mode))
-    _check(*args)
+    output = _operator.checked_call(*args)
     warn_of_location_units(locations)
-    output = _operator(*args)
     return output.reshape(*output.shape[:3], levels, sampling_locations.shape[4]) if has_levels else output
 
 

@@ -99,16 +99,16 @@ def deform_roi_pool(
     sizes = ntuple(output_size, axes, "output_size", 1)
     groups = grid_of(group_size, axes)
     offset_groups = _offset_groups(offset, input, groups)
+    # The dispatcher would convert what is not a number.
+    check_numbers(spatial_scale, sampling_ratio, gamma)
     numbers = (sizes, spatial_scale, sampling_ratio, gamma, groups or [0] * axes)
-    of_first = offset[:, :axes] if offset is not None and offset_groups > 1 else offset
-    _check(input, rois, of_first, *numbers)
-    if readable(rois):
-        _check_batch_index(rois, input.shape[0])
+    args = (input, rois, offset, *numbers)
+    if offset is not None and offset_groups > 1:
+        _check(input, rois, offset[:, :axes], *numbers)
+        args = (*_of_groups(input, rois, offset, offset_groups), *numbers)
+    output = _operator.checked_call(*args)
     warn_of_gradient("rois", rois)
     warn_of_inverted_rois(rois)
-    if offset is not None and offset_groups > 1:
-        input, rois, offset = _of_groups(input, rois, offset, offset_groups)
-    output = _operator(input, rois, offset, *numbers)
     return output if offset_groups == 1 else output.unflatten(0, (-1, offset_groups)).flatten(1, 2)
 
 
@@ -185,6 +185,8 @@ def _check(
                 f"{rois.shape[0]} RoIs, {axes} coordinates, {times(output_size)} bins"
             )
     check_numbers(spatial_scale, sampling_ratio, gamma)
+    if readable(rois):
+        _check_batch_index(rois, input.shape[0])
     groups = prod(reference.cells_of(group_size))
     if input.shape[1] % groups:
         raise ValueError(

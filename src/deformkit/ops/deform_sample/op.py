@@ -65,14 +65,12 @@ def deform_sample(input: Tensor, points: Tensor, *, boundary: Boundary = "zeros"
             f"points has shape {list(points.shape)}; with {axes} spatial axes in input it must be [B, G, *out, {axes}]"
         )
     is_single = points.dim() == 3
-    args = (
+    samples = _operator.checked_call(
         input,
         points.unsqueeze(2) if is_single else points,
         code_of("boundary", boundary),
         code_of("mode", mode),
     )
-    _check(*args)
-    samples = _operator(*args)
     return samples.squeeze(2) if is_single else samples
 
 

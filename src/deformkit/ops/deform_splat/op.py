@@ -75,14 +75,12 @@ def deform_splat(input: Tensor, points: Tensor, size: int | Sequence[int], *, bo
         raise ValueError(
             f"size is {size!r}; points has {axes} coordinates, for which it must be one int or {axes} ints"
         )
-    args = (
+    return _operator.checked_call(
         input if in_size else input.unsqueeze(2),
         points if in_size else points.unsqueeze(2),
         ntuple(size, axes, "size", 1),
         code_of("boundary", boundary),
     )
-    _check(*args)
-    return _operator(*args)
 
 
 def _check(input: Tensor, points: Tensor, size: Sequence[int], boundary: int) -> list[int]:

@@ -94,9 +94,9 @@ def ms_deform_attn(
     )
     flat_sizes = [length for size in sizes for length in size]
     args = (value, flat_sizes, sampling_locations, attention_weights, points, code_of("mode", mode))
-    _check(*args)
+    output = _operator.checked_call(*args)
     warn_of_location_units(sampling_locations)
-    return _operator(*args)
+    return output
 
 
 def _check_alike_but_for_single_axes(sampling_locations: Tensor, attention_weights: Tensor, has_levels: bool) -> None:
