@@ -10,7 +10,7 @@ from torch import Tensor
 from .. import _script
 from .._library import define
 from .._public import public
-from .._shape import check_alike, check_floating, check_offset_dtype, compute_dtype, ntuple, times
+from .._shape import check_alike, check_floating, check_offset_dtype, check_stored, compute_dtype, ntuple, times
 from .._suspect import readable, warn_of_gradient, warn_of_inverted_rois
 from . import reference
 
@@ -186,6 +186,7 @@ def _check(
             )
     check_numbers(spatial_scale, sampling_ratio, gamma)
     if readable(rois):
+        check_stored("rois", rois)
         _check_batch_index(rois, input.shape[0])
     groups = prod(reference.cells_of(group_size))
     if input.shape[1] % groups:
