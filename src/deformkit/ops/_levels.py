@@ -32,7 +32,7 @@ def level_sizes(name: str, spatial_shapes: SpatialShapes, axes: int, beside: str
     try:
         for size in spatial_shapes:
             row = [size] if axes == 1 and not hasattr(size, "__len__") else list(size)
-            sizes.append([_integer(v) for v in row])
+            sizes.append([v if type(v) is int else _integer(v) for v in row])
     except (TypeError, AttributeError):
         raise TypeError(f"{name} is {spatial_shapes!r}; it must be a sequence of {expected}") from None
     if not sizes:
@@ -45,7 +45,7 @@ def level_sizes(name: str, spatial_shapes: SpatialShapes, axes: int, beside: str
 
 def _integer(value: Any) -> Any:
     # A symbolic int is returned as it is: to ask for its __index__ would fix its value.
-    return value if isinstance(value, int | torch.SymInt) else int(value.__index__())
+    return value if isinstance(value, (int, torch.SymInt)) else int(value.__index__())
 
 
 def located_levels(

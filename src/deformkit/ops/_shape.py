@@ -145,6 +145,23 @@ def check_floating(name: str, value: Any) -> None:
         raise TypeError(f"{name} has dtype {value.dtype}; it must be float16, bfloat16, float32 or float64")
 
 
+def axes_of(name: str, field: Tensor) -> int:
+    """The number of spatial axes of ``field [B, C, *S]``; raise if they are not 1 to 3."""
+    check_tensor(name, field)
+    if field.dim() not in (3, 4, 5):
+        raise ValueError(f"{name} has shape {list(field.shape)}; it needs a batch, channels and 1, 2 or 3 spatial axes")
+    return field.dim() - 2
+
+
+def checked_axes(name: str, field: Tensor) -> int:
+    """:func:`axes_of` for ``field``; raise if the operators do not support its dtype, or if it is empty."""
+    check_floating(name, field)
+    axes = axes_of(name, field)
+    if min(field.shape[2:]) < 1:
+        raise ValueError(f"{name} has spatial size {times(field.shape[2:])}; every axis must have at least one element")
+    return axes
+
+
 def check_alike(name: str, value: Any, leader_name: str, leader: Tensor, dtype: bool = True) -> None:
     """Raise unless ``value`` is a tensor on the device of ``leader`` and, except under autocast, of its dtype."""
     check_tensor(name, value)
@@ -280,6 +297,7 @@ __all__ = [
     "FLOATING",
     "Boundary",
     "Mode",
+    "axes_of",
     "check_alike",
     "check_choice",
     "check_count",
@@ -291,6 +309,7 @@ __all__ = [
     "check_stored",
     "check_tensor",
     "check_window",
+    "checked_axes",
     "checked_output_size",
     "code_of",
     "compute_dtype",

@@ -10,7 +10,16 @@ from torch import Tensor
 from .. import _script
 from .._library import define
 from .._public import public
-from .._shape import check_alike, check_floating, check_offset_dtype, check_stored, compute_dtype, ntuple, times
+from .._shape import (
+    axes_of,
+    check_alike,
+    check_offset_dtype,
+    check_stored,
+    checked_axes,
+    compute_dtype,
+    ntuple,
+    times,
+)
 from .._suspect import readable, warn_of_gradient, warn_of_inverted_rois
 from . import reference
 
@@ -95,7 +104,7 @@ def deform_roi_pool(
     Papers: Deformable Convolutional Networks, https://arxiv.org/abs/1703.06211; with a mask upon the result,
     Deformable ConvNets v2, https://arxiv.org/abs/1811.11168; R-FCN, https://arxiv.org/abs/1605.06409.
     """
-    axes = _check_input(input)
+    axes = axes_of("input", input)
     sizes = ntuple(output_size, axes, "output_size", 1)
     groups = grid_of(group_size, axes)
     offset_groups = _offset_groups(offset, input, groups)
@@ -141,16 +150,6 @@ def _of_groups(input: Tensor, rois: Tensor, offset: Tensor, count: int) -> tuple
     )
 
 
-def _check_input(input: Tensor) -> int:
-    """Check the input; return its number of spatial axes."""
-    check_floating("input", input)
-    if input.dim() not in (3, 4, 5):
-        raise ValueError(f"input has shape {list(input.shape)}; it needs a batch, channels and 1, 2 or 3 spatial axes")
-    if min(input.shape[2:]) < 1:
-        raise ValueError(f"input has spatial size {times(input.shape[2:])}; every axis must have at least one element")
-    return input.dim() - 2
-
-
 def _check(
     input: Tensor,
     rois: Tensor,
@@ -162,7 +161,7 @@ def _check(
     group_size: list[int],
 ) -> list[int]:
     """Check every argument; return the shape of the output."""
-    axes = _check_input(input)
+    axes = checked_axes("input", input)
     check_alike("rois", rois, "input", input, dtype=False)
     expected = compute_dtype(input.dtype)
     if rois.dtype != expected:

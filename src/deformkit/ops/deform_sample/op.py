@@ -8,13 +8,13 @@ from .._public import public
 from .._shape import (
     Boundary,
     Mode,
+    axes_of,
     check_alike,
-    check_floating,
     check_location_dtype,
     check_tensor,
+    checked_axes,
     code_of,
     name_of,
-    times,
 )
 from . import reference
 
@@ -58,7 +58,7 @@ def deform_sample(input: Tensor, points: Tensor, *, boundary: Boundary = "zeros"
 
     Papers: Spatial Transformer Networks, https://arxiv.org/abs/1506.02025.
     """
-    axes = _check_input(input)
+    axes = axes_of("input", input)
     check_tensor("points", points)
     if points.dim() < 3 or points.shape[-1] != axes:
         raise ValueError(
@@ -74,19 +74,9 @@ def deform_sample(input: Tensor, points: Tensor, *, boundary: Boundary = "zeros"
     return samples.squeeze(2) if is_single else samples
 
 
-def _check_input(input: Tensor) -> int:
-    """Check the input; return its number of spatial axes."""
-    check_floating("input", input)
-    if input.dim() not in (3, 4, 5):
-        raise ValueError(f"input has shape {list(input.shape)}; it needs a batch, channels and 1, 2 or 3 spatial axes")
-    if min(input.shape[2:]) < 1:
-        raise ValueError(f"input has spatial size {times(input.shape[2:])}; every axis must have at least one element")
-    return input.dim() - 2
-
-
 def _check(input: Tensor, points: Tensor, boundary: int, mode: int) -> list[int]:
     """Check every argument in the form that the operator takes; return the shape of the output."""
-    axes = _check_input(input)
+    axes = checked_axes("input", input)
     check_alike("points", points, "input", input, dtype=False)
     check_location_dtype("points", points, "an input", input.dtype)
     name_of("boundary", boundary)

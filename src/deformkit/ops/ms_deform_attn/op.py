@@ -9,7 +9,6 @@ from .._levels import (
     SpatialShapes,
     check_counts,
     check_levels,
-    check_location_axes,
     located_levels,
     over_heads_and_levels,
 )
@@ -83,10 +82,9 @@ def ms_deform_attn(
     check_tensor("value", value)
     check_tensor("sampling_locations", sampling_locations)
     check_tensor("attention_weights", attention_weights)
-    check_location_axes(sampling_locations)
+    sizes, points = located_levels(spatial_shapes, sampling_locations, num_points)
     has_levels = sampling_locations.dim() == 6
     _check_alike_but_for_single_axes(sampling_locations, attention_weights, has_levels)
-    sizes, points = located_levels(spatial_shapes, sampling_locations, num_points)
     heads = value.shape[2] if value.dim() == 4 else 1
     sampling_locations, attention_weights = (
         over_heads_and_levels(tensor, heads, len(sizes), has_levels)
@@ -101,6 +99,8 @@ def ms_deform_attn(
 
 def _check_alike_but_for_single_axes(sampling_locations: Tensor, attention_weights: Tensor, has_levels: bool) -> None:
     """Raise a ValueError unless the shapes agree, where one of the two may have one head or one level for all."""
+    if attention_weights.shape == sampling_locations.shape[:-1]:
+        return
     found, expected = list(attention_weights.shape), list(sampling_locations.shape[:-1])
     shared = (2, 3) if has_levels else (2,)
     fits = len(found) == len(expected) and all(
