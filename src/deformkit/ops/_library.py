@@ -101,8 +101,8 @@ class Operator:
     def checked_call(self, *args: Any, **form: Any) -> Any:
         """Run the operator for a public function: arguments that do not fit raise what ``check(*args, **form)`` says.
 
-        A kernel refuses them too, and sooner: without this check first, a small call takes a third less time; see
-        `benchmarks/run.py overhead`. What exactly is wrong, the check says after that.
+        A kernel refuses them too, in a fraction of the time of the check, which then says what exactly is wrong;
+        `benchmarks/run.py overhead` measures how much of a small call a check before each kernel would be.
         """
         if not self._is_plain(args):
             self.check(*args, **form)
