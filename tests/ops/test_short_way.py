@@ -3,6 +3,9 @@
 Autocast is a part of it, which test_contract.py checks.
 """
 
+import contextlib
+import gc
+import weakref
 from typing import Any
 
 import pytest
@@ -44,7 +47,7 @@ def test_a_kernel_is_asked_before_the_check(call: Call, monkeypatch: pytest.Monk
     assert torch.equal(call.operator.checked_call(*args, axes=3), expected)
     with pytest.raises(ValueError, match=r"checked with \{'axes': 3\}") as raised:
         call.operator.checked_call(args[0].to(torch.int16), *args[1:], axes=3)
-    assert raised.value.__context__ is None
+    assert raised.value.__suppress_context__
 
 
 @one_call_each
@@ -58,6 +61,22 @@ def test_what_the_check_cannot_explain_is_raised_as_it_is(call: Call, monkeypatc
     with pytest.raises(RuntimeError) as raised:
         call.operator.checked_call(*call.arguments())
     assert raised.value is failure
+
+
+@one_call_each
+def test_an_error_keeps_no_tensor_alive(call: Call) -> None:
+    """Not until the garbage collector runs, when memory may be what was short."""
+    args = call.arguments()
+    wrong = args[0].to(torch.int16)
+    alive = weakref.ref(wrong)
+    gc.disable()
+    try:
+        with contextlib.suppress(TypeError):
+            call.operator.checked_call(wrong, *args[1:])
+        del wrong
+        assert alive() is None
+    finally:
+        gc.enable()
 
 
 class Doubled(Tensor):

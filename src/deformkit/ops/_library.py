@@ -109,10 +109,12 @@ class Operator:
             return self(*args)
         try:
             return self._run(args)
-        except Exception as error:
-            refusal = error
-        self.check(*args, **form)
-        raise refusal
+        except Exception:
+            try:
+                self.check(*args, **form)
+            except Exception as reason:
+                raise reason from None
+            raise
 
     def _is_plain(self, args: Sequence[Any]) -> bool:
         """Whether nothing may change this call but autograd."""
