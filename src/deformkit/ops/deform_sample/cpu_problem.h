@@ -110,12 +110,12 @@ class Points {
 
   // The coordinates of points that follow one another, or of those of them in a list. Those that follow are asked for.
   void read(const Coordinates<A>& from, int64_t points) {
-    if (from.point_stride == N) ask_for_row(from.first + points * N, points * N);
+    if (from.point_stride == N) ask_for_lines(from.first + points * N, points * N);
     for (int axis = 0; axis < N; ++axis) {
       const A* const along = from.along(axis);
       A* const to = shifts_.get() + axis * capacity_;
       if (from.point_stride != N) {
-        ask_for_row(along + points, points);
+        ask_for_lines(along + points, points);
         std::copy_n(along, points, to);
       } else {
 #pragma omp simd

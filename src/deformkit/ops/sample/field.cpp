@@ -57,7 +57,7 @@ __attribute__((noinline)) void gather_as(const Cells<A, N, Index>& cells, int64_
     for (int64_t i = j * per; i < (kOne ? j + 1 : (j + 1) * per); ++i) {
       if (kChannels > 0 && c == 0 && i < asking) {
         for (int corner = 0; corner < corners; ++corner)
-          ask_for_row(field.row(indices[corner][i + points_ahead]), kChannels);
+          ask_for_lines(field.row(indices[corner][i + points_ahead]), kChannels);
       }
 #pragma GCC unroll 8
       for (int corner = 0; corner < corners; ++corner) {
@@ -91,8 +91,8 @@ __attribute__((always_inline)) inline void ask_for(const Cells<A, N, Index>& cel
                                                    const Walk<A, N, kHeld, T>& w) {
   for (int corner = 0; corner < 1 << N; ++corner) {
     const int64_t at = cells.index(corner)[i];
-    if constexpr (kRead) ask_for_row(w.field.row(at), channels);
-    if constexpr (kField) ask_for_row<true>(w.grad_field.row(at), channels);
+    if constexpr (kRead) ask_for_lines(w.field.row(at), channels);
+    if constexpr (kField) ask_for_lines<true>(w.grad_field.row(at), channels);
   }
 }
 

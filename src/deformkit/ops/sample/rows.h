@@ -12,10 +12,17 @@ constexpr int64_t rows_ahead = 16;
 template <typename T>
 constexpr int64_t line = 64 / sizeof(T);
 
-// Prefetches a row that is used later; always inlined, as ask_for_run() is.
+// Prefetches a row that is used later and begins where a line does; always inlined, as ask_for_run() is.
+template <bool kWritten = false, typename T>
+__attribute__((always_inline)) inline void ask_for_lines(const T* row, int64_t width) {
+  for (int64_t i = 0; i < width; i += line<T>) __builtin_prefetch(row + i, kWritten);
+}
+
+// The same for a row that may begin anywhere, and so end a line later.
 template <bool kWritten = false, typename T>
 __attribute__((always_inline)) inline void ask_for_row(const T* row, int64_t width) {
-  for (int64_t i = 0; i < width; i += line<T>) __builtin_prefetch(row + i, kWritten);
+  ask_for_lines<kWritten>(row, width);
+  __builtin_prefetch(row + width - 1, kWritten);
 }
 
 // `rows` runs of `width` elements from element `at` on, `pitch` apart, into rows of `own_pitch`; zeros fill what is
