@@ -121,6 +121,12 @@ WRONG: dict[str, tuple[dict[str, Any], type[Exception], str]] = {
         ValueError,
         "input has spatial size 0x4; every axis must have at least one element",
     ),
+    "long stride": (
+        {"stride": 2**39},
+        ValueError,
+        r"stride is \[549755813888, 549755813888\]; times input 5x4 it must be at most 2\^40",
+    ),
+    "long dilation": ({"dilation": 2**39}, ValueError, r"dilation is .*; times kernel 3x4 it must be at most 2\^40"),
     "offset channels": ({"offset": torch.zeros(2, 50, 5, 4)}, ValueError, "needs a multiple of 24 = 12 taps x 2"),
     "offset groups": (
         {"offset": torch.zeros(2, 72, 5, 4)},

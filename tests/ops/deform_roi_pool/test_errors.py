@@ -129,6 +129,11 @@ WRONG: dict[str, tuple[dict[str, Any], type[Exception], str]] = {
     "fractional index": ({"rois": indices(0.5)}, ValueError, "rois[0, 0] is 0.5; it must be a batch index"),
     "nan index": ({"rois": indices(0.0, 0.0, 0.0, torch.nan)}, ValueError, "rois[3, 0] is nan; it must be a batch"),
     "infinite index": ({"rois": indices(torch.inf)}, ValueError, "rois[0, 0] is inf; it must be a batch index"),
+    "many bins": (
+        {"output_size": 2**16, "offset": None},
+        ValueError,
+        "output_size is 65536x65536; there must be at most 2147483648 bins",
+    ),
     "huge index": ({"rois": indices(2.0**32)}, ValueError, "rois[0, 0] is 4.29497e+09; it must be a batch index"),
     "no image": (
         {"input": no(0, 8, 7, 9)},

@@ -74,6 +74,7 @@ WRONG: dict[str, tuple[dict[str, Any], type[Exception], str]] = {
     "size": ({"size": (3, 4, 5)}, ValueError, "size is .3, 4, 5.; points has 2 coordinates"),
     "no size": ({"size": (3, 0)}, ValueError, "size is .3, 0.; each value must be at least 1"),
     "huge size": ({"size": 2**31}, ValueError, "the output would have more than 2.62 elements"),
+    "long size": ({"size": (2**41, 1)}, ValueError, r"size is \[2199023255552, 1\]; each value must be at most 2\^40"),
     "groups": ({"points": torch.zeros(2, 4, 4, 5, 2)}, ValueError, "points has 4 groups and input 6 channels"),
     "batch": ({"points": torch.zeros(1, 1, 4, 5, 2)}, ValueError, "points has batch size 1; input has 2"),
     "boundary": ({"boundary": "wrap"}, ValueError, "boundary is 'wrap'"),

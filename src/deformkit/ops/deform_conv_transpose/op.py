@@ -9,13 +9,13 @@ from .. import _script
 from .._adjoint import RESULT, define_adjoint
 from .._public import public
 from .._shape import (
+    FARTHEST,
     Boundary,
     check_alike,
     check_count,
     check_floating,
     check_offset_channels,
     check_offset_dtype,
-    check_tensor,
     check_window,
     code_of,
     name_of,
@@ -182,11 +182,11 @@ def _deform_conv_transpose(
             )
     check_count("groups", groups)
     rest = (paddings, extras, groups, dilations, mask, code_of("boundary", boundary))
-    if bias is not None:
-        _check_bias(bias, input, weight, groups)
     steps = [extra // step for extra, step in zip(extras, strides, strict=True)]
-    if any(steps):
+    if any(steps) or not _is_bias(bias, input, weight, groups):
         _check(input, offset, weight, strides, *rest, axes=axes, whole_steps=True)
+        _check_bias(bias, input, groups * weight.shape[1])
+    if any(steps):
         # Output padding of whole steps is room for further positions of the input, which are 0.
         widths = [width for more in reversed(steps) for width in (0, more)]
         input, offset = F.pad(input, widths), F.pad(offset, widths)
@@ -197,13 +197,23 @@ def _deform_conv_transpose(
     return output if bias is None else output + bias.to(output.dtype).reshape(-1, *[1] * axes)
 
 
-def _check_bias(bias: Tensor, input: Tensor, weight: Tensor, groups: int) -> None:
-    """Raise unless the output can take ``bias``, if ``weight`` says how many channels that has."""
-    check_floating("input", input)
+def _is_bias(bias: Tensor | None, input: Tensor, weight: Tensor, groups: int) -> bool:
+    """Whether ``bias`` is None, or the checks are sure to pass it if they pass all the others."""
+    if bias is None:
+        return True
+    if not all(isinstance(value, Tensor) for value in (bias, input, weight)) or weight.dim() < 2:
+        return False
+    alike = bias.device == input.device and bias.dtype == input.dtype
+    return alike and bias.dim() == 1 and bias.shape[0] == groups * weight.shape[1]
+
+
+def _check_bias(bias: Tensor | None, input: Tensor, channels: int) -> None:
+    """Raise unless ``bias`` is None or fits an output of so many channels."""
+    if bias is None:
+        return
     check_alike("bias", bias, "input", input)
-    check_tensor("weight", weight)
-    if weight.dim() > 1 and list(bias.shape) != [groups * weight.shape[1]]:
-        raise ValueError(f"bias has shape {list(bias.shape)}; the output has {groups * weight.shape[1]} channels")
+    if list(bias.shape) != [channels]:
+        raise ValueError(f"bias has shape {list(bias.shape)}; the output has {channels} channels")
 
 
 def _check(
@@ -246,6 +256,12 @@ def _check(
 
     window = {"kernel_size": kernel_size, "stride": stride, "padding": padding}
     check_window("input", size, **window, output_padding=output_padding, dilation=dilation)
+    for name, steps, what, lengths in (
+        ("stride", stride, "input", size),
+        ("dilation", dilation, "kernel", kernel_size),
+    ):
+        if any(step * length > FARTHEST for step, length in zip(steps, lengths, strict=True)):
+            raise ValueError(f"{name} is {list(steps)}; times {what} {times(lengths)} it must be at most 2^40")
     if not whole_steps and any(extra >= step for extra, step in zip(output_padding, stride, strict=True)):
         raise ValueError(
             f"output_padding is {list(output_padding)}; each value must be less than stride {list(stride)}"

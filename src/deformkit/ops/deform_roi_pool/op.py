@@ -23,6 +23,9 @@ from .._shape import (
 from .._suspect import readable, warn_of_gradient, warn_of_inverted_rois
 from . import reference
 
+# As in cpu_points.h.
+_MOST_BINS = 2**31
+
 
 @public(_script.deform_roi_pool)
 def deform_roi_pool(
@@ -174,6 +177,8 @@ def _check(
             f"rois has shape {list(rois.shape)}; with {axes} spatial axes it must be [R, {1 + 2 * axes}]: "
             f"a batch index and 2 corners x {axes} coordinates"
         )
+    if prod(output_size) > _MOST_BINS:
+        raise ValueError(f"output_size is {times(output_size)}; there must be at most {_MOST_BINS} bins")
     if offset is not None:
         check_alike("offset", offset, "input", input, dtype=False)
         check_offset_dtype(offset, "an input", input.dtype)

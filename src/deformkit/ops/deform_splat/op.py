@@ -9,6 +9,7 @@ from .. import _script
 from .._adjoint import RESULT, define_adjoint
 from .._public import public
 from .._shape import (
+    FARTHEST,
     Boundary,
     check_alike,
     check_floating,
@@ -98,6 +99,8 @@ def _check(input: Tensor, points: Tensor, size: Sequence[int], boundary: int) ->
     axes = points.shape[-1]
     if len(size) != axes or any(s < 1 for s in size):
         raise ValueError(f"size is {list(size)}; it must be {axes} ints of at least 1, one for each coordinate")
+    if max(size) > FARTHEST:
+        raise ValueError(f"size is {list(size)}; each value must be at most 2^40")
     batch, channels, *in_size = input.shape
     if batch * channels * prod(size) > 2**62:
         raise ValueError(f"size is {times(size)}; the output would have more than 2^62 elements")
