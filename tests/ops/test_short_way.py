@@ -40,8 +40,8 @@ def test_a_kernel_is_asked_before_the_check(call: Call, monkeypatch: pytest.Monk
     args = call.arguments()
     expected = call.operator(*args)
 
-    def check(*args: Any, **form: Any) -> None:
-        raise ValueError(f"checked with {form}")
+    def check(*args: Any, **known: Any) -> None:
+        raise ValueError(f"checked with {known}")
 
     monkeypatch.setattr(call.operator, "check", check)
     assert torch.equal(call.operator.checked_call(*args, axes=3), expected)
@@ -57,7 +57,7 @@ def test_what_the_check_cannot_explain_is_raised_as_it_is(call: Call, monkeypatc
     def run(args: Any) -> None:
         raise failure
 
-    monkeypatch.setattr(call.operator, "_run", run)
+    monkeypatch.setattr(call.operator, "_short_way", run)
     with pytest.raises(RuntimeError) as raised:
         call.operator.checked_call(*call.arguments())
     assert raised.value is failure

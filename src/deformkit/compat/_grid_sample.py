@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from ..ops._shape import Boundary, Mode, check_alike, check_choice, check_floating, compute_dtype
+from ..ops._shape import Boundary, Mode, axes_of, check_alike, check_choice, check_floating, compute_dtype
 from ..ops.deform_sample.op import deform_sample
 
 
@@ -46,9 +46,7 @@ def grid_sample(
     check_floating("input", input)
     check_floating("grid", grid)
     check_alike("grid", grid, "input", input, dtype=False)
-    axes = input.dim() - 2
-    if axes not in (1, 2, 3):
-        raise ValueError(f"input has shape {list(input.shape)}; it needs a batch, channels and 1, 2 or 3 spatial axes")
+    axes = axes_of("input", input)
     if grid.dim() < 2 or grid.shape[-1] != axes or grid.shape[0] != input.shape[0]:
         raise ValueError(
             f"grid has shape {list(grid.shape)}; with input of shape {list(input.shape)} it must be "

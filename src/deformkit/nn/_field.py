@@ -5,7 +5,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from ..ops._shape import check_alike, check_floating, compute_dtype, times
+from ..ops._shape import check_alike, check_floating, check_not_empty, compute_dtype
 
 
 def positions(size: Sequence[int], dtype: torch.dtype, device: torch.device) -> Tensor:
@@ -49,5 +49,4 @@ def check_field(name: str, field: Tensor, axes: Sequence[int]) -> None:
     if field.dim() - 2 not in axes:
         counts = " or ".join(str(count + 2) for count in axes)
         raise ValueError(f"{name} has shape {list(field.shape)}; it must have {counts} axes: batch, channels, space")
-    if min(field.shape[2:]) < 1:
-        raise ValueError(f"{name} has spatial size {times(field.shape[2:])}; every axis must have at least one element")
+    check_not_empty(name, field.shape[2:])

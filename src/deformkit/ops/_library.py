@@ -82,8 +82,8 @@ class Operator:
 
     def __call__(self, *args: Any) -> Any:
         """Run the operator through the dispatcher, or in another way if a transform or an exporter needs it."""
-        if self._is_plain(args):
-            return self._run(args)
+        if self._may_go_short(args):
+            return self._short_way(args)
         if (form := _form.current()) and not self._stays(form, args):
             return self.reference(*args)
         if torch.compiler.is_compiling() or _torch.tracing():
@@ -98,25 +98,26 @@ class Operator:
             return self._transformed.apply(*args)
         return self.overload(*args)
 
-    def checked_call(self, *args: Any, **form: Any) -> Any:
-        """Run the operator for a public function: arguments that do not fit raise what ``check(*args, **form)`` says.
+    def checked_call(self, *args: Any, **known: Any) -> Any:
+        """Run the operator for a public function: arguments that do not fit raise what ``check(*args, **known)`` says.
 
-        A kernel refuses them too, in a fraction of the time of the check, which then says what exactly is wrong;
-        `benchmarks/run.py overhead` measures how much of a small call a check before each kernel would be.
+        ``known`` is what only the public function knows, such as the number of axes. A kernel refuses such arguments
+        too, in a fraction of the time of the check, which then says what exactly is wrong; `benchmarks/run.py overhead`
+        measures how much of a small call a check before each kernel would be.
         """
-        if not self._is_plain(args):
-            self.check(*args, **form)
+        if not self._may_go_short(args):
+            self.check(*args, **known)
             return self(*args)
         try:
-            return self._run(args)
+            return self._short_way(args)
         except Exception:
             try:
-                self.check(*args, **form)
+                self.check(*args, **known)
             except Exception as reason:
                 raise reason from None
             raise
 
-    def _is_plain(self, args: Sequence[Any]) -> bool:
+    def _may_go_short(self, args: Sequence[Any]) -> bool:
         """Whether nothing may change this call but autograd."""
         return not (
             _form.current()
@@ -126,7 +127,7 @@ class Operator:
             or _torch.intercepted(self._tensors_of(args))
         )
 
-    def _run(self, args: Sequence[Any]) -> Any:
+    def _short_way(self, args: Sequence[Any]) -> Any:
         # The overload would do the same through what torch.library registers: 5 us more without a graph, 30 us more
         # with one and 60 us more with a backward pass, where a small call takes 100; see `benchmarks/run.py overhead`.
         if torch.is_grad_enabled() and _torch.any_requires_grad(*args):

@@ -157,9 +157,14 @@ def checked_axes(name: str, field: Tensor) -> int:
     """:func:`axes_of` for ``field``; raise if the operators do not support its dtype, or if it is empty."""
     check_floating(name, field)
     axes = axes_of(name, field)
-    if min(field.shape[2:]) < 1:
-        raise ValueError(f"{name} has spatial size {times(field.shape[2:])}; every axis must have at least one element")
+    check_not_empty(name, field.shape[2:])
     return axes
+
+
+def check_not_empty(name: str, size: Sequence[int]) -> None:
+    """Raise a ValueError unless the field ``name`` has an element along each spatial axis."""
+    if min(size) < 1:
+        raise ValueError(f"{name} has spatial size {times(size)}; every axis must have at least one element")
 
 
 def check_alike(name: str, value: Any, leader_name: str, leader: Tensor, dtype: bool = True) -> None:
@@ -282,8 +287,7 @@ def check_window(name: str, size: Sequence[int], **window: Sequence[int]) -> Non
             raise ValueError(f"{what} is {list(values)}; it needs {len(size)} values of at least {least}")
         if max(values) > FARTHEST:
             raise ValueError(f"{what} is {list(values)}; each value must be at most 2^40")
-    if min(size) < 1:
-        raise ValueError(f"{name} has spatial size {times(size)}; every axis must have at least one element")
+    check_not_empty(name, size)
 
 
 def compute_dtype(dtype: torch.dtype) -> torch.dtype:
@@ -303,6 +307,7 @@ __all__ = [
     "check_count",
     "check_floating",
     "check_location_dtype",
+    "check_not_empty",
     "check_offset_channels",
     "check_offset_dtype",
     "check_output_size",
