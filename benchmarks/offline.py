@@ -32,7 +32,7 @@ from torch import Tensor
 from triton.backends.compiler import GPUTarget
 from triton.runtime import driver
 
-from deformkit.ops._library import operators
+from deformkit.ops._operator import operators
 from deformkit.ops.gpu import launch
 
 RESULTS = Path(__file__).parent / "results" / "offline.json"

@@ -22,7 +22,7 @@ from deformkit._testing import half_of_digits
 from deformkit._testing.cases import ROOMS
 from deformkit._testing.timing import alternate
 from deformkit.onnx import Form
-from deformkit.ops._library import operators
+from deformkit.ops._operator import operators
 
 FORMS: dict[str, Form] = {
     "ours": "deformkit",

@@ -13,7 +13,7 @@ import torch
 from deformkit._testing.cases import about, operator
 from deformkit._testing.rivals import ABSENT, OURS, Unfit, rivals
 from deformkit._testing.timing import alternate
-from deformkit.ops._library import operators
+from deformkit.ops._operator import operators
 
 
 def rows(cases: Iterable[Any], names: Collection[str], seconds: float) -> Iterator[dict[str, Any]]:

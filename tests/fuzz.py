@@ -24,7 +24,7 @@ os.environ["DEFORMKIT_SPREAD_SMALL_CALLS"] = "1"
 def run_one(seed: int, compare: bool, refuse: bool = True) -> str:
     """Make one random call and return its outcome. Raises an AssertionError if a result is wrong."""
     from deformkit._testing import assert_close
-    from deformkit.ops._library import operators
+    from deformkit.ops._operator import operators
 
     draw = random.Random(seed)
     torch.manual_seed(seed)
@@ -110,7 +110,7 @@ def main() -> None:
     if options.libraries:
         redirect(options.libraries.resolve(strict=True))
     from deformkit import _kernels
-    from deformkit.ops._library import operators
+    from deformkit.ops._operator import operators
 
     for name in operators:
         if not torch._C._dispatch_has_kernel_for_dispatch_key(f"deformkit::{name}", "CPU"):

@@ -20,7 +20,7 @@ HUGE = (2**40, 2**62, 2**63 - 1, -(2**63))
 def run_one(seed: int, library: str | None = None, compare: bool = True) -> str:
     """Run one random model and return its outcome. Raises an AssertionError if a result is wrong."""
     from deformkit._testing import assert_close
-    from deformkit.ops._library import operators
+    from deformkit.ops._operator import operators
 
     draw = random.Random(seed)
     torch.manual_seed(seed)

@@ -10,7 +10,7 @@ from torch import Tensor
 
 import deformkit as dk
 from deformkit.onnx._translate import is_input
-from deformkit.ops._library import Operator
+from deformkit.ops._operator import Operator
 
 onnx = pytest.importorskip("onnx")
 onnxruntime = pytest.importorskip("onnxruntime")

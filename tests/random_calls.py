@@ -48,7 +48,7 @@ def wild_offset(draw: random.Random, offset: Tensor) -> Tensor:
 
 def ordered(name: str, named: dict[str, Any]) -> list[Any]:
     """The arguments of the operator ``name``; deformkit is imported late, when the library under test is chosen."""
-    from deformkit.ops._library import operators
+    from deformkit.ops._operator import operators
 
     return operators[name].ordered(named)
 

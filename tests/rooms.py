@@ -16,7 +16,7 @@ import deformkit
 import deformkit.ops
 from deformkit._kernels import selection
 from deformkit._testing import assert_close, assert_equal, evaluate
-from deformkit.ops._library import Operator, operators
+from deformkit.ops._operator import Operator, operators
 from deformkit.ops._shape import CHOICES, name_of
 
 WILD = ["nan", "inf", "-inf", 1e38, -1e38, 2.0**31, -(2.0**31), 2.0**63, -(2.0**63), -1.0, 1e5, -1e5]

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from deformkit.ops._library import operators
+from deformkit.ops._operator import operators
 
 BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
 FORWARD = [name for name in operators if not name.endswith("_backward")]

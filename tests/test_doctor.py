@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from deformkit import _kernels, doctor
-from deformkit.ops._library import operators
+from deformkit.ops._operator import operators
 
 FORWARD = [name for name in operators if not name.endswith("_backward")]
 

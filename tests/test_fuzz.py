@@ -5,7 +5,7 @@ import pytest
 import random_calls
 import torch
 
-from deformkit.ops._library import operators
+from deformkit.ops._operator import operators
 
 
 def test_random_calls() -> None:

@@ -14,8 +14,8 @@ from torch import Tensor, nn
 
 import deformkit as dk
 from deformkit._kernels import selection
-from deformkit.ops import _library
-from deformkit.ops._library import operators
+from deformkit.ops import _operator
+from deformkit.ops._operator import operators
 
 ROOT = Path(__file__).parents[1]
 needs_library = pytest.mark.skipif(selection.library is None, reason="libdeformkit.so is not built")
@@ -114,7 +114,7 @@ import json, sys
 sys.meta_path = [finder for finder in sys.meta_path if "editable" not in type(finder).__module__]
 sys.path.insert(0, {str(tmp_path)!r})
 import torch, deformkit
-from deformkit.ops._library import operators
+from deformkit.ops._operator import operators
 assert deformkit.__file__.startswith({str(tmp_path)!r}) and deformkit._kernels.selection.library is None
 print(json.dumps({{name: str(operator.overload._schema) for name, operator in operators.items()}}))
 x, offset, weight = torch.randn(1, 2, 9), torch.randn(1, 3, 7), torch.randn(3, 2, 3)
@@ -137,7 +137,7 @@ def test_an_operator_of_another_version_is_named(monkeypatch: pytest.MonkeyPatch
     with pytest.raises(
         ImportError, match=r"deform_sample exists already, from another version.* int mode\) -> Tensor; .* "
     ):
-        _library._defined("deform_sample(Tensor input, Tensor points, int boundary) -> Tensor")
+        _operator._defined("deform_sample(Tensor input, Tensor points, int boundary) -> Tensor")
 
 
 @pytest.fixture(scope="module")

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from deformkit.ops._library import operators
+from deformkit.ops._operator import operators
 
 pytestmark = pytest.mark.skipif(not find_spec("triton"), reason="needs Triton")
 BENCHMARKS = Path(__file__).parents[1] / "benchmarks"

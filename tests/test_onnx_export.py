@@ -14,7 +14,7 @@ from deformkit._kernels import selection
 from deformkit._testing import assert_close
 from deformkit._testing.resized import resized
 from deformkit.onnx import _translate
-from deformkit.ops._library import operators
+from deformkit.ops._operator import operators
 
 onnx = pytest.importorskip("onnx")
 onnxruntime = pytest.importorskip("onnxruntime")

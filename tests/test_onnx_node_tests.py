@@ -14,7 +14,7 @@ from rooms import needs_kernels
 from torch import Tensor, nn
 
 import deformkit as dk
-from deformkit.ops._library import operators
+from deformkit.ops._operator import operators
 
 onnx = pytest.importorskip("onnx")
 onnxruntime = pytest.importorskip("onnxruntime")

@@ -16,7 +16,7 @@ import deformkit as dk
 from deformkit._kernels import selection
 from deformkit._testing import assert_equal
 from deformkit.onnx import _runtime
-from deformkit.ops._library import operators
+from deformkit.ops._operator import operators
 
 CONVOLUTION = operators["deform_conv"]
 

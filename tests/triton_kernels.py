@@ -18,7 +18,7 @@ from torch import Tensor
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_map_only
 
-from deformkit.ops._library import NAMESPACE, Operator, operators
+from deformkit.ops._operator import NAMESPACE, Operator, operators
 from deformkit.ops.gpu import has_kernels, launcher
 
 _UNINITIALISED = (

@@ -7,7 +7,7 @@ from typing import Any
 
 from torch.utils.flop_counter import register_flop_formula
 
-from .ops._library import operators
+from .ops._operator import operators
 
 
 @cache  # torch refuses a formula for the second time, and deformkit may be loaded again.

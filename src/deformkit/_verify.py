@@ -14,7 +14,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import keystr, tree_flatten_with_path, tree_unflatten
 
 from ._testing import LEAST, half_of_digits
-from .ops._library import NAMESPACE
+from .ops._operator import NAMESPACE
 from .ops.deform_aggregate import reference as deform_aggregate
 from .ops.sample.reference import tap_grid
 

@@ -18,7 +18,7 @@ from ._environment import paragraph, table
 from ._environment import processor as processor
 from ._testing import compare, evaluate
 from .ops import gpu
-from .ops._library import NAMESPACE, Operator, operators
+from .ops._operator import NAMESPACE, Operator, operators
 from .ops._torch import has_kernel
 
 DTYPES = (torch.float32, torch.bfloat16)

@@ -14,7 +14,7 @@ from torch.export import ExportedProgram
 from torch.fx import Graph, Node
 
 from .ops._form import exported_as, is_standard
-from .ops._library import NAMESPACE, Operator, operators
+from .ops._operator import NAMESPACE, Operator, operators
 
 _CURE = "deformkit.openvino.convert() converts it by standard operations"
 # The name that a convolution has while the functions of all other nodes are inlined.

@@ -19,7 +19,7 @@ from torch.distributed.tensor import DTensor, Partial, Placement, Replicate, Sha
 from deformkit._testing import assert_close
 from deformkit._testing.cases import operator
 from deformkit.distributed._rules import RULES, Rule
-from deformkit.ops._library import Operator, operators
+from deformkit.ops._operator import Operator, operators
 from deformkit.ops.deform_aggregate import cases as aggregate
 from deformkit.ops.deform_conv import cases as conv
 from deformkit.ops.deform_conv_transpose import cases as transpose

@@ -12,7 +12,7 @@ from rooms import CALLS, Call, check, check_bits, needs_kernel
 from torch import Tensor
 
 from deformkit._testing import assert_close
-from deformkit.ops._library import operators
+from deformkit.ops._operator import operators
 from deformkit.ops._shape import CHOICES, name_of
 from deformkit.ops.deform_conv_transpose.cases import Case as Transpose
 from deformkit.ops.deform_correlate.cases import Case as Correlate

@@ -8,7 +8,7 @@ from rooms import Call, needs_kernel
 from torch import Tensor
 
 from deformkit._testing import assert_equal
-from deformkit.ops._library import operators
+from deformkit.ops._operator import operators
 from deformkit.ops.deform_aggregate.cases import Case as Aggregate
 from deformkit.ops.deform_roi_pool.cases import Case as Pool
 from deformkit.ops.ms_deform_attn.cases import Case as Attend

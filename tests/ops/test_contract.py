@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.autograd import forward_ad
 
 from deformkit._testing import assert_close, evaluate
-from deformkit.ops._library import operators
+from deformkit.ops._operator import operators
 
 every_call = pytest.mark.parametrize("call", CALLS, ids=str)
 one_call_each = pytest.mark.parametrize("call", representatives(), ids=str)

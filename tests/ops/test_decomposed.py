@@ -12,7 +12,7 @@ from torch.utils._pytree import tree_leaves
 import deformkit as dk
 from deformkit._testing import assert_close
 from deformkit.export import decomposed
-from deformkit.ops._library import operators
+from deformkit.ops._operator import operators
 
 pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::DeprecationWarning", "ignore::UserWarning")
 # What other runtimes lack, or take for another operation.

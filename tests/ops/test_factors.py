@@ -8,7 +8,7 @@ from rooms import Call
 
 from deformkit._testing import assert_equal, evaluate
 from deformkit._testing.cases import operator
-from deformkit.ops._library import operators
+from deformkit.ops._operator import operators
 from deformkit.ops.deform_aggregate.cases import Case as Aggregate
 from deformkit.ops.deform_conv.cases import Case as Convolve
 from deformkit.ops.ms_deform_attn.cases import Case as Attend

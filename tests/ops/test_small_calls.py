@@ -12,7 +12,7 @@ import os
 import torch
 import deformkit
 from deformkit._testing.cases import ROOMS, tiny
-from deformkit.ops._library import operators
+from deformkit.ops._operator import operators
 
 torch.set_num_threads(2)
 for name in ROOMS:

@@ -13,7 +13,7 @@ from rooms import CALLS, LAYOUTS, Call, check, double, representatives
 from torch import Tensor
 
 from deformkit._testing import assert_close, assert_equal
-from deformkit.ops._library import operators
+from deformkit.ops._operator import operators
 
 pytest.importorskip("triton")
 

@@ -6,7 +6,7 @@ from dataclasses import fields
 from types import ModuleType
 from typing import Any
 
-from ..ops._library import operators
+from ..ops._operator import operators
 
 ROOMS: dict[str, ModuleType] = {
     name: importlib.import_module(f"deformkit.ops.{name}.cases") for name in operators if not name.endswith("_backward")

@@ -17,7 +17,7 @@ from torch.nn import functional as F
 
 import deformkit
 
-from ..ops._library import operators
+from ..ops._operator import operators
 from ..ops.deform_aggregate.reference import points
 from .cases import operator
 from .timing import with_gradients, without_gradients

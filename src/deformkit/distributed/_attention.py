@@ -12,7 +12,7 @@ from torch.distributed.tensor import DTensor
 from torch.nn.functional import pad
 
 from ..ops._levels import SpatialShapes, located_levels
-from ..ops._library import operators
+from ..ops._operator import operators
 from ..ops._shape import Mode, check_choice, code_of
 from ._halo import Rows, collect, cuts, exchange
 from ._spatial import Division

@@ -6,7 +6,7 @@ from typing import Any
 from torch.distributed.tensor import Partial, Placement, Replicate, Shard
 
 from ..ops import _torch
-from ..ops._library import Operator, operators
+from ..ops._operator import Operator, operators
 from ._rules import RULES, Rule
 
 Way = tuple[list[Placement | None], Rule]

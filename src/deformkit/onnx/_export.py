@@ -13,7 +13,7 @@ from torch import nn
 
 from ..ops._form import Form as InnerForm
 from ..ops._form import NoPlainForm, exported_as
-from ..ops._library import NAMESPACE, operators
+from ..ops._operator import NAMESPACE, operators
 from ..ops._shape import check_choice
 from ._functions import FOLDED, function, key_of
 from ._report import Report, counted

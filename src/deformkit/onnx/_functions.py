@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from ..ops._form import exported_as
-from ..ops._library import NAMESPACE, Operator
+from ..ops._operator import NAMESPACE, Operator
 from ._translate import is_input, sizes_of
 
 # Of what may become a constant when a model is simplified: shapes do, grids of positions do not.

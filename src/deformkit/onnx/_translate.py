@@ -5,7 +5,7 @@ from collections.abc import Callable, Sequence
 from importlib.util import find_spec
 from typing import Any
 
-from ..ops._library import NAMESPACE, Operator, operators
+from ..ops._operator import NAMESPACE, Operator, operators
 
 VERSION = 1
 """Of the domain ``deformkit`` in ONNX models."""

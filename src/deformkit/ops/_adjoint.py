@@ -17,7 +17,8 @@ from typing import Any
 from torch import Tensor
 
 from . import _torch
-from ._library import Adjoint, Operator, operators, register
+from ._library import Adjoint, register
+from ._operator import Operator, operators
 from ._schema import argument_names
 
 RESULT = "the result"

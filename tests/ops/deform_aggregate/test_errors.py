@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 import deformkit as dk
-from deformkit.ops._library import operators
+from deformkit.ops._operator import operators
 from deformkit.ops.deform_aggregate.cases import Case
 
 CASE = Case("2d", 2, (7, 9), 4, 8, (3, 5), padding=1)  # an output of 7x7

@@ -8,7 +8,7 @@ from rooms import Call, check, check_bits
 
 import deformkit as dk
 from deformkit._testing import assert_equal
-from deformkit.ops._library import operators
+from deformkit.ops._operator import operators
 from deformkit.ops._shape import code_of
 from deformkit.ops.deform_aggregate.cases import Case
 

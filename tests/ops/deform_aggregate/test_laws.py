@@ -10,7 +10,7 @@ from torch.nn import functional as F
 
 import deformkit as dk
 from deformkit._testing import assert_close, assert_equal, evaluate
-from deformkit.ops._library import operators
+from deformkit.ops._operator import operators
 from deformkit.ops.deform_aggregate.cases import Case
 
 laws = settings(max_examples=40, deadline=None, derandomize=True, database=None)

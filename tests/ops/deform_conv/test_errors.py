@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 import deformkit as dk
-from deformkit.ops._library import operators
+from deformkit.ops._operator import operators
 from deformkit.ops.deform_conv.cases import Case
 
 CASE = Case("2d", 2, 8, (7, 9), 6, (3, 2), padding=1, groups=2, offset_groups=2)

@@ -14,7 +14,7 @@ from rooms import Call, check, check_bits
 import deformkit as dk
 from deformkit import _kernels
 from deformkit._testing import assert_equal
-from deformkit.ops._library import operators
+from deformkit.ops._operator import operators
 from deformkit.ops._shape import code_of
 from deformkit.ops.deform_conv.cases import Case
 

@@ -225,7 +225,7 @@ def test_groups_are_separate_calls(case: Case, seed: int) -> None:
 @laws
 @given(geometries(), seeds, st.sampled_from([torch.float64, torch.float32, torch.float16, torch.bfloat16]))
 def test_kernel_is_the_reference(case: Case, seed: int, dtype: torch.dtype) -> None:
-    from deformkit.ops._library import operators
+    from deformkit.ops._operator import operators
 
     operator = operators["deform_conv"]
     args = operator.ordered(case.arguments(dtype, seed=seed))

@@ -10,7 +10,7 @@ from torch import Tensor
 
 import deformkit as dk
 from deformkit._testing import assert_close, assert_equal, evaluate
-from deformkit.ops._library import operators
+from deformkit.ops._operator import operators
 from deformkit.ops.deform_conv.cases import CASES, Case
 
 FUNCTIONS = {1: dk.deform_conv1d, 2: dk.deform_conv2d, 3: dk.deform_conv3d}

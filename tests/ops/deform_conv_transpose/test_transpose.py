@@ -11,7 +11,7 @@ from torch.nn import functional as F
 
 import deformkit as dk
 from deformkit._testing import assert_close, assert_equal, evaluate
-from deformkit.ops._library import operators
+from deformkit.ops._operator import operators
 
 OURS = {1: dk.deform_conv_transpose1d, 2: dk.deform_conv_transpose2d, 3: dk.deform_conv_transpose3d}
 PLAIN = {1: F.conv_transpose1d, 2: F.conv_transpose2d, 3: F.conv_transpose3d}

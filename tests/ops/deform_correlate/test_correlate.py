@@ -10,7 +10,7 @@ from torch.nn import functional as F
 
 import deformkit as dk
 from deformkit._testing import assert_close, assert_equal, evaluate
-from deformkit.ops._library import operators
+from deformkit.ops._operator import operators
 from deformkit.ops.deform_correlate.cases import CASES, Case
 
 LINEAR = [case for case in CASES if case.mode == "linear"]

@@ -10,7 +10,7 @@ from torch import Tensor
 
 import deformkit as dk
 from deformkit.ops import _suspect
-from deformkit.ops._library import operators
+from deformkit.ops._operator import operators
 from deformkit.ops.deform_roi_pool.cases import Case
 
 CASE = Case("2d", 2, 8, (7, 9), 4, (3, 2))

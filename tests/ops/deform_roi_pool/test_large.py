@@ -8,7 +8,7 @@ from rooms import Call, check, check_bits, needs_kernel
 
 import deformkit as dk
 from deformkit._testing import assert_equal
-from deformkit.ops._library import operators
+from deformkit.ops._operator import operators
 from deformkit.ops.deform_roi_pool.cases import Case
 
 OPERATOR = operators["deform_roi_pool"]

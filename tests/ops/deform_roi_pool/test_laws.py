@@ -11,7 +11,7 @@ from torch.nn import functional as F
 
 import deformkit as dk
 from deformkit._testing import assert_close, assert_equal, evaluate
-from deformkit.ops._library import operators
+from deformkit.ops._operator import operators
 from deformkit.ops.deform_roi_pool.cases import Case
 
 laws = settings(max_examples=40, deadline=None, derandomize=True, database=None)

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 import deformkit as dk
-from deformkit.ops._library import operators
+from deformkit.ops._operator import operators
 from deformkit.ops.deform_sample.cases import Case
 
 OPERATOR = operators["deform_sample"]

@@ -11,7 +11,7 @@ from torch import Tensor
 
 import deformkit as dk
 from deformkit._testing import assert_close, assert_equal, evaluate
-from deformkit.ops._library import operators
+from deformkit.ops._operator import operators
 from deformkit.ops.deform_sample.cases import Case
 
 OPERATOR = operators["deform_sample"]

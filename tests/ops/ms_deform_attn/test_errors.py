@@ -10,7 +10,7 @@ from torch import Tensor
 
 import deformkit as dk
 from deformkit.ops import _suspect
-from deformkit.ops._library import operators
+from deformkit.ops._operator import operators
 
 OPERATOR = operators["ms_deform_attn"]
 

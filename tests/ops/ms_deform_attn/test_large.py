@@ -10,7 +10,7 @@ from rooms import Call, check, check_bits, needs_kernel
 
 import deformkit as dk
 from deformkit._testing import assert_equal
-from deformkit.ops._library import operators
+from deformkit.ops._operator import operators
 from deformkit.ops.ms_deform_attn.cases import Case
 
 OPERATOR = operators["ms_deform_attn"]

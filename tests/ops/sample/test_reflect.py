@@ -8,7 +8,7 @@ import random_calls
 import torch
 from rooms import Call, check, check_bits
 
-from deformkit.ops._library import operators
+from deformkit.ops._operator import operators
 from deformkit.ops.deform_aggregate.cases import Case as Aggregate
 from deformkit.ops.deform_conv.cases import Case as Conv
 

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .._library import NAMESPACE, Operator, operators
+from .._operator import NAMESPACE, Operator, operators
 
 
 def available() -> bool:
