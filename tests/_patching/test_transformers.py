@@ -37,6 +37,8 @@ MODELS = [
 @pytest.mark.parametrize("name", MODELS)
 def test_model_of_transformers(zoo: ModuleType, name: str) -> None:
     options = {} if "former" in name else {"num_queries": 20}
+    if name in ("deformable_detr", "grounding_dino", "mm_grounding_dino"):
+        options |= {"encoder_layers": 2, "decoder_layers": 2}
     model, inputs = zoo.build(name, **options), zoo.inputs(name, 96)
     exact = copy.deepcopy(model).double()
     with torch.no_grad():

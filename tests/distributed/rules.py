@@ -140,8 +140,8 @@ def main() -> None:
     if ranks == 4:
         checks["two axes"] = partial(check_two_axes, init_device_mesh("cpu", (2, 2)))
     for case in cases():
-        # The rules of lines divide by two what those of planes and volumes divide.
-        if ranks == 2 and case.axes != 1:
+        # The rules divide the same axes of lines, planes and volumes, by two or by four.
+        if (case.axes == 2) != (ranks == 2):
             continue
         op = operators[operator(case)]
         args = op.ordered(case.arguments(torch.float64))

@@ -81,14 +81,14 @@ def learned(*shape):
 
 flow = learned(1, 2, 8, 9)
 LAYERS = {
-    "conv": (dk.nn.PackedDeformConv2d(24, 24, 3, padding=1, modulated=True), [torch.randn(1, 24, 30, 30)]),
+    "conv": (dk.nn.PackedDeformConv2d(8, 8, 3, padding=1, modulated=True), [torch.randn(1, 8, 12, 12)]),
     "depthwise": (dk.nn.PackedDeformConv1d(16, 16, 3, groups=16, offset_groups=16), [torch.randn(1, 16, 200)]),
-    "aggregate": (dk.nn.DCNv4(32, group=2), [torch.randn(1, 14, 14, 32)]),
+    "aggregate": (dk.nn.DCNv4(32, group=2), [torch.randn(1, 7, 7, 32)]),
     "attention": (
         dk.nn.MSDeformAttn(32, n_levels=2, n_heads=2),
         [torch.randn(1, 20, 32), torch.rand(1, 20, 2, 2), torch.randn(1, 180, 32), levels],
     ),
-    "roi": (dk.nn.PackedDeformRoIPool(4, 8), [torch.randn(1, 8, 32, 32), rois]),
+    "roi": (dk.nn.PackedDeformRoIPool(2, 8), [torch.randn(1, 8, 12, 12), rois / 2]),
     "transposed": (dk.nn.PackedDeformConvTranspose2d(8, 8, 2, stride=2, modulated=True), [torch.randn(1, 8, 8, 9)]),
     "sample": (dk.nn.Warp2d(), [learned(1, 8, 12, 12), learned(1, 2, 12, 12)]),
     "splat": (dk.nn.SoftmaxSplat(), [learned(1, 8, 8, 9), learned(1, 2, 8, 9), learned(1, 1, 8, 9)]),

@@ -32,7 +32,9 @@ WIDEST = [
     max((call for call in CALLS if call.operator is operator), key=lambda call: call.case.channels)
     for operator in dict.fromkeys(call.operator for call in CALLS if call.operator.gpu)
 ]
-every_call = pytest.mark.parametrize("call", CALLS, ids=str)
+every_call_with_kernels = pytest.mark.parametrize(
+    "call", [call for call in CALLS if call.operator.gpu or call in representatives()], ids=str
+)
 one_call_each = pytest.mark.parametrize("call", representatives(), ids=str)
 # Without volumes, which are slow in the interpreter because of their eight corners.
 one_flat_call_each = pytest.mark.parametrize("call", FLAT, ids=str)
@@ -60,7 +62,7 @@ def test_every_operator_has_kernels(name: str) -> None:
     assert find_spec(f"deformkit.ops.{operators[name].partner or name}.gpu")
 
 
-@every_call
+@every_call_with_kernels
 def test_value_and_gradients(call: Call) -> None:
     torch.use_deterministic_algorithms(False)
     check(call, call.arguments())
@@ -87,7 +89,7 @@ def test_half_values_with_float32_coordinates(call: Call) -> None:
 
 
 @one_plane_each
-@pytest.mark.parametrize("first", range(len(LAYOUTS)))
+@pytest.mark.parametrize("first", range(0, len(LAYOUTS), 3))
 def test_any_layout(call: Call, first: int) -> None:
     """Of the arguments and of the cotangent, each in another layout."""
     layouts = cycle(LAYOUTS[first:] + LAYOUTS[:first])
@@ -158,8 +160,8 @@ def test_an_undefined_field_shows_where_it_is_read(call: Call, deterministic: bo
 
 
 def test_random_calls() -> None:
-    counts = fuzz.run(25, seed=10_000, compare_every=1)
-    assert counts["compared"] > 15
+    counts = fuzz.run(15, seed=10_000, compare_every=1)
+    assert counts["compared"] > 9
 
 
 class Total(NamedTuple):
