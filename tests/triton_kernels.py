@@ -131,11 +131,15 @@ _dtypes: dict[str, Any] = {}
 
 @contextmanager
 def _types_once() -> Iterator[None]:
-    """Keep the interpreter from making the types of each value again, which takes a third of its time."""
-    from triton.language import core
+    """Keep the interpreter from making the types of each value again, which takes a third of its time.
+
+    Nor does it unwrap shapes to compare them, and compute integers once more in 64 bits for an assertion that it does
+    not make: without ``debug`` that is two fifths of what is left.
+    """
+    from triton.language import core, semantic
     from triton.runtime import interpreter
 
-    make_block, find_dtype = core.block_type.__init__, interpreter._get_np_dtype
+    make_block, find_dtype, equal = core.block_type.__init__, interpreter._get_np_dtype, core.tuple.__eq__
 
     # Types of pointers have no hash.
     def block(self: Any, element: Any, shape: Any) -> None:
@@ -158,9 +162,16 @@ def _types_once() -> Iterator[None]:
             _dtypes[name] = find_dtype(of)
         return _dtypes[name]
 
+    def same(self: Any, other: Any) -> Any:
+        if not isinstance(other, core.tuple | list):
+            return equal(self, other)
+        return core.constexpr(self.values == (other if isinstance(other, list) else other.values))
+
     with (
         mock.patch.object(core.block_type, "__init__", block),
         mock.patch.object(core.tensor, "__init__", tensor),
+        mock.patch.object(core.tuple, "__eq__", same),
+        mock.patch.object(semantic.TritonSemantic, "binary_op_sanitize_overflow_impl", lambda *_: None),
         mock.patch.object(interpreter, "_get_np_dtype", dtype),
     ):
         yield

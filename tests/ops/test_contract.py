@@ -84,8 +84,8 @@ def test_opcheck_double_backward(call: Call) -> None:
     args = call.backward_arguments(call.arguments())
     for i in (0, *(1 + p for p in call.positions(args[1:]))):
         args[i].requires_grad_()
-    # The formulas of an adjoint are those of its partner.
-    opcheck(call.backward_operator.overload, args, dynamic=not call.operator.partner)
+    # What asks for the gradient of a gradient is the same for all; only with sizes that are not known it is slow.
+    opcheck(call.backward_operator.overload, args, dynamic=call.operator.name == "deform_conv")
 
 
 @every_call
