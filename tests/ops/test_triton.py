@@ -21,6 +21,7 @@ import triton
 import triton.language as tl
 import triton_kernels
 from triton.runtime.autotuner import Autotuner
+from triton.runtime.errors import InterpreterError
 
 from deformkit.ops.gpu import launch
 
@@ -162,6 +163,23 @@ def test_an_undefined_field_shows_where_it_is_read(call: Call, deterministic: bo
 def test_random_calls() -> None:
     counts = fuzz.run(15, seed=10_000, compare_every=1)
     assert counts["compared"] > 9
+
+
+@triton.jit
+def scaled(output, number):  # type: ignore[no-untyped-def]
+    tl.store(output, number * 1048576)
+
+
+def test_an_integer_that_does_not_fit_is_an_error() -> None:
+    """As every test here relies on: on a GPU an index that is too large wraps around."""
+    if not triton_kernels.interpreting():
+        pytest.skip("a GPU computes what the interpreter refuses")
+    output = torch.zeros(1, dtype=torch.int64)
+    with triton_kernels.integers_that_fit():
+        scaled[(1,)](output, 2047)
+        assert output.item() == 2047 * 2**20
+        with pytest.raises(InterpreterError, match="mul exceeds int32: 2147483648 to 2147483648"):
+            scaled[(1,)](output, 2048)
 
 
 class Total(NamedTuple):
