@@ -9,6 +9,7 @@ from rooms import CALLS, Call, double, representatives
 from torch import Tensor
 
 from deformkit._testing import assert_close, evaluate
+from deformkit.ops._operator import function_of
 
 every_call = pytest.mark.parametrize("call", CALLS, ids=str)
 one_call_each = pytest.mark.parametrize("call", representatives(), ids=str)
@@ -111,10 +112,7 @@ def test_compiled_transforms(call: Call) -> None:
 
     def transforms(function: Any) -> dict[str, Any]:
         def loss(*values: Tensor) -> Tensor:
-            full = list(args)
-            for i, value in zip(positions, values, strict=True):
-                full[i] = value
-            return function(*full).square().mean()
+            return function_of(function, args, positions)(*values).square().mean()
 
         gradient = torch.func.grad(loss, argnums=tuple(range(len(values))))
 

@@ -1,6 +1,6 @@
 """The contract of every operator with PyTorch, forward and backward: the checks that take well under a second."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import pytest
@@ -10,22 +10,10 @@ from torch import Tensor
 from torch.autograd import forward_ad
 
 from deformkit._testing import assert_close, evaluate
-from deformkit.ops._operator import operators
+from deformkit.ops._operator import function_of, operators
 
 every_call = pytest.mark.parametrize("call", CALLS, ids=str)
 one_call_each = pytest.mark.parametrize("call", representatives(), ids=str)
-
-
-def of(function: Callable[..., Tensor], args: list[Any], positions: list[int]) -> Callable[..., Tensor]:
-    """``function`` of only the arguments at ``positions``."""
-
-    def of_some(*values: Any) -> Tensor:
-        full = list(args)
-        for i, value in zip(positions, values, strict=True):
-            full[i] = value
-        return function(*full)
-
-    return of_some
 
 
 def at(args: list[Any], positions: list[int]) -> list[Any]:
@@ -84,7 +72,7 @@ def test_opcheck_double_backward(call: Call) -> None:
     args = call.backward_arguments(call.arguments())
     for i in (0, *(1 + p for p in call.positions(args[1:]))):
         args[i].requires_grad_()
-    # What asks for the gradient of a gradient is the same for all; only with sizes that are not known it is slow.
+    # One formula serves all operators, and that of the adjoints calls it. Dynamic sizes make this test slow.
     opcheck(call.backward_operator.overload, args, dynamic=call.operator.name == "deform_conv")
 
 
@@ -93,7 +81,9 @@ def test_gradcheck(call: Call) -> None:
     args = call.arguments(torch.float64)
     positions = call.positions(args)
     values = [args[i].requires_grad_() for i in positions]
-    assert torch.autograd.gradcheck(of(call.operator, args, positions), values, fast_mode=True, check_batched_grad=True)
+    assert torch.autograd.gradcheck(
+        function_of(call.operator, args, positions), values, fast_mode=True, check_batched_grad=True
+    )
 
 
 @one_call_each
@@ -101,7 +91,7 @@ def test_gradgradcheck(call: Call) -> None:
     args = call.arguments(torch.float64)
     positions = call.positions(args)
     values = [args[i].requires_grad_() for i in positions]
-    assert torch.autograd.gradgradcheck(of(call.operator, args, positions), values, fast_mode=True)
+    assert torch.autograd.gradgradcheck(function_of(call.operator, args, positions), values, fast_mode=True)
 
 
 @every_call
@@ -111,7 +101,7 @@ def test_second_gradients_are_those_of_the_reference(call: Call) -> None:
 
     def second(function: Any) -> list[Tensor]:
         values = [v.detach().requires_grad_() for v in at(args, positions)]
-        output = of(function, args, positions)(*values)
+        output = function_of(function, args, positions)(*values)
         first = torch.autograd.grad(output.square().sum(), values, create_graph=True)
         return list(torch.autograd.grad(sum(g.square().sum() for g in first), values))
 
@@ -170,9 +160,9 @@ def test_vmap_over_each_argument(call: Call, in_dim: int) -> None:
     args = call.arguments(torch.float64)
     for i in call.positions(args):
         variants = [call.arguments(torch.float64, seed)[i] for seed in range(3)]
-        function = of(call.operator, args, [i])
+        function = function_of(call.operator, args, [i])
         actual = torch.func.vmap(function, in_dims=in_dim, out_dims=in_dim)(torch.stack(variants, in_dim))
-        truth = torch.stack([of(call.operator.reference, args, [i])(v) for v in variants], in_dim)
+        truth = torch.stack([function_of(call.operator.reference, args, [i])(v) for v in variants], in_dim)
         assert_close(actual, truth, name=f"vmap over {call.operator.arguments[i]}")
 
 
@@ -180,7 +170,10 @@ def test_vmap_over_each_argument(call: Call, in_dim: int) -> None:
 def test_vmap_over_all_arguments_and_twice(call: Call) -> None:
     sets = [[call.arguments(torch.float64, 2 * a + b) for b in range(2)] for a in range(3)]
     positions = call.positions(sets[0][0])
-    function, reference = of(call.operator, sets[0][0], positions), of(call.operator.reference, sets[0][0], positions)
+    function, reference = (
+        function_of(call.operator, sets[0][0], positions),
+        function_of(call.operator.reference, sets[0][0], positions),
+    )
     stacked = [torch.stack([torch.stack([args[i] for args in row]) for row in sets]) for i in positions]
     truth = torch.stack([torch.stack([reference(*at(args, positions)) for args in row]) for row in sets])
     assert_close(torch.func.vmap(torch.func.vmap(function))(*stacked), truth)
@@ -194,7 +187,9 @@ def test_vmap_of_the_bare_operator(call: Call) -> None:
     sets = [call.arguments(torch.float64, seed) for seed in range(4)]
     positions = call.positions(sets[0])
     stacked = [torch.stack([args[i] for args in sets]).unflatten(0, (2, 2)) for i in positions]
-    function, reference = (of(f, sets[0], positions) for f in (call.operator.overload, call.operator.reference))
+    function, reference = (
+        function_of(f, sets[0], positions) for f in (call.operator.overload, call.operator.reference)
+    )
     truth = torch.stack([reference(*at(args, positions)) for args in sets]).unflatten(0, (2, 2))
     assert_close(torch.func.vmap(torch.func.vmap(function))(*stacked), truth)
 
@@ -205,8 +200,8 @@ def test_vmap_of_backward(call: Call) -> None:
     operator = call.backward_operator
     for i in (0, *(1 + p for p in call.positions(args[1:]))):
         variants = [args[i] * scale for scale in (1.0, 0.5)]
-        actual = torch.func.vmap(of(operator, args, [i]))(torch.stack(variants))
-        each = [of(operator.reference, args, [i])(v) for v in variants]
+        actual = torch.func.vmap(function_of(operator, args, [i]))(torch.stack(variants))
+        each = [function_of(operator.reference, args, [i])(v) for v in variants]
         assert_all_close(actual, [torch.stack(parts) for parts in zip(*each, strict=True)])
 
 
@@ -217,8 +212,8 @@ def test_func_grad_and_vjp(call: Call) -> None:
     values = at(args, positions)
 
     def gradients(function: Any) -> Any:
-        loss = of(lambda *v: function(*v).square().sum(), args, positions)
-        output, pull_back = torch.func.vjp(of(function, args, positions), *values)
+        loss = function_of(lambda *v: function(*v).square().sum(), args, positions)
+        output, pull_back = torch.func.vjp(function_of(function, args, positions), *values)
         return torch.func.grad(loss, argnums=tuple(range(len(positions))))(*values), output, pull_back(output)
 
     assert_all_close(gradients(call.operator), gradients(call.operator.reference))
@@ -236,7 +231,7 @@ def test_jacobian_and_hessian(call: Call, transform: Any) -> None:
         def derivative(function: Any, i: int = i, directions: list[Tensor] = directions) -> Tensor:
             def curve(steps: Tensor) -> Tensor:
                 moved = args[i] + sum(step * direction for step, direction in zip(steps, directions, strict=True))
-                return of(function, args, [i])(moved).sin().flatten()[:5]
+                return function_of(function, args, [i])(moved).sin().flatten()[:5]
 
             return transform(curve)(torch.zeros(3, dtype=torch.float64))
 
@@ -253,7 +248,7 @@ def test_jvp_is_not_silently_zero(call: Call) -> None:
     for i in call.positions(args):
 
         def along(function: Any, i: int = i) -> tuple[Tensor, Tensor]:
-            return torch.func.jvp(of(function, args, [i]), (args[i],), (tangents[i],))
+            return torch.func.jvp(function_of(function, args, [i]), (args[i],), (tangents[i],))
 
         actual = along(call.operator)
         assert actual[1].any() != (i in flat), f"derivative along {call.operator.arguments[i]}"
@@ -261,7 +256,7 @@ def test_jvp_is_not_silently_zero(call: Call) -> None:
 
     positions = call.positions(args)
     every = [
-        torch.func.jvp(of(f, args, positions), tuple(at(args, positions)), tuple(at(tangents, positions)))
+        torch.func.jvp(function_of(f, args, positions), tuple(at(args, positions)), tuple(at(tangents, positions)))
         for f in (call.operator, call.operator.reference)
     ]
     assert_all_close(*every)
@@ -275,7 +270,7 @@ def test_dual_numbers(call: Call) -> None:
     for function in (call.operator, call.operator.reference):
         with forward_ad.dual_level():
             duals = [forward_ad.make_dual(args[i], tangents[i]) for i in call.positions(args)]
-            result = forward_ad.unpack_dual(of(function, args, call.positions(args))(*duals))
+            result = forward_ad.unpack_dual(function_of(function, args, call.positions(args))(*duals))
             assert result.tangent is not None
             results.append((result.primal, result.tangent))
     assert_all_close(*results)
@@ -290,7 +285,7 @@ def test_forward_over_reverse_and_reverse_over_forward(call: Call) -> None:
 
     def mixed(function: Any) -> Any:
         def loss(*values: Tensor) -> Tensor:
-            return of(function, args, positions)(*values).square().mean()
+            return function_of(function, args, positions)(*values).square().mean()
 
         numbers = tuple(range(len(positions)))
         forward_over_reverse = torch.func.jvp(torch.func.grad(loss, argnums=numbers), primals, directions)
@@ -307,7 +302,7 @@ def test_per_sample_gradients(call: Call) -> None:
     stacked = [torch.stack([args[i] for args in sets]) for i in positions]
 
     def per_sample(function: Any, in_dims: tuple[int | None, ...]) -> Any:
-        loss = of(lambda *v: function(*v).square().sum(), sets[0], positions)
+        loss = function_of(lambda *v: function(*v).square().sum(), sets[0], positions)
         gradient = torch.func.grad(loss, argnums=tuple(range(len(positions))))
         values = [s if d is not None else s[0] for s, d in zip(stacked, in_dims, strict=True)]
         return torch.func.vmap(gradient, in_dims=in_dims)(*values)
@@ -361,7 +356,7 @@ def test_two_forward_levels(call: Call) -> None:
 @one_each
 def test_functionalize(call: Call) -> None:
     args = call.arguments()
-    function = of(call.operator, args, [0])
+    function = function_of(call.operator, args, [0])
     assert torch.equal(torch.func.functionalize(function)(args[0]), function(args[0]))
     gradient = torch.func.grad(lambda value: function(value).sum())
     assert_close(torch.func.functionalize(gradient)(args[0]), gradient(args[0]).double())
@@ -372,7 +367,7 @@ def test_vmap_of_none(call: Call) -> None:
     args = call.arguments()
     for i in call.positions(args):
         none = args[i].unsqueeze(0)[:0].requires_grad_()
-        found = torch.func.vmap(of(call.operator, args, [i]))(none)
+        found = torch.func.vmap(function_of(call.operator, args, [i]))(none)
         assert found.shape == (0, *call.operator(*args).shape)
         [grad] = torch.autograd.grad(found.sum(), none)
         assert grad.shape == none.shape
@@ -381,7 +376,7 @@ def test_vmap_of_none(call: Call) -> None:
 @one_each
 def test_under_another_default_dtype(call: Call) -> None:
     args = call.arguments()
-    function = of(call.operator, args, [0])
+    function = function_of(call.operator, args, [0])
     expected = torch.func.jvp(function, (args[0],), (args[0],))[1]
     torch.set_default_dtype(torch.float64)
     try:

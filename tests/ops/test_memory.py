@@ -113,7 +113,7 @@ def grow(layer, inputs):
     for number in range(1, 5001):
         step()
         # What an allocator keeps once comes early; what a step leaks keeps the pace.
-        if number % 250 == 0 and resident() - before < 20 * number / 5000:
+        if number >= 500 and number % 250 == 0 and resident() - before < 20 * number / 5000:
             break
     return resident() - before
 

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from . import _torch
-from ._operator import Operator, at, library, vjp
+from ._operator import Operator, function_of, library, vjp
 from ._schema import argument_names, backward_schema
 from ._shape import CHOICES, check_alike, name_of
 
@@ -65,7 +65,7 @@ def define(
                 # The positions of the part are stride * (start + o) - padding.
                 stride, padding = (op.arguments.index(step) for step in ("stride", "padding"))
                 part[padding] = [args[padding][0] - args[stride][0] * start, *args[padding][1:]]
-            outputs, pull_back = vjp(at(op.reference, part, asked), *(part[i] for i in asked))
+            outputs, pull_back = vjp(function_of(op.reference, part, asked), *(part[i] for i in asked))
             some = _cut(grads, [axes[i] for i in op.differentiable[1:]], start, count)
             cotangents = tuple(torch.zeros_like(o) if g is None else g for o, g in zip(outputs, some, strict=True))
             for kept, new, i in zip(found, pull_back(cotangents), asked, strict=True):
@@ -139,7 +139,7 @@ def register(
         *inputs, output_mask = args
         asked = [i for i, yes in zip(forward.differentiable, output_mask, strict=True) if yes]
         values = [inputs[i] for i in asked]
-        grads = iter(_pull_back(at(reference, inputs, asked), values, grad_output) if asked else ())
+        grads = iter(_pull_back(function_of(reference, inputs, asked), values, grad_output) if asked else ())
         return tuple(next(grads) if yes else grad_output.new_empty(0) for yes in output_mask)
 
     def gradient(

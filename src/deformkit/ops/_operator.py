@@ -1,6 +1,6 @@
 """An operator, and every way in which a call of it may run: through the kernel, the compiler, an exporter, a transform.
 
-:mod:`._library` makes them from a schema and a reference.
+:mod:`._library` makes operators from a schema and a reference.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -143,7 +143,7 @@ class Operator:
     def fallback(self, *args: Any) -> Any:
         """The kernel on every device that has no other: the reference, or for an adjoint the kernels of its partner."""
         self.checked(*args)
-        return over_outputs(self._implementation(*args), Tensor.contiguous)
+        return _over_outputs(self._implementation(*args), Tensor.contiguous)
 
     def gradient(
         self, args: list[Any], grads: Sequence[Tensor | None], wanted: Sequence[bool]
@@ -183,7 +183,7 @@ class Operator:
                 # A gradient that is not asked for has one axis, of no elements.
                 return result.unflatten(0, (count, -1)) if result.dim() > 1 else result.expand(count, 0)
 
-            return over_outputs(call(*moved), unfold), 0
+            return _over_outputs(call(*moved), unfold), 0
         # The shape of an empty stack is found from one call with zeros, through which gradients still flow.
         calls = [[v.sum(0) if i in mapped else v for i, v in enumerate(moved)]] if not count else []
         calls += [[v[n] if i in mapped else v for i, v in enumerate(moved)] for n in range(count)]
@@ -239,8 +239,8 @@ def _transformed(op: Operator) -> type[torch.autograd.Function]:
         # The derivative along a direction is the gradient of the (linear) pull-back with respect to its cotangent.
         args = op._restore(ctx)
         moved = [i for i in op.differentiable if tangents[i] is not None]
-        outputs, pull_back = vjp(at(op.reference, args, moved), *(args[i] for i in moved))
-        _, push_forward = vjp(pull_back, over_outputs(outputs, torch.zeros_like))
+        outputs, pull_back = vjp(function_of(op.reference, args, moved), *(args[i] for i in moved))
+        _, push_forward = vjp(pull_back, _over_outputs(outputs, torch.zeros_like))
         return push_forward(tuple(tangents[i] for i in moved))[0]
 
     return _function(op.name, forward=forward, setup_context=setup_context, backward=op._backward, vmap=vmap, jvp=jvp)
@@ -252,8 +252,8 @@ def _function(name: str, **methods: Callable[..., Any]) -> type[torch.autograd.F
     return new_class(name, (torch.autograd.Function,), exec_body=lambda namespace: namespace.update(body))
 
 
-def at(function: Callable[..., Any], args: Sequence[Any], positions: Sequence[int]) -> Callable[..., Any]:
-    """``function`` as a function of the arguments at ``positions``; the others are fixed."""
+def function_of(function: Callable[..., Any], args: Sequence[Any], positions: Sequence[int]) -> Callable[..., Any]:
+    """``function`` as a function of its arguments at ``positions``; the others are those of ``args``."""
 
     def of_some(*values: Any) -> Any:
         full = list(args)
@@ -264,9 +264,11 @@ def at(function: Callable[..., Any], args: Sequence[Any], positions: Sequence[in
     return of_some
 
 
-def over_outputs(value: Any, function: Callable[[Tensor], Tensor]) -> Any:
+def _over_outputs(value: Any, function: Callable[[Tensor], Tensor]) -> Any:
+    """``function`` of the one output, or of each of several."""
     return function(value) if isinstance(value, Tensor) else tuple(function(part) for part in value)
 
 
 def vjp(function: Callable[..., Any], *values: Any) -> tuple[Any, Callable[..., Any]]:
-    return torch.func.vjp(function, *values)  # type: ignore[return-value]  # with has_aux there would be a third
+    """The value of ``function``, and what maps a cotangent to the gradients."""
+    return torch.func.vjp(function, *values)[:2]
