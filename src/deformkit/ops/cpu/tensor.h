@@ -53,6 +53,14 @@ void dispatch_dtype(ScalarType dtype, F&& f) {
   }
 }
 
+// Of those whose sums are float.
+template <typename F>
+void dispatch_float(ScalarType dtype, F&& f) {
+  dispatch_dtype(dtype, [&]<typename T>() {
+    if constexpr (std::is_same_v<Sum<T>, float>) f.template operator()<T>();
+  });
+}
+
 template <typename F>
 void dispatch_axes(int64_t axes, F&& f) {
   switch (axes) {

@@ -61,7 +61,7 @@ class PointsInPlace {
 
   // All channels of a register of points, before the next points: their slopes, if asked for; then also(cells, i, some)
   // is called for `some` points from i on, with null in place of the cells where these are not inner ones.
-  template <typename F>
+  template <typename T, typename F>
   void by_registers(Scratch& scratch, int64_t b, int64_t channel, int64_t first, int64_t points, bool asked,
                     const F& also) const {
     using Reals = typename Run::Reals;
@@ -77,10 +77,10 @@ class PointsInPlace {
         continue;
       }
       if (asked) {
-        const A* const grads = grad_.at<A>(b, channel, first + i);
+        const T* const grads = grad_.at<T>(b, channel, first + i);
         inner.slopes(
-            input_.at<A>(b, channel), input_.channel_stride, problem_.group_channels(),
-            [&](int64_t c) { return read_lanes<Reals>(grads + c * problem_.points); }, slopes);
+            input_.at<T>(b, channel), input_.channel_stride, problem_.group_channels(),
+            [&](int64_t c) { return load_lanes<Reals>(grads + c * problem_.points); }, slopes);
         for (int axis = 0; axis < N; ++axis) write_lanes(scratch.slopes[axis] + i, slopes[axis]);
       }
       also(&inner, i, some);
@@ -91,7 +91,9 @@ class PointsInPlace {
   void slopes_of(Scratch& scratch, int64_t b, int64_t channel, int64_t first, int64_t points) const {
     if constexpr (is_usual<A, Index>) {
       if (problem_.is_in_registers(input_))
-        return by_registers(scratch, b, channel, first, points, true, [](const InnerCells<N>*, int64_t, int64_t) {});
+        return dispatch_float(input_.dtype(), [&]<typename T>() {
+          by_registers<T>(scratch, b, channel, first, points, true, [](const InnerCells<N>*, int64_t, int64_t) {});
+        });
     }
     by_planes(scratch, b, channel, first, 0, points);
   }

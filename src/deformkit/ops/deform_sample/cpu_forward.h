@@ -17,7 +17,9 @@ class ForwardInPlace {
   void run() const {
     for_blocks<Scratch, A>(problem_, [&](Scratch& scratch, int64_t b, int64_t group, int64_t first, int64_t points) {
       if constexpr (is_usual<A, Index>) {
-        if (problem_.is_in_registers(input_)) return by_registers(scratch, b, group, first, points);
+        if (problem_.is_in_registers(input_))
+          return dispatch_float(input_.dtype(),
+                                [&]<typename T>() { by_registers<T>(scratch, b, group, first, points); });
       }
       by_planes(scratch, b, group, first, points);
     });
@@ -39,17 +41,22 @@ class ForwardInPlace {
     const int64_t group_channels = problem_.group_channels();
     scratch.points.locate(problem_, problem_.whole(), points, input_.position_stride, -1);
     for (int64_t c = group * group_channels; c < (group + 1) * group_channels; ++c)
-      dispatch_dtype(input_.dtype(), [&]<typename T>() {
-        T* const to = place<T>(b, c, first);
-        A* samples = scratch.samples.get();
-        if constexpr (std::is_same_v<T, A>) samples = to;
-        problem_.nearest ? sample_in_place<true>(scratch.points.cells, points, input_.at<T>(b, c), samples)
-                         : sample_in_place<false>(scratch.points.cells, points, input_.at<T>(b, c), samples);
-        if constexpr (!std::is_same_v<T, A>) store_run(samples, points, to);
-      });
+      dispatch_dtype(input_.dtype(), [&]<typename T>() { sample_plane<T>(scratch, b, c, first, points); });
+  }
+
+  // The points that are located, which follow one another from `first` on.
+  template <typename T>
+  void sample_plane(Scratch& scratch, int64_t b, int64_t channel, int64_t first, int64_t points) const {
+    T* const to = place<T>(b, channel, first);
+    A* samples = scratch.samples.get();
+    if constexpr (std::is_same_v<T, A>) samples = to;
+    problem_.nearest ? sample_in_place<true>(scratch.points.cells, points, input_.at<T>(b, channel), samples)
+                     : sample_in_place<false>(scratch.points.cells, points, input_.at<T>(b, channel), samples);
+    if constexpr (!std::is_same_v<T, A>) store_run(samples, points, to);
   }
 
   // A register of points at a time: at all of them some planes are sampled, then the next planes.
+  template <typename T>
   void by_registers(Scratch& scratch, int64_t b, int64_t group, int64_t first, int64_t points) const {
     using Reals = typename Run::Reals;
     const int64_t begin = group * problem_.group_channels(), end = begin + problem_.group_channels();
@@ -65,14 +72,13 @@ class ForwardInPlace {
         continue;
       }
       scratch.points.locate(problem_, problem_.whole(), some, 1, -1, i);
-      for (int64_t c = begin; c < end; ++c)
-        sample_in_place<false>(scratch.points.cells, some, input_.at<A>(b, c), place<A>(b, c, first + i));
+      for (int64_t c = begin; c < end; ++c) sample_plane<T>(scratch, b, c, first + i, some);
     }
     for (int64_t c = begin; c < end; c += planes_together)
       for (int64_t r = 0; r < registers; ++r) {
-        A* const to = place<A>(b, c, place_of[r]);
-        found[r].sample(input_.at<A>(b, c), input_.channel_stride, std::min(planes_together, end - c),
-                        [&](int64_t i, const Reals& samples) { write_lanes(to + i * problem_.points, samples); });
+        T* const to = place<T>(b, c, place_of[r]);
+        found[r].sample(input_.at<T>(b, c), input_.channel_stride, std::min(planes_together, end - c),
+                        [&](int64_t i, const Reals& samples) { store_lanes(to + i * problem_.points, samples); });
       }
   }
 

@@ -82,7 +82,7 @@ struct Problem {
 
   // Whether a field that is not laid out is sampled with a register of points at a time.
   bool is_in_registers(const Map& input) const {
-    return input.dtype() == ScalarType::Float && input.position_stride == 1 && !nearest;
+    return input.dtype() != ScalarType::Double && input.position_stride == 1 && !nearest;
   }
 
   // Whether the field is laid out: a row must be worth it, some channels must fit, and points must read them often. The

@@ -181,7 +181,7 @@ class Sweep {
       for (int64_t c = 0; c < channels; ++c)
         scatter_plane(scratch.points.cells, some, grads + c * problem_.points + i, sums + c * plane);
     };
-    slopes_.by_registers(scratch, b, channel, first, points, grad_points != nullptr, add);
+    slopes_.template by_registers<float>(scratch, b, channel, first, points, grad_points != nullptr, add);
     if (grad_points) scratch.write(problem_, b, owner, first, points, false, *grad_points);
   }
 

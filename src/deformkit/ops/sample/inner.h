@@ -72,8 +72,8 @@ class InnerCells {
   }
 
   // Calls f(c, samples) for each plane c of some that are `pitch` elements apart.
-  template <typename F>
-  void sample(const float* plane, int64_t pitch, int64_t planes, const F& f) const {
+  template <typename T, typename F>
+  void sample(const T* plane, int64_t pitch, int64_t planes, const F& f) const {
     at_edge_ ? sample_as<true>(plane, pitch, planes, f) : sample_as<false>(plane, pitch, planes, f);
   }
 
@@ -84,7 +84,8 @@ class InnerCells {
   }
 
   // What lies at the corners in one plane, for interpolate() and slopes_of().
-  void read(const float* plane, Reals (&value)[corners]) const {
+  template <typename T>
+  void read(const T* plane, Reals (&value)[corners]) const {
     at_edge_ ? read_as<true>(plane, value) : read_as<false>(plane, value);
   }
 
@@ -101,8 +102,8 @@ class InnerCells {
   }
 
   // The slopes along each axis of the samples of all planes c, times their gradients f(c).
-  template <typename F>
-  void slopes(const float* plane, int64_t pitch, int64_t planes, const F& f, Reals (&slope)[N]) const {
+  template <typename T, typename F>
+  void slopes(const T* plane, int64_t pitch, int64_t planes, const F& f, Reals (&slope)[N]) const {
     at_edge_ ? slopes_as<true>(plane, pitch, planes, f, slope) : slopes_as<false>(plane, pitch, planes, f, slope);
   }
 
@@ -154,8 +155,8 @@ class InnerCells {
 
   // Reads the corners of one plane. Without the barrier the compiler computes the addresses of all planes before the
   // loop over them, and spills them.
-  template <bool kEdge>
-  void read_as(const float* plane, Reals (&value)[corners]) const {
+  template <bool kEdge, typename T>
+  void read_as(const T* plane, Reals (&value)[corners]) const {
     asm volatile("" : : : "memory");
 #pragma GCC unroll 4
     for (int row = 0; row < corners / 2; ++row)
@@ -173,8 +174,8 @@ class InnerCells {
     }
   }
 
-  template <bool kEdge, typename F>
-  void sample_as(const float* plane, int64_t pitch, int64_t planes, const F& f) const {
+  template <bool kEdge, typename T, typename F>
+  void sample_as(const T* plane, int64_t pitch, int64_t planes, const F& f) const {
     Reals weights[corners], value[corners];
 #pragma GCC unroll 8
     for (int corner = 0; corner < corners; ++corner) weights[corner] = weight<kEdge>(corner);
@@ -206,8 +207,8 @@ class InnerCells {
     }
   }
 
-  template <bool kEdge, typename F>
-  void slopes_as(const float* plane, int64_t pitch, int64_t planes, const F& f, Reals (&slope)[N]) const {
+  template <bool kEdge, typename T, typename F>
+  void slopes_as(const T* plane, int64_t pitch, int64_t planes, const F& f, Reals (&slope)[N]) const {
     Reals dots[corners] = {}, value[corners];
     for (int64_t c = 0; c < planes; ++c, plane += pitch) {
       const Reals grad = f(c);

@@ -15,7 +15,7 @@ __attribute__((always_inline)) inline void read_neighbours(const Cells<A, N, Ind
   using Indices = typename Run::Indices;
   const Indices first = read_lanes<Indices>(cells.index(corner) + i),
                 second = read_lanes<Indices>(cells.index(corner + 1) + i);
-  if constexpr (std::is_same_v<T, float> && std::is_same_v<A, float> && sizeof(Index) == 4) {
+  if constexpr (sizeof(T) <= 4 && std::is_same_v<A, float> && sizeof(Index) == 4) {
     // Both count, and lie side by side.
     if (!any_lane(((second - first) ^ 1) | (first >> 31))) return load_pairs(plane, cells.index(corner) + i, low, high);
   }
