@@ -51,8 +51,9 @@ def test_float32_values_with_half_coordinates(call: Call) -> None:
 
 @one_call_each
 @pytest.mark.parametrize("layout", LAYOUTS, ids=lambda f: f.__name__.strip("_"))
-def test_any_layout(call: Call, layout: Any) -> None:
-    check(call, [layout(v) if isinstance(v, Tensor) else v for v in call.arguments()])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=["float32", "float16"])
+def test_any_layout(call: Call, layout: Any, dtype: torch.dtype) -> None:
+    check(call, [layout(v) if isinstance(v, Tensor) else v for v in call.arguments(dtype)])
 
 
 @one_call_each

@@ -41,10 +41,8 @@ void read_turned(const Map& field, int64_t batch, int64_t channel, int64_t chann
   if (channels == 1) return read_run(field, batch, channel, from, points, rows);
   if (field.channel_stride == 1) {
     dispatch_dtype(field.dtype(), [&]<typename T>() {
-      for (int64_t p = 0; p < points; ++p) {
-        const T* source = field.at<T>(batch, channel, from + p);
-        for (int64_t c = 0; c < channels; ++c) rows[p * channels + c] = load<A>(source[c]);
-      }
+      for (int64_t p = 0; p < points; ++p)
+        load_run(field.at<T>(batch, channel, from + p), channels, rows + p * channels);
     });
     return;
   }
