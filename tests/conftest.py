@@ -27,6 +27,13 @@ def pytest_configure(config: pytest.Config) -> None:
         os.environ["TRITON_INTERPRET"] = "1"
 
 
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    if config.getoption("--kernels") == "triton":
+        for item in items:
+            if item.get_closest_marker("huge"):
+                item.add_marker(pytest.mark.skip(reason="the interpreter of Triton copies gigabytes for it"))
+
+
 @pytest.fixture(scope="session", autouse=True)
 def _kernels(request: pytest.FixtureRequest) -> Iterator[None]:
     if request.config.getoption("--kernels") == "cpu":

@@ -58,6 +58,7 @@ def test_same_bits_at_any_number_of_threads_and_in_any_batch(case: Case) -> None
         assert_equal(OPERATOR(*last), output[-1:])
 
 
+@pytest.mark.huge
 @pytest.mark.parametrize(
     ("heads", "channels", "size", "stride"),
     [
@@ -94,6 +95,7 @@ def test_more_than_2_to_the_31_elements(
     assert peak.so_far() < 300, "memory that grows with the value"
 
 
+@pytest.mark.huge
 def test_outside_of_a_field_of_more_than_2_to_the_29_elements() -> None:
     """An index of 32 bits suffices, and what is outside does not become a position. The zeros are never touched."""
     side = 6000

@@ -65,6 +65,7 @@ def test_same_bits_at_any_number_of_threads_and_in_any_batch(case: Case) -> None
         assert_equal(OPERATOR(*last), output[-1:])
 
 
+@pytest.mark.huge
 @pytest.mark.parametrize(
     ("channels", "size", "stride"),
     [

@@ -48,6 +48,7 @@ def test_same_bits_at_any_number_of_threads(case: Case) -> None:
     check_bits(call, call.arguments())
 
 
+@pytest.mark.huge
 @needs_kernel("deform_roi_pool")
 @pytest.mark.parametrize(
     ("channels", "size"),
@@ -74,6 +75,7 @@ def test_more_than_2_to_the_31_elements(channels: int, size: tuple[int, ...]) ->
     assert peak.so_far() < 300, "memory that grows with the input"
 
 
+@pytest.mark.huge
 @needs_kernel("deform_roi_pool")
 def test_outside_of_channels_last_of_more_than_2_to_the_29_elements() -> None:
     """An index of 32 bits suffices, and what is outside does not become a position. The zeros are never touched."""
@@ -91,6 +93,7 @@ def test_outside_of_channels_last_of_more_than_2_to_the_29_elements() -> None:
     assert offset.grad is not None and not offset.grad.any()
 
 
+@pytest.mark.huge
 @needs_kernel("deform_roi_pool")
 def test_the_last_of_very_many_images() -> None:
     batch = 2**24 - 1

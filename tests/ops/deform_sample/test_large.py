@@ -85,6 +85,7 @@ def test_the_gradient_of_the_input_does_not_read_it(name: str) -> None:
     assert_equal(*grads, "gradient of input")
 
 
+@pytest.mark.huge
 @pytest.mark.parametrize("size", [(2**31 + 64,), (2**16 + 64, 2**15), (2**11 + 64, 2**10, 2**10)], ids=str)
 def test_more_than_2_to_the_31_elements(size: tuple[int, ...]) -> None:
     """All positions are one in memory: an index that overflows reads elsewhere, or is taken for outside."""

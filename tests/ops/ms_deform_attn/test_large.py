@@ -55,6 +55,7 @@ def test_same_bits_at_any_number_of_threads_and_in_any_batch(case: Case) -> None
         assert_equal(OPERATOR(*last), output[-1:])
 
 
+@pytest.mark.huge
 @needs_kernel("ms_deform_attn")
 @pytest.mark.parametrize("mode", ["linear", "nearest"])
 @pytest.mark.parametrize(
@@ -88,6 +89,7 @@ def test_more_than_2_to_the_31_elements(heads: int, channels: int, sizes: list[t
     assert peak.so_far() < 300, "memory that grows with the value"
 
 
+@pytest.mark.huge
 @needs_kernel("ms_deform_attn")
 @pytest.mark.parametrize("edge", [-0.01, 1.01, -5.0, 7.0])
 def test_outside_of_a_level_behind_2_to_the_29_elements(edge: float) -> None:
