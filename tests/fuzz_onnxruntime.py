@@ -28,7 +28,7 @@ def run_one(seed: int, library: str | None = None, compare: bool = True) -> str:
     call, operator = random_calls.GENERATORS[name](draw), operators[name]
     args, hostile = nodes.as_stored(call.args), draw.random() < 0.7
     if hostile and draw.random() < 0.4:
-        args = random_calls.spoil(draw, args)
+        args = random_calls.spoil(draw, args, devices=())
     inputs, attributes = nodes.inputs_of(operator, args), nodes.attributes_of(operator, args)
     result = args[0].dtype
     if hostile:

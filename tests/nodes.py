@@ -22,6 +22,8 @@ DTYPES = {
     torch.bfloat16: onnx.TensorProto.BFLOAT16,
     torch.int64: onnx.TensorProto.INT64,
     torch.int32: onnx.TensorProto.INT32,
+    torch.bool: onnx.TensorProto.BOOL,
+    torch.complex64: onnx.TensorProto.COMPLEX64,
 }
 
 

@@ -1,7 +1,7 @@
 """Random calls of the operators: shapes, steps, dtypes, layouts and wild offsets; and calls with something wrong."""
 
 import random
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from math import lcm, prod
 from typing import Any
@@ -365,8 +365,11 @@ def relayout(draw: random.Random, value: Any) -> Any:
     return kept.copy_(value)
 
 
-def spoil(draw: random.Random, args: list[Any]) -> list[Any]:
-    """Change a shape, a dtype or a device, or drop or add a step. The call has to be refused or computed correctly."""
+def spoil(draw: random.Random, args: list[Any], devices: Sequence[str] = ("meta",)) -> list[Any]:
+    """Change a shape or a dtype, move a tensor to one of ``devices``, or drop or add a step.
+
+    The call has to be refused or computed correctly.
+    """
     args = list(args)
     i = draw.choice([i for i, value in enumerate(args) if isinstance(value, Tensor | list)])
     if isinstance(args[i], list):
@@ -382,7 +385,7 @@ def spoil(draw: random.Random, args: list[Any]) -> list[Any]:
                 args[i].select(axis, 0) if size else args[i].flatten(),
                 args[i].to(torch.float64 if args[i].dtype != torch.float64 else torch.float32),
                 args[i].to(draw.choice((torch.float16, torch.int64, torch.bool, torch.complex64))),
-                args[i].to("meta"),
+                *(args[i].to(device) for device in devices),
             )
         )
     return args

@@ -85,7 +85,7 @@ def test_wrong_nodes_are_errors_with_a_reason(changes: dict[str, Any], message: 
 
 @needs_kernels
 def test_random_models() -> None:
-    counts = fuzz_onnxruntime.run(60, compare_every=2)
+    counts = fuzz_onnxruntime.run(120, compare_every=2)
     assert counts["refused"] > 20 and counts["compared"] > 10
 
 
