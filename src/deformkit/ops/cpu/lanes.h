@@ -120,53 +120,57 @@ inline bool any_lane(const I& lanes) {
 }
 
 // low[l] = from[index[l]] and high[l] = from[index[l] + 1]: a load for each pair.
+template <typename V>
+inline void load_pairs(const float* from, const int32_t* index, V& low, V& high) {
+  constexpr int count = sizeof(V) / sizeof(float);
+  typedef typename Lanes<double, count / 2>::type Pairs;
+  const auto pair = [&](int lane) {
+    double both;
+    std::memcpy(&both, from + index[lane], sizeof both);
+    return both;
+  };
+  const auto pairs = [&](int at) {
+    if constexpr (count == 16)
+      return Pairs{pair(at),     pair(at + 1), pair(at + 2), pair(at + 3),
+                   pair(at + 4), pair(at + 5), pair(at + 6), pair(at + 7)};
+    if constexpr (count == 8) return Pairs{pair(at), pair(at + 1), pair(at + 2), pair(at + 3)};
+    if constexpr (count == 4) return Pairs{pair(at), pair(at + 1)};
+  };
+  const V a = reinterpret_cast<V>(pairs(0)), b = reinterpret_cast<V>(pairs(count / 2));
+  if constexpr (count == 16) {
+    low = __builtin_shufflevector(a, b, 0, 2, 4, 6, 8, 10, 12, 14, 16, 18, 20, 22, 24, 26, 28, 30);
+    high = __builtin_shufflevector(a, b, 1, 3, 5, 7, 9, 11, 13, 15, 17, 19, 21, 23, 25, 27, 29, 31);
+  } else if constexpr (count == 8) {
+    low = __builtin_shufflevector(a, b, 0, 2, 4, 6, 8, 10, 12, 14);
+    high = __builtin_shufflevector(a, b, 1, 3, 5, 7, 9, 11, 13, 15);
+  } else {
+    low = __builtin_shufflevector(a, b, 0, 2, 4, 6);
+    high = __builtin_shufflevector(a, b, 1, 3, 5, 7);
+  }
+}
+
+// The same of elements in half precision.
 template <typename V, typename T>
+  requires(sizeof(T) == 2)
 inline void load_pairs(const T* from, const int32_t* index, V& low, V& high) {
   constexpr int count = sizeof(V) / sizeof(float);
-  if constexpr (sizeof(T) == 2) {
-    typedef typename Lanes<uint32_t, count>::type Pairs;
-    Pairs pairs;
+  typedef typename Lanes<uint32_t, count>::type Pairs;
+  Pairs pairs;
 #pragma GCC unroll 16
-    for (int lane = 0; lane < count; ++lane) {
-      uint32_t both;
-      std::memcpy(&both, from + index[lane], sizeof both);
-      pairs[lane] = both;
-    }
-    if constexpr (std::is_same_v<T, BFloat16>) {
-      low = reinterpret_cast<V>(pairs << 16), high = reinterpret_cast<V>(pairs & 0xffff0000u);
-    } else {
-      const auto widened = [](const Pairs& elements) {
-        T narrow[count];
-        write_lanes(narrow, __builtin_convertvector(elements, typename Lanes<uint16_t, count>::type));
-        return load_lanes<V>(narrow);
-      };
-      low = widened(pairs & 0xffffu), high = widened(pairs >> 16);
-    }
+  for (int lane = 0; lane < count; ++lane) {
+    uint32_t both;
+    std::memcpy(&both, from + index[lane], sizeof both);
+    pairs[lane] = both;
+  }
+  if constexpr (std::is_same_v<T, BFloat16>) {
+    low = reinterpret_cast<V>(pairs << 16), high = reinterpret_cast<V>(pairs & 0xffff0000u);
   } else {
-    typedef typename Lanes<double, count / 2>::type Pairs;
-    const auto pair = [&](int lane) {
-      double both;
-      std::memcpy(&both, from + index[lane], sizeof both);
-      return both;
+    const auto widened = [](const Pairs& elements) {
+      T narrow[count];
+      write_lanes(narrow, __builtin_convertvector(elements, typename Lanes<uint16_t, count>::type));
+      return load_lanes<V>(narrow);
     };
-    const auto pairs = [&](int at) {
-      if constexpr (count == 16)
-        return Pairs{pair(at),     pair(at + 1), pair(at + 2), pair(at + 3),
-                     pair(at + 4), pair(at + 5), pair(at + 6), pair(at + 7)};
-      if constexpr (count == 8) return Pairs{pair(at), pair(at + 1), pair(at + 2), pair(at + 3)};
-      if constexpr (count == 4) return Pairs{pair(at), pair(at + 1)};
-    };
-    const V a = reinterpret_cast<V>(pairs(0)), b = reinterpret_cast<V>(pairs(count / 2));
-    if constexpr (count == 16) {
-      low = __builtin_shufflevector(a, b, 0, 2, 4, 6, 8, 10, 12, 14, 16, 18, 20, 22, 24, 26, 28, 30);
-      high = __builtin_shufflevector(a, b, 1, 3, 5, 7, 9, 11, 13, 15, 17, 19, 21, 23, 25, 27, 29, 31);
-    } else if constexpr (count == 8) {
-      low = __builtin_shufflevector(a, b, 0, 2, 4, 6, 8, 10, 12, 14);
-      high = __builtin_shufflevector(a, b, 1, 3, 5, 7, 9, 11, 13, 15);
-    } else {
-      low = __builtin_shufflevector(a, b, 0, 2, 4, 6);
-      high = __builtin_shufflevector(a, b, 1, 3, 5, 7);
-    }
+    low = widened(pairs & 0xffffu), high = widened(pairs >> 16);
   }
 }
 

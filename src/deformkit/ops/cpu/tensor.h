@@ -53,7 +53,7 @@ void dispatch_dtype(ScalarType dtype, F&& f) {
   }
 }
 
-// Of those whose sums are float.
+// The same for the dtypes whose sums are float.
 template <typename F>
 void dispatch_float(ScalarType dtype, F&& f) {
   dispatch_dtype(dtype, [&]<typename T>() {

@@ -217,9 +217,9 @@ void backward(const Problem<N>& problem, const Tensor& input, const Tensor& grad
   if (problem.batch == 0) return;
   std::vector<char> done(problem.batch * problem.groups);
   if constexpr (std::is_same_v<A, float>) {
-    const bool in_registers = input.scalar_type() == ScalarType::Float && !problem.nearest && !problem.is_wide(1);
+    const bool may_sweep = input.scalar_type() == ScalarType::Float && !problem.nearest && !problem.is_wide(1);
     const bool often = problem.points > 0 && problem.points * seldom >= problem.positions();
-    if (grad_input && in_registers && often && problem.group_channels() < few_channels) {
+    if (grad_input && may_sweep && often && problem.group_channels() < few_channels) {
       const Map field(input);
       const Sweep<N> sweep(problem, field, grad_output);
       const bool all = sweep.are_all_swept() && (!grad_points || problem.is_in_registers(field));
