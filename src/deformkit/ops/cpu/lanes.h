@@ -268,36 +268,39 @@ inline void exchange(V (&row)[n], std::integer_sequence<int, lane...>) {
   }
 }
 
-// to[c * to_pitch + r] = from[r * from_pitch + c] for n rows and columns, 8 or 16.
-template <int n, typename A>
-inline void transpose_square(const A* from, int64_t from_pitch, A* to, int64_t to_pitch) {
+// to[c * to_pitch + r] = from[r * from_pitch + c] for n rows and columns, 8 or 16, in registers of A.
+template <typename A, int n, typename T, typename U>
+inline void transpose_square(const T* from, int64_t from_pitch, U* to, int64_t to_pitch) {
   constexpr std::make_integer_sequence<int, n> all{};
   typename Lanes<A, n>::type row[n];
 #pragma GCC unroll 16
-  for (int i = 0; i < n; ++i) row[i] = read_lanes<typename Lanes<A, n>::type>(from + i * from_pitch);
+  for (int i = 0; i < n; ++i) row[i] = load_lanes<typename Lanes<A, n>::type>(from + i * from_pitch);
   exchange<1>(row, all);
   exchange<2>(row, all);
   exchange<4>(row, all);
   if constexpr (n == 16) exchange<8>(row, all);
 #pragma GCC unroll 16
-  for (int i = 0; i < n; ++i) write_lanes(to + i * to_pitch, row[i]);
+  for (int i = 0; i < n; ++i) store_lanes(to + i * to_pitch, row[i]);
 }
 
-// to[c * to_pitch + r] = from[r * from_pitch + c] for every row r and column c. Inlined, it knows a pitch that is
-// constant: built by GCC 12, deform_sample() of a plane then takes a tenth less time on AVX2. `python benchmarks/run.py
-// sample --case 2d` measures it.
-template <typename A>
-__attribute__((always_inline)) inline void transpose(const A* from, int64_t rows, int64_t columns, int64_t from_pitch,
-                                                     A* to, int64_t to_pitch) {
+// to[c * to_pitch + r] = from[r * from_pitch + c], by way of A, for every row r and column c: what has another type is
+// converted in the registers that turn it. Inlined, it knows a pitch that is constant: built by GCC 12, deform_sample()
+// of a plane then takes a tenth less time on AVX2. `python benchmarks/run.py sample half --case 2d` measures both.
+template <typename A, typename T, typename U>
+__attribute__((always_inline)) inline void transpose(const T* from, int64_t rows, int64_t columns, int64_t from_pitch,
+                                                     U* to, int64_t to_pitch) {
+  const auto move = [&](int64_t row, int64_t column) {
+    to[column * to_pitch + row] = store<U>(load<A>(from[row * from_pitch + column]));
+  };
   int64_t row = 0;
   // Squares of n, as many rows as they fill; the columns that are left over are moved one by one.
   const auto squares = [&]<int n>() {
     for (; row + n <= rows; row += n) {
       int64_t column = 0;
       for (; column + n <= columns; column += n)
-        transpose_square<n>(from + row * from_pitch + column, from_pitch, to + column * to_pitch + row, to_pitch);
+        transpose_square<A, n>(from + row * from_pitch + column, from_pitch, to + column * to_pitch + row, to_pitch);
       for (; column < columns; ++column)
-        for (int64_t r = row; r < row + n; ++r) to[column * to_pitch + r] = from[r * from_pitch + column];
+        for (int64_t r = row; r < row + n; ++r) move(r, column);
     }
   };
   if constexpr (sizeof(A) == 4 && register_bytes == 64) {
@@ -305,7 +308,7 @@ __attribute__((always_inline)) inline void transpose(const A* from, int64_t rows
   }
   if constexpr (sizeof(A) <= 4) squares.template operator()<8>();
   for (; row < rows; ++row)
-    for (int64_t column = 0; column < columns; ++column) to[column * to_pitch + row] = from[row * from_pitch + column];
+    for (int64_t column = 0; column < columns; ++column) move(row, column);
 }
 
 }  // namespace deformkit

@@ -58,7 +58,7 @@ struct Layout {
 template <typename T>
 void copy_patch(const T* from, const Layout::Axis& row, const Layout::Axis& column, int64_t rows, int64_t columns,
                 T* to) {
-  if (row.stride == 1 && column.stride != 1) return transpose(from, columns, rows, column.stride, to, row.to);
+  if (row.stride == 1 && column.stride != 1) return transpose<T>(from, columns, rows, column.stride, to, row.to);
   for (int64_t r = 0; r < rows; ++r, from += row.stride, to += row.to) {
     if (column.stride == 1) {
       std::memcpy(to, from, static_cast<size_t>(columns) * sizeof(T));

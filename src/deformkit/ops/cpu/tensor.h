@@ -53,11 +53,11 @@ void dispatch_dtype(ScalarType dtype, F&& f) {
   }
 }
 
-// The same for the dtypes whose sums are float.
-template <typename F>
-void dispatch_float(ScalarType dtype, F&& f) {
+// The same for the dtypes whose sums are A.
+template <typename A, typename F>
+void dispatch_sums(ScalarType dtype, F&& f) {
   dispatch_dtype(dtype, [&]<typename T>() {
-    if constexpr (std::is_same_v<Sum<T>, float>) f.template operator()<T>();
+    if constexpr (std::is_same_v<Sum<T>, A>) f.template operator()<T>();
   });
 }
 

@@ -161,7 +161,7 @@ class Weights {
             for (int64_t r = 0; r < some; ++r)
               for (int64_t i = 0; i < count; ++i)
                 scratch.rows[r * together + i] = load<A>(from[r * per_group * taps + i]);
-            transpose(scratch.rows.get(), tile, count, together, scratch.turned.get(), tile);
+            transpose<A>(scratch.rows.get(), tile, count, together, scratch.turned.get(), tile);
             for (int64_t i = 0; i < count; ++i) {
               const Line& line = lines[e - plan_.begin * taps + i];
               std::copy_n(scratch.turned.get() + i * tile, tile, line.first + panel * line.panel);

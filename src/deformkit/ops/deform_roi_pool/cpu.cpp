@@ -117,7 +117,7 @@ void forward(const Pooling<A, N>& problem, const Map& input, int64_t first_image
     Held<A> held{input, image_of[item], channel, width, rows.get() + (image_of[item] - first_image) * plane};
     if (sparse) held.corners = &*scratch.corners, held.rows = scratch.corners->rows();
     scratch.pool(problem, roi, held);
-    transpose(scratch.sums.get(), bins, width, width, scratch.turned.get(), bins);
+    transpose<A>(scratch.sums.get(), bins, width, width, scratch.turned.get(), bins);
     output.write((roi.index * problem.channels + channel) * bins, scratch.turned.get(), width * bins);
   });
 }
@@ -233,7 +233,7 @@ class Backward {
     A* const by_bin = scratch.by_bin.get();
     read_rows(grad_output_, (roi.index * problem_.channels + held.channel) * bins, 0, 1, width * bins,
               scratch.turned.get(), width * bins);
-    transpose(scratch.turned.get(), width, bins, bins, scratch.grads.get(), width);
+    transpose<A>(scratch.turned.get(), width, bins, bins, scratch.grads.get(), width);
     std::fill_n(by_bin, N * bins, A(0));
     scratch.points.start(problem_, roi);
     const auto outside = static_cast<Index>(held.outside(problem_.positions()));

@@ -8,6 +8,14 @@ namespace {
 // core's first cache. `python benchmarks/run.py sample roi` measures other values.
 constexpr int64_t tile = 256, tile_channels = register_bytes / 4;
 
+// f(position, positions, channel, channels) for every tile.
+template <typename F>
+void for_tiles(int64_t positions, int64_t channels, F&& f) {
+  for (int64_t p = 0; p < positions; p += tile)
+    for (int64_t c = 0; c < channels; c += tile_channels)
+      f(p, std::min(tile, positions - p), c, std::min(tile_channels, channels - c));
+}
+
 }  // namespace
 
 template <typename A>
@@ -46,38 +54,38 @@ void read_turned(const Map& field, int64_t batch, int64_t channel, int64_t chann
     });
     return;
   }
-  A lines[tile_channels * tile];
-  const bool turns = field.position_stride == 1 && field.dtype() == sum_dtype_of<A>;
-  for (int64_t p = 0; p < points; p += tile) {
-    const int64_t some_points = std::min(tile, points - p);
-    for (int64_t c = 0; c < channels; c += tile_channels) {
-      const int64_t some = std::min(tile_channels, channels - c);
-      const A* source = lines;
-      if (turns) {
-        source = field.at<A>(batch, channel + c, from + p);
-      } else {
-        for (int64_t i = 0; i < some; ++i)
-          read_run(field, batch, channel + c + i, from + p, some_points, lines + i * tile);
-      }
-      transpose(source, some, some_points, turns ? field.channel_stride : tile, rows + p * channels + c, channels);
-    }
+  if (field.position_stride == 1) {
+    dispatch_sums<A>(field.dtype(), [&]<typename T>() {
+      for_tiles(points, channels, [&](int64_t p, int64_t some_points, int64_t c, int64_t some) {
+        transpose<A>(field.at<T>(batch, channel + c, from + p), some, some_points, field.channel_stride,
+                     rows + p * channels + c, channels);
+      });
+    });
+    return;
   }
+  A lines[tile_channels * tile];
+  for_tiles(points, channels, [&](int64_t p, int64_t some_points, int64_t c, int64_t some) {
+    for (int64_t i = 0; i < some; ++i) read_run(field, batch, channel + c + i, from + p, some_points, lines + i * tile);
+    transpose<A>(lines, some, some_points, tile, rows + p * channels + c, channels);
+  });
 }
 
 template <typename A>
 void write_turned(const A* rows, int64_t pitch, int64_t points, int64_t channels, const Sink& out, int64_t at,
                   int64_t plane, bool add) {
-  A lines[tile_channels * tile];
-  const bool turns = out.dtype() == sum_dtype_of<A> && !add;
-  for (int64_t p = 0; p < points; p += tile) {
-    const int64_t some_points = std::min(tile, points - p);
-    for (int64_t c = 0; c < channels; c += tile_channels) {
-      const int64_t some = std::min(tile_channels, channels - c), to = at + c * plane + p;
-      transpose(rows + p * pitch + c, some_points, some, pitch, turns ? out.data<A>() + to : lines,
-                turns ? plane : tile);
-      for (int64_t i = 0; i < some && !turns; ++i) out.write(to + i * plane, lines + i * tile, some_points, add);
-    }
+  if (!add) {
+    dispatch_sums<A>(out.dtype(), [&]<typename T>() {
+      for_tiles(points, channels, [&](int64_t p, int64_t some_points, int64_t c, int64_t some) {
+        transpose<A>(rows + p * pitch + c, some_points, some, pitch, out.data<T>() + at + c * plane + p, plane);
+      });
+    });
+    return;
   }
+  A lines[tile_channels * tile];
+  for_tiles(points, channels, [&](int64_t p, int64_t some_points, int64_t c, int64_t some) {
+    transpose<A>(rows + p * pitch + c, some_points, some, pitch, lines, tile);
+    for (int64_t i = 0; i < some; ++i) out.write(at + (c + i) * plane + p, lines + i * tile, some_points, true);
+  });
 }
 
 #define DEFORMKIT_INSTANTIATE(A)                                                                \
