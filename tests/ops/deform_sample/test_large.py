@@ -39,7 +39,7 @@ def test_values_and_gradients(case: Case) -> None:
     check(call, call.arguments())
 
 
-@pytest.mark.parametrize("name", ["2d-windows", "2d-slices"])
+@pytest.mark.parametrize("name", ["2d-windows", "2d-slices", "2d-few-anywhere", "3d-thin"])
 def test_sums_do_not_pass_through_a_half_dtype(name: str) -> None:
     call = Call(OPERATOR, next(case for case in LARGE if case.name == name))
     check(call, call.arguments(torch.bfloat16))
@@ -72,6 +72,29 @@ def test_samples_in_order_beside_one_that_is_not(boundary: str) -> None:
         alone = backward(output[b : b + 1], args[0][b : b + 1], args[1][b : b + 1], *args[2:], [True, True])
         for one, all_of_them in zip(alone, together, strict=True):
             assert_equal(one, all_of_them[b : b + 1], f"gradient of sample {b}")
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("order", ["forwards", "backwards", "in turn", "gaps"])
+def test_a_gradient_in_half_precision_is_rounded_once(order: str, dtype: torch.dtype) -> None:
+    """Runs of points add to the rows of others; the rows are summed in single precision before they are written."""
+    call = Call(OPERATOR, Case(order, 2, 3, (150, 110), (220, 170), spread=2.0))
+    input, points, *rest = call.arguments(dtype)
+    points = points.flatten(2, -2)
+    if order == "backwards":
+        points = points.flip(2)
+    elif order == "in turn":
+        points = points.unflatten(2, (2, -1)).transpose(2, 3).flatten(2, 3)
+    elif order == "gaps":
+        points[..., 0] = points[..., 0].where(points[..., 0] < 60, points[..., 0] + 40).where(points[..., 0] > 20, 30.0)
+    points = points.contiguous()
+    grad = torch.randn(2, 3, points.shape[2], generator=torch.Generator().manual_seed(0)).to(dtype)
+    backward = operators["deform_sample_backward"]
+    found = backward(grad, input, points, *rest, [True, True])
+    expected = backward(grad.float(), input.float(), points, *rest, [True, True])
+    assert_equal(found[0], expected[0].to(dtype), "gradient of input")
+    assert_equal(found[1], expected[1], "gradient of points")
+    check_bits(call, [input, points, *rest])
 
 
 @pytest.mark.parametrize("name", ["1d-windows", "2d-parts"])

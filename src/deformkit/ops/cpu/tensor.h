@@ -53,11 +53,12 @@ void dispatch_dtype(ScalarType dtype, F&& f) {
   }
 }
 
-// The same for the dtypes whose sums are A.
+// The same for the dtypes whose sums are A, of which the caller knows that this is one.
 template <typename A, typename F>
-void dispatch_sums(ScalarType dtype, F&& f) {
+void dispatch_summed_as(ScalarType dtype, F&& f) {
   dispatch_dtype(dtype, [&]<typename T>() {
-    if constexpr (std::is_same_v<Sum<T>, A>) f.template operator()<T>();
+    if constexpr (std::is_same_v<Sum<T>, A>) return f.template operator()<T>();
+    STD_TORCH_CHECK(false, "values of this dtype are summed in another one");
   });
 }
 

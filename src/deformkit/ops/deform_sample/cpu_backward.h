@@ -91,7 +91,7 @@ class PointsInPlace {
   void slopes_of(Scratch& scratch, int64_t b, int64_t channel, int64_t first, int64_t points) const {
     if constexpr (is_usual<A, Index>) {
       if (problem_.is_in_registers(input_))
-        return dispatch_sums<float>(input_.dtype(), [&]<typename T>() {
+        return dispatch_summed_as<float>(input_.dtype(), [&]<typename T>() {
           by_registers<T>(scratch, b, channel, first, points, true, [](const InnerCells<N>*, int64_t, int64_t) {});
         });
     }

@@ -18,8 +18,8 @@ class ForwardInPlace {
     for_blocks<Scratch, A>(problem_, [&](Scratch& scratch, int64_t b, int64_t group, int64_t first, int64_t points) {
       if constexpr (is_usual<A, Index>) {
         if (problem_.is_in_registers(input_))
-          return dispatch_sums<float>(input_.dtype(),
-                                [&]<typename T>() { by_registers<T>(scratch, b, group, first, points); });
+          return dispatch_summed_as<float>(input_.dtype(),
+                                           [&]<typename T>() { by_registers<T>(scratch, b, group, first, points); });
       }
       by_planes(scratch, b, group, first, points);
     });

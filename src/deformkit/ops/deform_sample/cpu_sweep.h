@@ -29,6 +29,7 @@ class Sweep {
       : problem_(problem),
         slopes_(problem, input, grad_output),
         grad_(grad_output),
+        rounds_(input.dtype() != ScalarType::Float),
         of_group_(std::min(
             ceil_div(problem.positions() * problem.group_channels() * int64_t(sizeof(float)), run_bytes * least_items) *
                 least_items,
@@ -46,6 +47,8 @@ class Sweep {
   // The gradient by the points may be null.
   void run(const Sink& grad_input, const Sink* grad_points) const {
     Turns turns(static_cast<int64_t>(items_.size()));
+    // By group, of a gradient in half precision: the sums of rows that later runs still add to.
+    std::vector<Buffer<float>> open(rounds_ ? swept_.size() : 0);
     each(
         static_cast<int64_t>(items_.size()), [&] { return Scratch(*this); },
         [&](Scratch& scratch, int64_t item) {
@@ -55,7 +58,8 @@ class Sweep {
           for (int64_t i = part.begin; i < part.end; i += block<N>)
             add_block(scratch, group, part, i, std::min(block<N>, part.end - i), grad_points);
           if (items_[item] % of_group_ > 0) turns.wait(item, 0);
-          add_rows(scratch, group, part, grad_input.data<float>());
+          rounds_ ? close_rows(scratch, group, part, open[group], grad_input)
+                  : add_rows(scratch, group, part, grad_input.data<float>());
           turns.finish(item, 0);
         },
         &turns);
@@ -63,9 +67,9 @@ class Sweep {
 
  private:
   // The points [begin, end) of a group, whose corners lie in the rows [first, past) of the field: a run. The runs
-  // before have written the gradient's rows up to `written`.
+  // before have written the gradient's rows up to `written`; those after reach none before `closed`.
   struct Part {
-    int64_t begin, end, first, past, written = 0;
+    int64_t begin, end, first, past, written = 0, closed = 0;
     bool is_near;  // whether its first block reaches less than half of the field
   };
 
@@ -96,6 +100,7 @@ class Sweep {
     const bool mirrored = problem_.boundary == Boundary::reflect && (least < 0 || most > float(rows - 1));
     part.first = mirrored ? 0 : lower_row(least);
     part.past = mirrored ? rows : std::min(lower_row(most) + 2, rows);
+    if (part.begin == part.end) part.first = part.past = rows;
   }
 
   // Whether the runs of a group reach few rows.
@@ -106,13 +111,24 @@ class Sweep {
       most_rows = std::max(most_rows, parts[i].past - parts[i].first);
       if (i > 0) parts[i].written = std::max(parts[i - 1].written, parts[i - 1].past);
     }
-    const int64_t bytes = most_rows * problem_.whole().inner() * problem_.group_channels() * int64_t(sizeof(float));
+    parts[of_group_ - 1].closed = problem_.size[0];
+    for (int64_t i = of_group_ - 1; i-- > 0;) parts[i].closed = std::min(parts[i + 1].first, parts[i + 1].closed);
+    const int64_t most = rounds_ ? std::max(most_rows, most_open(group)) : most_rows;
+    const int64_t bytes = most * problem_.whole().inner() * problem_.group_channels() * int64_t(sizeof(float));
     const bool are_near = std::all_of(parts, parts + of_group_, [](const Part& part) { return part.is_near; });
     swept_[group] =
         most_rows * of_group_ <= most_overlap * problem_.size[0] && bytes <= (are_near ? near_bytes : anywhere_bytes);
     if (!swept_[group]) return;
     most_rows_ = std::max(most_rows_, most_rows);
     for (int64_t i = 0; i < of_group_; ++i) items_.push_back(static_cast<int64_t>(group) * of_group_ + i);
+  }
+
+  // The most rows that are open at a time, with those that a run closes.
+  int64_t most_open(int64_t group) const {
+    const Part* const parts = parts_.data() + group * of_group_;
+    int64_t most = 0;
+    for (int64_t i = 0; i < of_group_; ++i) most = std::max(most, end_of(parts[i]) - start_of(parts[i], i > 0));
+    return most;
   }
 
   using Reach = std::array<std::pair<float, float>, N>;
@@ -171,17 +187,20 @@ class Sweep {
     const int64_t b = group / problem_.groups, owner = group % problem_.groups;
     const int64_t channels = problem_.group_channels(), channel = owner * channels, plane = pitch(part);
     const Window<N> window{problem_.size, part.first, part.past};
-    const float* const grads = grad_.at<float>(b, channel, first);
     float* const sums = scratch.sums.get();
     scratch.points.read(coordinates_of<float>(problem_, group, first), points);
-    const auto add = [&](const InnerCells<N>* cells, int64_t i, int64_t some) {
-      const auto grad = [&](int64_t c) { return read_lanes<Reals>(grads + c * problem_.points + i); };
-      if (cells) return cells->scatter(sums - part.first * window.inner(), plane, channels, grad);
-      scratch.points.locate(problem_, window, some, 1, static_cast<int32_t>(plane - 1), i);
-      for (int64_t c = 0; c < channels; ++c)
-        scatter_plane(scratch.points.cells, some, grads + c * problem_.points + i, sums + c * plane);
-    };
-    slopes_.template by_registers<float>(scratch, b, channel, first, points, grad_points != nullptr, add);
+    dispatch_summed_as<float>(grad_.dtype(), [&]<typename T>() {
+      const T* const grads = grad_.at<T>(b, channel, first);
+      const auto add = [&](const InnerCells<N>* cells, int64_t i, int64_t some) {
+        const auto grad = [&](int64_t c) { return load_lanes<Reals>(grads + c * problem_.points + i); };
+        if (cells) return cells->scatter(sums - part.first * window.inner(), plane, channels, grad);
+        scratch.points.locate(problem_, window, some, 1, static_cast<int32_t>(plane - 1), i);
+        for (int64_t c = 0; c < channels; ++c)
+          scatter_plane(scratch.points.cells, some,
+                        view_run(grad_, b, channel + c, first + i, some, scratch.grads.get()), sums + c * plane);
+      };
+      slopes_.template by_registers<T>(scratch, b, channel, first, points, grad_points != nullptr, add);
+    });
     if (grad_points) scratch.write(problem_, b, owner, first, points, false, *grad_points);
   }
 
@@ -201,9 +220,35 @@ class Sweep {
     }
   }
 
+  // Between these rows are those that were open before a run, that it adds to, and that it closes.
+  static int64_t start_of(const Part& part, bool follows) { return follows ? (&part - 1)->closed : 0; }
+  static int64_t end_of(const Part& part) { return std::max({part.written, part.past, part.closed}); }
+
+  // The same for a gradient in half precision, whose rows are rounded once: the rows of a run are added to those that
+  // are open, and those that no later run reaches are written, which closes them.
+  void close_rows(const Scratch& scratch, int64_t group, const Part& part, Buffer<float>& open,
+                  const Sink& grad_input) const {
+    const int64_t inner = problem_.whole().inner(), channels = problem_.group_channels();
+    const int64_t start = start_of(part, &part != &parts_[group * of_group_]), end = end_of(part);
+    const int64_t most = most_open(group) * inner;
+    if (!open.get()) open = Buffer<float>(channels * most);
+    for (int64_t c = 0; c < channels; ++c) {
+      float* const rows = open.get() + c * most - start * inner;
+      const float* const sums = scratch.sums.get() + c * pitch(part) - part.first * inner;
+      std::fill(rows + std::max(part.written, start) * inner, rows + end * inner, 0.0f);
+#pragma omp simd
+      for (int64_t i = part.first * inner; i < part.past * inner; ++i) rows[i] += sums[i];
+      grad_input.write((group * channels + c) * problem_.positions() + start * inner, rows + start * inner,
+                       (part.closed - start) * inner);
+      std::copy(rows + part.closed * inner, rows + end * inner, rows + start * inner);
+    }
+    if (part.closed == problem_.size[0]) open = {};
+  }
+
   const Problem<N>& problem_;
   const Slopes slopes_;
   const Map grad_;
+  const bool rounds_;  // whether the gradient by the field is in half precision
   int64_t of_group_, most_rows_ = 0;
   std::vector<Part> parts_;
   std::vector<char> swept_;
@@ -217,7 +262,7 @@ void backward(const Problem<N>& problem, const Tensor& input, const Tensor& grad
   if (problem.batch == 0) return;
   std::vector<char> done(problem.batch * problem.groups);
   if constexpr (std::is_same_v<A, float>) {
-    const bool may_sweep = input.scalar_type() == ScalarType::Float && !problem.nearest && !problem.is_wide(1);
+    const bool may_sweep = !problem.nearest && !problem.is_wide(1);
     const bool often = problem.points > 0 && problem.points * seldom >= problem.positions();
     if (grad_input && may_sweep && often && problem.group_channels() < few_channels) {
       const Map field(input);

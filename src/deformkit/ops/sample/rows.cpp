@@ -55,7 +55,7 @@ void read_turned(const Map& field, int64_t batch, int64_t channel, int64_t chann
     return;
   }
   if (field.position_stride == 1) {
-    dispatch_sums<A>(field.dtype(), [&]<typename T>() {
+    dispatch_summed_as<A>(field.dtype(), [&]<typename T>() {
       for_tiles(points, channels, [&](int64_t p, int64_t some_points, int64_t c, int64_t some) {
         transpose<A>(field.at<T>(batch, channel + c, from + p), some, some_points, field.channel_stride,
                      rows + p * channels + c, channels);
@@ -74,7 +74,7 @@ template <typename A>
 void write_turned(const A* rows, int64_t pitch, int64_t points, int64_t channels, const Sink& out, int64_t at,
                   int64_t plane, bool add) {
   if (!add) {
-    dispatch_sums<A>(out.dtype(), [&]<typename T>() {
+    dispatch_summed_as<A>(out.dtype(), [&]<typename T>() {
       for_tiles(points, channels, [&](int64_t p, int64_t some_points, int64_t c, int64_t some) {
         transpose<A>(rows + p * pitch + c, some_points, some, pitch, out.data<T>() + at + c * plane + p, plane);
       });
