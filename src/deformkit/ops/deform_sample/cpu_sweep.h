@@ -11,7 +11,7 @@ namespace deformkit::sampling {
 constexpr int64_t run_bytes = 2 * mib;
 constexpr int64_t run_blocks = 16;  // the fewest blocks of points of a run
 
-// Of the rows that a run adds up, at most: if its points lie near those before them, and if they lie anywhere. In 8 MiB
+// Of the rows that a thread holds, at most: if its points lie near those before them, and if they lie anywhere. In 8 MiB
 // with points anywhere, the windows of FieldBackward were faster. Measured again, with other shapes, by
 // `deformkit bench --op deform_sample --shape 1x1x128x128x128`.
 constexpr int64_t near_bytes = 16 * mib, anywhere_bytes = 4 * mib;
@@ -113,8 +113,8 @@ class Sweep {
     }
     parts[of_group_ - 1].closed = problem_.size[0];
     for (int64_t i = of_group_ - 1; i-- > 0;) parts[i].closed = std::min(parts[i + 1].first, parts[i + 1].closed);
-    const int64_t most = rounds_ ? std::max(most_rows, most_open(group)) : most_rows;
-    const int64_t bytes = most * problem_.whole().inner() * problem_.group_channels() * int64_t(sizeof(float));
+    const int64_t held = most_rows + (rounds_ ? most_open(group) : 0);
+    const int64_t bytes = held * problem_.whole().inner() * problem_.group_channels() * int64_t(sizeof(float));
     const bool are_near = std::all_of(parts, parts + of_group_, [](const Part& part) { return part.is_near; });
     swept_[group] =
         most_rows * of_group_ <= most_overlap * problem_.size[0] && bytes <= (are_near ? near_bytes : anywhere_bytes);

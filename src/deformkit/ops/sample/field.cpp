@@ -24,9 +24,10 @@ void dispatch_channels(int64_t channels, const F& f) {
   }
 }
 
-// How many points before their use the rows of a far field are asked for: a point takes less time than its rows.
-// `python benchmarks/run.py sample attn roi` measures other values.
-constexpr int64_t points_ahead = 8;
+// How many points before their use the rows of a far field are asked for: a point takes less time than its rows. A core
+// waits for more lines of its second-level cache than of its first, so samples ask far ahead there; a gradient, which
+// is written, asks for both in the first. `python benchmarks/run.py sample attn roi` measures other values.
+constexpr int64_t points_ahead = 8, samples_ahead = 24;
 
 // kChannels is the number of channels, or 0 for any. Inlined by GCC 12, a depthwise convolution took 3 % longer on
 // AVX2: `python benchmarks/run.py conv` measures it.
@@ -47,7 +48,7 @@ __attribute__((noinline)) void gather_as(const Cells<A, N, Index>& cells, int64_
   // The channels from c on, as many as some registers hold. A sum of many samples is two, of every other corner, so
   // that an addition does not wait for the one before.
   constexpr int chains = kOne ? 1 : 2;
-  const int64_t asking = field.far ? sums * per - points_ahead : 0;
+  const int64_t asking = field.far ? sums * per - samples_ahead : 0;
   const auto sum_up = [&]<int registers, int width>(int64_t j, int64_t c) {
     typedef typename Lanes<A, width>::type V;
     V sum[chains][registers];
@@ -57,7 +58,7 @@ __attribute__((noinline)) void gather_as(const Cells<A, N, Index>& cells, int64_
     for (int64_t i = j * per; i < (kOne ? j + 1 : (j + 1) * per); ++i) {
       if (kChannels > 0 && c == 0 && i < asking) {
         for (int corner = 0; corner < corners; ++corner)
-          ask_for_lines(field.row(indices[corner][i + points_ahead]), kChannels);
+          ask_for_lines<false, true>(field.row(indices[corner][i + samples_ahead]), kChannels);
       }
 #pragma GCC unroll 8
       for (int corner = 0; corner < corners; ++corner) {

@@ -12,10 +12,11 @@ constexpr int64_t rows_ahead = 16;
 template <typename T>
 constexpr int64_t line = 64 / sizeof(T);
 
-// Prefetches a row that is used later and begins where a line does; always inlined, as ask_for_run() is.
-template <bool kWritten = false, typename T>
+// Prefetches a row that is used later and begins where a line does; always inlined, as ask_for_run() is. With kFar no
+// nearer than into a core's second-level cache.
+template <bool kWritten = false, bool kFar = false, typename T>
 __attribute__((always_inline)) inline void ask_for_lines(const T* row, int64_t width) {
-  for (int64_t i = 0; i < width; i += line<T>) __builtin_prefetch(row + i, kWritten);
+  for (int64_t i = 0; i < width; i += line<T>) __builtin_prefetch(row + i, kWritten, kFar ? 2 : 3);
 }
 
 // The same for a row that may begin anywhere, and so end a line later.
