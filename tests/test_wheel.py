@@ -35,7 +35,9 @@ print(report())
 def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("wheel")
     # What an editable install has compiled is not compiled again.
-    options = ["--quiet", "--no-build-isolation", "--no-deps", "-C", "cmake.define.DEFORMKIT_ISAS=native"]
+    options = ["--quiet", "--no-build-isolation", "--no-deps"]
+    # The pip 23.0 of Debian 12 does not know the short form of this option.
+    options += ["--config-settings", "cmake.define.DEFORMKIT_ISAS=native"]
     subprocess.run([sys.executable, "-m", "pip", "wheel", *options, "-w", str(folder), str(ROOT)], check=True)
     (path,) = folder.glob("*.whl")
     return path

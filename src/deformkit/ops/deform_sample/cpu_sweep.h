@@ -11,9 +11,9 @@ namespace deformkit::sampling {
 constexpr int64_t run_bytes = 2 * mib;
 constexpr int64_t run_blocks = 16;  // the fewest blocks of points of a run
 
-// Of the rows that a thread holds, at most: if its points lie near those before them, and if they lie anywhere. In 8 MiB
-// with points anywhere, the windows of FieldBackward were faster. Measured again, with other shapes, by
-// `deformkit bench --op deform_sample --shape 1x1x128x128x128`.
+// Of the rows that a thread holds, at most: if its points lie near those before them, and if they lie anywhere. In 8
+// MiB with points anywhere, the windows of FieldBackward were faster. Measured again, with other shapes, by `deformkit
+// bench --op deform_sample --shape 1x1x128x128x128`.
 constexpr int64_t near_bytes = 16 * mib, anywhere_bytes = 4 * mib;
 constexpr int64_t most_overlap = 16;  // of the rows of as many of the longest runs as there are, in times the field's
 
