@@ -67,10 +67,13 @@ class Sweep {
 
  private:
   // The points [begin, end) of a group, whose corners lie in the rows [first, past) of the field: a run. The runs
-  // before have written the gradient's rows up to `written`; those after reach none before `closed`.
+  // before have reached the gradient's rows up to `written`; from this run on, none reaches those before `opened`, and
+  // after it none those before `closed`.
   struct Part {
-    int64_t begin, end, first, past, written = 0, closed = 0;
+    int64_t begin, end, first, past, written = 0, opened = 0, closed = 0;
     bool is_near;  // whether its first block reaches less than half of the field
+
+    int64_t open_past() const { return std::max({written, past, closed}); }
   };
 
   struct Scratch : Slopes::Scratch {
@@ -106,29 +109,23 @@ class Sweep {
   // Whether the runs of a group reach few rows.
   void look_at(size_t group) {
     Part* const parts = parts_.data() + group * of_group_;
-    int64_t most_rows = 0;
-    for (int64_t i = 0; i < of_group_; ++i) {
-      most_rows = std::max(most_rows, parts[i].past - parts[i].first);
-      if (i > 0) parts[i].written = std::max(parts[i - 1].written, parts[i - 1].past);
-    }
+    int64_t most_rows = 0, most_open = 0;
     parts[of_group_ - 1].closed = problem_.size[0];
     for (int64_t i = of_group_ - 1; i-- > 0;) parts[i].closed = std::min(parts[i + 1].first, parts[i + 1].closed);
-    const int64_t held = most_rows + (rounds_ ? most_open(group) : 0);
+    for (int64_t i = 0; i < of_group_; ++i) {
+      Part& part = parts[i];
+      if (i > 0) part.written = std::max(parts[i - 1].written, parts[i - 1].past), part.opened = parts[i - 1].closed;
+      most_rows = std::max(most_rows, part.past - part.first);
+      if (rounds_) most_open = std::max(most_open, part.open_past() - part.opened);
+    }
+    const int64_t held = most_rows + most_open;
     const int64_t bytes = held * problem_.whole().inner() * problem_.group_channels() * int64_t(sizeof(float));
     const bool are_near = std::all_of(parts, parts + of_group_, [](const Part& part) { return part.is_near; });
     swept_[group] =
         most_rows * of_group_ <= most_overlap * problem_.size[0] && bytes <= (are_near ? near_bytes : anywhere_bytes);
     if (!swept_[group]) return;
-    most_rows_ = std::max(most_rows_, most_rows);
+    most_rows_ = std::max(most_rows_, most_rows), most_open_ = std::max(most_open_, most_open);
     for (int64_t i = 0; i < of_group_; ++i) items_.push_back(static_cast<int64_t>(group) * of_group_ + i);
-  }
-
-  // The most rows that are open at a time, with those that a run closes.
-  int64_t most_open(int64_t group) const {
-    const Part* const parts = parts_.data() + group * of_group_;
-    int64_t most = 0;
-    for (int64_t i = 0; i < of_group_; ++i) most = std::max(most, end_of(parts[i]) - start_of(parts[i], i > 0));
-    return most;
   }
 
   using Reach = std::array<std::pair<float, float>, N>;
@@ -220,27 +217,21 @@ class Sweep {
     }
   }
 
-  // Between these rows are those that were open before a run, that it adds to, and that it closes.
-  static int64_t start_of(const Part& part, bool follows) { return follows ? (&part - 1)->closed : 0; }
-  static int64_t end_of(const Part& part) { return std::max({part.written, part.past, part.closed}); }
-
   // The same for a gradient in half precision, whose rows are rounded once: the rows of a run are added to those that
   // are open, and those that no later run reaches are written, which closes them.
   void close_rows(const Scratch& scratch, int64_t group, const Part& part, Buffer<float>& open,
                   const Sink& grad_input) const {
-    const int64_t inner = problem_.whole().inner(), channels = problem_.group_channels();
-    const int64_t start = start_of(part, &part != &parts_[group * of_group_]), end = end_of(part);
-    const int64_t most = most_open(group) * inner;
-    if (!open.get()) open = Buffer<float>(channels * most);
+    const int64_t inner = problem_.whole().inner(), channels = problem_.group_channels(), plane = most_open_ * inner;
+    const int64_t opened = part.opened * inner, closed = part.closed * inner, past = part.open_past() * inner;
+    if (!open.get()) open = Buffer<float>(channels * plane);
     for (int64_t c = 0; c < channels; ++c) {
-      float* const rows = open.get() + c * most - start * inner;
+      float* const rows = open.get() + c * plane - opened;
       const float* const sums = scratch.sums.get() + c * pitch(part) - part.first * inner;
-      std::fill(rows + std::max(part.written, start) * inner, rows + end * inner, 0.0f);
+      std::fill(rows + std::max(part.written * inner, opened), rows + past, 0.0f);
 #pragma omp simd
       for (int64_t i = part.first * inner; i < part.past * inner; ++i) rows[i] += sums[i];
-      grad_input.write((group * channels + c) * problem_.positions() + start * inner, rows + start * inner,
-                       (part.closed - start) * inner);
-      std::copy(rows + part.closed * inner, rows + end * inner, rows + start * inner);
+      grad_input.write((group * channels + c) * problem_.positions() + opened, rows + opened, closed - opened);
+      std::copy(rows + closed, rows + past, rows + opened);
     }
     if (part.closed == problem_.size[0]) open = {};
   }
@@ -249,7 +240,7 @@ class Sweep {
   const Slopes slopes_;
   const Map grad_;
   const bool rounds_;  // whether the gradient by the field is in half precision
-  int64_t of_group_, most_rows_ = 0;
+  int64_t of_group_, most_rows_ = 0, most_open_ = 0;
   std::vector<Part> parts_;
   std::vector<char> swept_;
   std::vector<int64_t> items_;  // the parts of the groups that are swept
