@@ -231,6 +231,18 @@ class Map {
 template <typename A>
 void read_run(const Map& map, int64_t batch, int64_t channel, int64_t position, int64_t count, A* out);
 
+// The same of elements whose dtype is T's.
+template <typename T>
+void copy_run(const Map& map, int64_t batch, int64_t channel, int64_t position, int64_t count, T* out) {
+  const T* const source = map.at<T>(batch, channel, position);
+  const int64_t stride = map.position_stride;
+  if (stride == 1) {
+    std::copy_n(source, count, out);
+  } else {
+    for (int64_t i = 0; i < count; ++i) out[i] = source[i * stride];
+  }
+}
+
 // Prefetches a run that is read later. Such functions are always inlined: GCC 12 takes one that does nothing but
 // prefetch for one without any effect, and leaves out its calls.
 __attribute__((always_inline)) inline void ask_for_run(const Map& map, int64_t batch, int64_t channel, int64_t position,

@@ -108,16 +108,18 @@ class Backward {
           grad_field(b.cut_.lays_out() ? b.window_ * b.channels_ : 0),
           columns(b.block_ * b.widest_),
           grad_columns(b.block_ * b.widest_),
-          grads(b.block_ * b.rows_ * b.grads_ + Tile<A>::lanes),
+          grads(b.paired_ ? 0 : b.block_ * b.rows_ * b.grads_ + Tile<A>::lanes),
           line(b.block_),
           narrow_sum(b.channels_),
           by_point((N + 1) * b.block_),
           more_by_point((N + 1) * b.block_),
           pairs(b.paired_ ? b.block_ * b.widest_ : 0),
           pairs_of_rows(b.paired_ ? b.pair_rows_ * b.grads_ * b.block_ + Tile<A>::lanes : 0),
-          pairs_of_points(b.paired_ ? b.rows_ * b.grads_ * b.pair_pitch_ : 0),
+          pairs_of_points(b.paired_ ? 2 * b.pair_rows_ * b.grads_ * b.pair_pitch_ : 0),
           weight_part(b.part_) {
       std::fill_n(weight_part.get(), b.part_, A(0));
+      // An odd number of rows has one more, which stays zero.
+      if (b.paired_) std::fill_n(pairs_of_points.get(), 2 * b.pair_rows_ * b.grads_ * b.pair_pitch_, Pair{});
     }
   };
 
@@ -164,16 +166,12 @@ class Backward {
   void read_grads(Scratch& scratch, int64_t batch, int64_t begin, int64_t points) const {
     const Plan<N>& plan = plans_[scratch.slice];
     A* const grads = scratch.grads.get();
+    if (paired_) return read_pairs(scratch, batch, begin, points);
     if (!problem_.is_narrow()) {
-      for (int64_t o = 0; o < plan.groups() * rows_; ++o)
-        read_run(grad_output_, batch, plan.first_group() * rows_ + o, begin, points, grads + o * points);
-      if constexpr (has_pairs<A>) {
-        for (int64_t g = 0; paired_ && g < plan.groups(); ++g) {
-          const A* const from = grads + g * rows_ * points;
-          pair_rows(from, rows_, points, points, scratch.pairs_of_rows.get() + g * pair_rows_ * points, points);
-          pair_columns(from, rows_, points, points, scratch.pairs_of_points.get() + g * rows_ * pair_pitch_,
-                       pair_pitch_);
-        }
+      for (int64_t o = 0; o < plan.groups() * rows_; ++o) {
+        const int64_t row = plan.first_group() * rows_ + o;
+        ask_for_run(grad_output_, batch, row + rows_ahead, begin, points);
+        read_run(grad_output_, batch, row, begin, points, grads + o * points);
       }
       return;
     }
@@ -183,6 +181,32 @@ class Backward {
         read_run(grad_output_, batch, group * rows_ + r, begin, points, scratch.line.get());
         for (int64_t i = 0; i < points; ++i) grads[(r * points + i) * plan.channels() + c] = scratch.line[i];
       }
+  }
+
+  // The same in pairs: of neighbouring points, as they lie, and of neighbouring rows. What an odd last point or row has
+  // beside it is zero.
+  void read_pairs(Scratch& scratch, int64_t batch, int64_t begin, int64_t points) const {
+    if constexpr (has_pairs<A>) {
+      const Plan<N>& plan = plans_[scratch.slice];
+      for (int64_t g = 0; g < plan.groups(); ++g) {
+        const auto row = [&](int64_t r) { return &pairs_of_points(scratch, g)[r * pair_pitch_].first; };
+        for (int64_t r = 0; r < rows_; ++r) {
+          const int64_t of_output = (plan.first_group() + g) * rows_ + r;
+          ask_for_run(grad_output_, batch, of_output + rows_ahead, begin, points);
+          copy_run(grad_output_, batch, of_output, begin, points, row(r));
+          if (points % 2 != 0) row(r)[points] = {};
+        }
+        for (int64_t k = 0; k < pair_rows_; ++k)
+          pair_elements(row(2 * k), row(2 * k + 1), points, pairs_of_rows(scratch, g, points) + k * points);
+      }
+    }
+  }
+
+  Pair* pairs_of_points(Scratch& scratch, int64_t group) const {
+    return scratch.pairs_of_points.get() + group * 2 * pair_rows_ * pair_pitch_;
+  }
+  Pair* pairs_of_rows(Scratch& scratch, int64_t group, int64_t points) const {
+    return scratch.pairs_of_rows.get() + group * pair_rows_ * points;
   }
 
   // Computes the gradient by the columns of a chunk: the gradient of the output times the weight.
@@ -196,8 +220,7 @@ class Backward {
       A* const to = scratch.grad_columns.get() + product.column;
       if constexpr (has_pairs<A>) {
         if (paired_) {
-          const Pair* const left =
-              scratch.pairs_of_rows.get() + (product.group - plan.first_group()) * pair_rows_ * points;
+          const Pair* const left = pairs_of_rows(scratch, product.group - plan.first_group(), points);
           multiply(points, product.depth, pair_rows_, Left<Pair>{left, 1, points}, weights.template of<Pair>(p), to,
                    widest_, false);
           continue;
@@ -256,8 +279,7 @@ class Backward {
       if constexpr (has_pairs<A>) {
         if (paired_) {
           const int64_t depth = ceil_div(points, 2);
-          const Pair* const left =
-              scratch.pairs_of_points.get() + (product.group - plan.first_group()) * rows_ * pair_pitch_;
+          const Pair* const left = pairs_of_points(scratch, product.group - plan.first_group());
           pair_rows(columns, points, product.depth, widest_, scratch.pairs.get(), widest_);
           multiply(rows_, product.depth, depth, Left<Pair>{left, pair_pitch_, 1},
                    Panels<Pair>::of_matrix(scratch.pairs.get(), widest_), to, whole_vectors<A>(product.depth), true);

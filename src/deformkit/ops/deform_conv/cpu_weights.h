@@ -33,14 +33,42 @@ bool is_paired(const Problem<N>& problem, ScalarType dtype) {
   return dtype == ScalarType::BFloat16 && !problem.is_narrow() && multiplies_pairs();
 }
 
-// Calls f(channel of the segment, element of the weight) for what a segment multiplies for one output row of its
-// groups.
+// Where an element of a slice's weight is packed: that of a group's first row (or panel of rows) at `first`, that of
+// each further one `step` behind the one before.
+struct Place {
+  int64_t first, step;
+};
+
+// Where the weights of a segment's channels lie for row r of narrow groups, in [rows, taps, channels].
+template <int N>
+int64_t narrow_place(const Problem<N>& problem, const Plan<N>& plan, int64_t r, const Segment& segment) {
+  return (r * problem.taps + segment.tap) * plan.channels() + segment.begin - plan.begin;
+}
+template <int N>
+Place narrow_place(const Problem<N>& problem, const Plan<N>& plan, const Segment& segment, int64_t c) {
+  return {narrow_place(problem, plan, 0, segment) + c, problem.taps * plan.channels()};
+}
+
+// The places of all channels and taps of a slice, [C, taps], from f(segment, channel of the segment).
 template <int N, typename F>
-void for_elements(const Problem<N>& problem, const Segment& segment, int64_t r, const F& f) {
-  const int64_t per_group = problem.group_channels;
-  for (int64_t c = 0; c < segment.channels; ++c) {
-    const int64_t channel = segment.begin + c, group = channel / per_group;
-    f(c, ((group * problem.group_rows() + r) * per_group + channel % per_group) * problem.taps + segment.tap);
+std::vector<Place> find_places(const Problem<N>& problem, const Plan<N>& plan, const F& f) {
+  std::vector<Place> places(plan.channels() * problem.taps);
+  for (const Segment& segment : plan.segments)
+    for (int64_t c = 0; c < segment.channels; ++c)
+      places[(segment.begin - plan.begin + c) * problem.taps + segment.tap] = f(segment, c);
+  return places;
+}
+
+// Calls f(element of the weight, element of the slice's [C, taps], count) for the runs of elements that lie side by
+// side in row r of the slice's groups.
+template <int N, typename F>
+void for_runs(const Problem<N>& problem, const Plan<N>& plan, int64_t r, const F& f) {
+  const int64_t per_group = problem.group_channels, taps = problem.taps;
+  for (int64_t c = plan.begin, next; c < plan.end; c = next) {
+    const int64_t group = c / per_group;
+    next = std::min(plan.end, (group + 1) * per_group);
+    f(((group * problem.group_rows() + r) * per_group + c % per_group) * taps, (c - plan.begin) * taps,
+      (next - c) * taps);
   }
 }
 
@@ -82,9 +110,7 @@ class Weights {
   }
 
   // The weights of a segment's channels for one output row of their groups.
-  A* narrow(int64_t r, const Segment& segment) const {
-    return data_.get() + (r * problem_.taps + segment.tap) * plan_.channels() + segment.begin - plan_.begin;
-  }
+  A* narrow(int64_t r, const Segment& segment) const { return data_.get() + narrow_place(problem_, plan_, r, segment); }
 
  private:
   static constexpr int64_t tile = Tile<A>::columns;
@@ -109,19 +135,19 @@ class Weights {
   void pack_rows(const T* source) {
     // The last panel has columns that the product does not have.
     if (!problem_.is_narrow()) std::fill_n(data_.get(), size_, A(0));
+    const std::vector<Place> places = find_places(problem_, plan_, [&](const Segment& segment, int64_t c) {
+      if (problem_.is_narrow()) return narrow_place(problem_, plan_, segment, c);
+      const int64_t column = segment.column - plan_.products[segment.product].column + c;
+      return Place{place_[segment.product] + column / tile * tile * rows_ + column % tile, tile};
+    });
     each(rows_, [&](int64_t r) {
-      for (const Segment& segment : plan_.segments) {
-        if (problem_.is_narrow()) {
-          A* const to = narrow(r, segment);
-          for_elements(problem_, segment, r, [&](int64_t c, int64_t at) { to[c] = load<A>(source[at]); });
-        } else {
-          A* const to = data_.get() + place_[segment.product] + r * tile;
-          const int64_t first = segment.column - plan_.products[segment.product].column;
-          for_elements(problem_, segment, r, [&](int64_t c, int64_t at) {
-            to[(first + c) / tile * tile * rows_ + (first + c) % tile] = load<A>(source[at]);
-          });
+      for_runs(problem_, plan_, r, [&](int64_t from, int64_t first, int64_t count) {
+        A* const to = data_.get();
+        for (int64_t i = 0; i < count; ++i) {
+          const Place& place = places[first + i];
+          to[place.first + r * place.step] = load<A>(source[from + i]);
         }
-      }
+      });
     });
   }
 
@@ -131,17 +157,10 @@ class Weights {
   void pack_panels(const T* source) {
     constexpr int64_t together = 512;  // elements of a row: the lines of a panel stay in cache
     const int64_t taps = problem_.taps, per_group = problem_.group_channels;
-    struct Line {
-      A* first;
-      int64_t panel;
-    };
-    std::vector<Line> lines(plan_.channels() * taps);
-    for (const Segment& segment : plan_.segments)
-      for (int64_t c = 0; c < segment.channels; ++c) {
-        const Product& product = plan_.products[segment.product];
-        lines[(segment.begin - plan_.begin + c) * taps + segment.tap] = {
-            data_.get() + place_[segment.product] + (segment.column - product.column + c) * tile, product.depth * tile};
-      }
+    const std::vector<Place> lines = find_places(problem_, plan_, [&](const Segment& segment, int64_t c) {
+      const Product& product = plan_.products[segment.product];
+      return Place{place_[segment.product] + (segment.column - product.column + c) * tile, product.depth * tile};
+    });
     struct Scratch {
       Buffer<A> rows{tile * together}, turned{tile * together};
     };
@@ -163,8 +182,8 @@ class Weights {
                 scratch.rows[r * together + i] = load<A>(from[r * per_group * taps + i]);
             transpose<A>(scratch.rows.get(), tile, count, together, scratch.turned.get(), tile);
             for (int64_t i = 0; i < count; ++i) {
-              const Line& line = lines[e - plan_.begin * taps + i];
-              std::copy_n(scratch.turned.get() + i * tile, tile, line.first + panel * line.panel);
+              const Place& line = lines[e - plan_.begin * taps + i];
+              std::copy_n(scratch.turned.get() + i * tile, tile, data_.get() + line.first + panel * line.step);
             }
           }
         });
@@ -193,26 +212,26 @@ class WeightSums {
 
   int64_t size() const { return size_; }
   int64_t of(size_t product) const { return place_[product]; }
-  int64_t narrow(int64_t r, const Segment& segment) const {
-    return (r * problem_.taps + segment.tap) * plan_.channels() + segment.begin - plan_.begin;
-  }
+  int64_t narrow(int64_t r, const Segment& segment) const { return narrow_place(problem_, plan_, r, segment); }
 
   // Stores sums in the gradient [Cout, C / groups, taps].
   template <typename T>
   void write(const A* sums, T* out) const {
-    for (const Segment& segment : plan_.segments)
-      for (int64_t r = 0; r < problem_.group_rows(); ++r) {
-        const A* from = sums + (problem_.is_narrow() ? narrow(r, segment) : in_product(r, segment));
-        for_elements(problem_, segment, r, [&](int64_t c, int64_t at) { out[at] = store<T>(from[c]); });
-      }
+    const std::vector<Place> places = find_places(problem_, plan_, [&](const Segment& segment, int64_t c) {
+      if (problem_.is_narrow()) return narrow_place(problem_, plan_, segment, c);
+      const Product& product = plan_.products[segment.product];
+      return Place{of(segment.product) + segment.column - product.column + c, whole_vectors<A>(product.depth)};
+    });
+    for (int64_t r = 0; r < problem_.group_rows(); ++r)
+      for_runs(problem_, plan_, r, [&](int64_t to, int64_t first, int64_t count) {
+        for (int64_t i = 0; i < count; ++i) {
+          const Place& place = places[first + i];
+          out[to + i] = store<T>(sums[place.first + r * place.step]);
+        }
+      });
   }
 
  private:
-  int64_t in_product(int64_t r, const Segment& segment) const {
-    const Product& product = plan_.products[segment.product];
-    return of(segment.product) + r * whole_vectors<A>(product.depth) + segment.column - product.column;
-  }
-
   const Problem<N>& problem_;
   const Plan<N>& plan_;
   std::vector<int64_t> place_;
