@@ -201,28 +201,30 @@ inline void store_lanes(T* to, const V& value) {
   }
 }
 
+// Calls f<width>(i) for vectors of `width` elements from i on that cover [0, count), as wide as `lanes` or as the count
+// allows. The last one may overlap that before.
+template <int lanes, typename F>
+inline void cover(int64_t count, const F& f) {
+  if constexpr (lanes > 1) {
+    if (count < lanes) return cover<lanes / 2>(count, f);
+  }
+  int64_t i = 0;
+  for (; i + lanes <= count; i += lanes) f.template operator()<lanes>(i);
+  if (i < count) f.template operator()<lanes>(count - lanes);
+}
+
 // to[0 ... count) = from[0 ... count), as A.
 template <typename A, typename T>
 inline void load_run(const T* from, int64_t count, A* to) {
-  constexpr int lanes = register_bytes / static_cast<int>(sizeof(A));
-  typedef typename Lanes<A, lanes>::type V;
-  typedef typename Lanes<A, lanes / 2>::type Short;
-  int64_t i = 0;
-  for (; i + lanes <= count; i += lanes) write_lanes(to + i, load_lanes<V>(from + i));
-  if (i + lanes / 2 <= count) write_lanes(to + i, load_lanes<Short>(from + i)), i += lanes / 2;
-  for (; i < count; ++i) to[i] = load<A>(from[i]);
+  cover<register_bytes / int(sizeof(A))>(
+      count, [&]<int width>(int64_t i) { write_lanes(to + i, load_lanes<typename Lanes<A, width>::type>(from + i)); });
 }
 
 // The reverse, rounded to T.
 template <typename T, typename A>
 inline void store_run(const A* from, int64_t count, T* to) {
-  constexpr int lanes = register_bytes / static_cast<int>(sizeof(A));
-  typedef typename Lanes<A, lanes>::type V;
-  typedef typename Lanes<A, lanes / 2>::type Short;
-  int64_t i = 0;
-  for (; i + lanes <= count; i += lanes) store_lanes(to + i, read_lanes<V>(from + i));
-  if (i + lanes / 2 <= count) store_lanes(to + i, read_lanes<Short>(from + i)), i += lanes / 2;
-  for (; i < count; ++i) to[i] = store<T>(from[i]);
+  cover<register_bytes / int(sizeof(A))>(
+      count, [&]<int width>(int64_t i) { store_lanes(to + i, read_lanes<typename Lanes<A, width>::type>(from + i)); });
 }
 
 // out[i] += the sum of the lanes of v[i], for four vectors at once.

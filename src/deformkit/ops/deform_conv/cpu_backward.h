@@ -16,6 +16,10 @@ constexpr int64_t weight_sum_bytes = 16 * mib;  // of all these sums
 // a core's second-level cache. `benchmarks/run.py conv --rivals plain` measures them again.
 constexpr int64_t backward_block = 144, backward_depth = 64;
 
+// How many rows of the output's gradient are asked for before they are read, into the first cache: into the second, 48
+// rows ahead as in sample/rows.h, the backward pass took 1 % longer. The same command measures it.
+constexpr int64_t grads_ahead = 16;
+
 // Blocks whose part of the weight's gradient is summed before it is added to the rest: one sum over the blocks of a
 // large image would lose digits.
 constexpr int64_t blocks_of_part = 64;
@@ -170,7 +174,7 @@ class Backward {
     if (!problem_.is_narrow()) {
       for (int64_t o = 0; o < plan.groups() * rows_; ++o) {
         const int64_t row = plan.first_group() * rows_ + o;
-        ask_for_run(grad_output_, batch, row + rows_ahead, begin, points);
+        ask_for_run(grad_output_, batch, row + grads_ahead, begin, points);
         read_run(grad_output_, batch, row, begin, points, grads + o * points);
       }
       return;
@@ -192,7 +196,7 @@ class Backward {
         const auto row = [&](int64_t r) { return &pairs_of_points(scratch, g)[r * pair_pitch_].first; };
         for (int64_t r = 0; r < rows_; ++r) {
           const int64_t of_output = (plan.first_group() + g) * rows_ + r;
-          ask_for_run(grad_output_, batch, of_output + rows_ahead, begin, points);
+          ask_for_run(grad_output_, batch, of_output + grads_ahead, begin, points);
           copy_run(grad_output_, batch, of_output, begin, points, row(r));
           if (points % 2 != 0) row(r)[points] = {};
         }

@@ -115,7 +115,7 @@ void lay_out(const Map& field, int64_t b, int64_t positions, int64_t channels, i
   dispatch_dtype(field.dtype(), [&]<typename T>() {
     const T* source = field.at<T>(b);
     for (int64_t p = 0; p < positions; ++p, source += field.position_stride, rows += width) {
-      ask_for_row(source + rows_ahead * field.position_stride, channels);
+      ask_for_row<false, true>(source + rows_ahead * field.position_stride, channels);
       load_run(source, channels, rows);
       std::fill(rows + channels, rows + width, A(0));
     }

@@ -24,7 +24,7 @@ void read_rows(const Tensor& tensor, int64_t at, int64_t pitch, int64_t rows, in
   dispatch_dtype(tensor.scalar_type(), [&]<typename T>() {
     const T* source = static_cast<const T*>(tensor.data_ptr()) + at;
     for (int64_t r = 0; r < rows; ++r, source += pitch, values += own_pitch) {
-      ask_for_row(source + rows_ahead * pitch, width);
+      ask_for_row<false, true>(source + rows_ahead * pitch, width);
       load_run(source, width, values);
       std::fill(values + width, values + own_pitch, A(0));
     }
@@ -37,7 +37,7 @@ void write_rows(const Sink& out, int64_t at, int64_t pitch, const A* values, int
   dispatch_dtype(out.dtype(), [&]<typename T>() {
     T* to = out.data<T>() + at;
     for (int64_t r = 0; r < rows; ++r, to += pitch, values += own_pitch) {
-      ask_for_row<true>(to + rows_ahead * pitch, width);
+      ask_for_row<true>(to + written_ahead * pitch, width);
       store_run(values, width, to);
     }
   });

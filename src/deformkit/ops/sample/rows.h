@@ -7,8 +7,10 @@
 
 namespace deformkit {
 
-// Rows far apart escape the hardware's prefetching; so do those that the caller will ask for next.
-constexpr int64_t rows_ahead = 16;
+// Rows far apart escape the hardware's prefetching; so do those that the caller will ask for next. A core waits for
+// more lines of its second-level cache than of its first, so rows that are read are asked for far ahead, there. `python
+// benchmarks/run.py attn aggregate layers` measures other values.
+constexpr int64_t rows_ahead = 48, written_ahead = 16;
 template <typename T>
 constexpr int64_t line = 64 / sizeof(T);
 
@@ -20,10 +22,10 @@ __attribute__((always_inline)) inline void ask_for_lines(const T* row, int64_t w
 }
 
 // The same for a row that may begin anywhere, and so end a line later.
-template <bool kWritten = false, typename T>
+template <bool kWritten = false, bool kFar = false, typename T>
 __attribute__((always_inline)) inline void ask_for_row(const T* row, int64_t width) {
-  ask_for_lines<kWritten>(row, width);
-  __builtin_prefetch(row + width - 1, kWritten);
+  ask_for_lines<kWritten, kFar>(row, width);
+  ask_for_lines<kWritten, kFar>(row + width - 1, 1);
 }
 
 // `rows` runs of `width` elements from element `at` on, `pitch` apart, into rows of `own_pitch`; zeros fill what is
