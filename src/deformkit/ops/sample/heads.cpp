@@ -10,7 +10,7 @@ namespace {
 // Measured by `python benchmarks/run.py attn aggregate` with other values in their place:
 constexpr int64_t plane_bytes = 16 * mib;  // of a head's field that a thread lays out: twice that with its gradient
 constexpr int64_t joined_bytes = 4 * mib;  // of levels that share an item of work, so that they stay in the caches
-constexpr int64_t far_bytes = 2 * mib;     // of a span that is far: its rows leave a core's second-level cache
+constexpr int64_t far_bytes = 4 * mib;     // of a span, with its gradient in the backward pass, that is far
 
 // Positions to a sample up to which a field is laid out. In place, an element in half precision is converted whenever
 // it is read, and its gradient at the end. `deformkit bench --op ms_deform_attn` with other `--set queries=` measures
@@ -78,37 +78,6 @@ bool is_wide(const Heads<N>& call, int64_t pitch) {
   return reach >= (int64_t(1) << 31);
 }
 
-// How many points of a head lie in its field, estimated by those of some queries.
-template <int N>
-int64_t count_inside(const Heads<N>& call) {
-  constexpr int64_t probes = 16;
-  const Plan<float, N, int64_t> plan(call, whole(call), 1);
-  QueryPoints<float, N, int64_t> points(call, plan.capacity());
-  int64_t inside = 0;
-  for (int64_t probe = 0; probe < probes; ++probe) {
-    const int64_t query = call.batch * call.queries * probe / probes;
-    points.locate(call, plan, query / call.queries, 0, query % call.queries, 1, -1);
-    for (int64_t i = 0; i < call.points; ++i) {
-      bool is_inside = false;
-      for (int corner = 0; corner < 1 << N; ++corner) is_inside |= points.cells.index(corner)[i] >= 0;
-      inside += is_inside;
-    }
-  }
-  return call.queries * inside / probes;
-}
-
-// Whether the forward pass lays out the fields of the heads. Far ones are read where they are unless more than two
-// points lie on a position; in float64 that gained and lost. `deformkit bench --op ms_deform_attn` with other
-// `--set queries=` measures it. Where samples and heads are few, the items of work are runs of queries, in place. None
-// of that changes a bit.
-template <int N>
-bool lays_out(const Heads<N>& call) {
-  const ScalarType dtype = call.value.dtype();
-  if (call.batch * call.heads < 8 || !is_laid_out(call, whole(call), seldom(dtype))) return false;
-  if (dtype == ScalarType::Double || bytes_of(call, whole(call)) <= far_bytes) return true;
-  return count_inside(call) * seldom(dtype) > 2 * call.positions;
-}
-
 // Rows of `width` for the positions of a head, padded with zeros, and a row of zeros after them.
 template <typename A>
 void lay_out(const Map& field, int64_t b, int64_t positions, int64_t channels, int64_t width, A* rows) {
@@ -166,7 +135,7 @@ void attend(const Heads<N>& call, const Sink& output) {
     kHeld<const T> field;
     if constexpr (kLaidOut) {
       lay_out(value, b, call.positions, channels, width, scratch.rows.get());
-      field.first = scratch.rows.get();
+      field = {scratch.rows.get(), bytes_of(call, whole(call)) > far_bytes};
     } else {
       field = {value.template at<T>(b), zeros.data()};
     }
@@ -273,7 +242,7 @@ class Backward {
     if constexpr (kLaidOut) {
       if (walk.by_point() || walk.columns)
         lay_out(field, at.b, span.positions, call_.channels, width_, scratch.rows.get());
-      walk.field = {scratch.rows.get(), bytes_of(call_, span) > far_bytes};
+      walk.field = {scratch.rows.get(), 2 * bytes_of(call_, span) > far_bytes};
       if (!results_.value) return walk;
       std::fill_n(scratch.grad_rows.get(), (span.positions + 1) * width_, A(0));
       walk.grad_field.first = scratch.grad_rows.get();
@@ -400,7 +369,8 @@ Tensor attend(Heads<N> call, const Tensor& value) {
   call.coordinates.make_rows();
   call.weights.make_rows();
   const Tensor output = new_result(value, call.output_shape);
-  const bool laid_out = lays_out(call);
+  // Where samples and heads are few, the items are runs of queries, in place: that changes no bit of a sum.
+  const bool laid_out = is_laid_out(call, whole(call), seldom(value.scalar_type())) && call.batch * call.heads >= 8;
   const bool wide = is_wide(call, laid_out ? padded(call.channels) : call.value.position_stride);
   dispatch_held(laid_out, value.scalar_type(), [&]<template <typename> typename kHeld, typename T>() {
     dispatch_index(wide, [&]<typename Index>() { attend<kHeld, T, N, Index>(call, Sink(output)); });
