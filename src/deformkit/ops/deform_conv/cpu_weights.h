@@ -39,14 +39,14 @@ struct Place {
   int64_t first, step;
 };
 
-// Where the weights of a segment's channels lie for row r of narrow groups, in [rows, taps, channels].
+// Where the weights of a segment start in row r of narrow groups, [rows, taps, channels].
 template <int N>
-int64_t narrow_place(const Problem<N>& problem, const Plan<N>& plan, int64_t r, const Segment& segment) {
+int64_t narrow_row(const Problem<N>& problem, const Plan<N>& plan, int64_t r, const Segment& segment) {
   return (r * problem.taps + segment.tap) * plan.channels() + segment.begin - plan.begin;
 }
 template <int N>
 Place narrow_place(const Problem<N>& problem, const Plan<N>& plan, const Segment& segment, int64_t c) {
-  return {narrow_place(problem, plan, 0, segment) + c, problem.taps * plan.channels()};
+  return {narrow_row(problem, plan, 0, segment) + c, problem.taps * plan.channels()};
 }
 
 // The places of all channels and taps of a slice, [C, taps], from f(segment, channel of the segment).
@@ -110,7 +110,7 @@ class Weights {
   }
 
   // The weights of a segment's channels for one output row of their groups.
-  A* narrow(int64_t r, const Segment& segment) const { return data_.get() + narrow_place(problem_, plan_, r, segment); }
+  A* narrow(int64_t r, const Segment& segment) const { return data_.get() + narrow_row(problem_, plan_, r, segment); }
 
  private:
   static constexpr int64_t tile = Tile<A>::columns;
@@ -212,7 +212,7 @@ class WeightSums {
 
   int64_t size() const { return size_; }
   int64_t of(size_t product) const { return place_[product]; }
-  int64_t narrow(int64_t r, const Segment& segment) const { return narrow_place(problem_, plan_, r, segment); }
+  int64_t narrow(int64_t r, const Segment& segment) const { return narrow_row(problem_, plan_, r, segment); }
 
   // Stores sums in the gradient [Cout, C / groups, taps].
   template <typename T>
