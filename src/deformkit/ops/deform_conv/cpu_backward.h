@@ -47,7 +47,9 @@ class Backward {
         by_columns_(gradients.input || gradients.by_point()),
         paired_(is_paired(problem_, call.weight.scalar_type())),
         pair_rows_(ceil_div(rows_, 2)),
-        pair_pitch_(whole_vectors<A>(ceil_div(block_, 2))) {
+        pair_pitch_(whole_vectors<A>(ceil_div(block_, 2))),
+        turned_pitch_(whole_vectors<A>(pair_rows_) + Tile<A>::lanes),
+        pairs_of_rows_(turns_pairs_ ? block_ * turned_pitch_ : pair_rows_ * block_) {
     for (const auto& [begin, end] : slices_of(problem_, cut.channels))
       plans_.emplace_back(problem_, begin, end, backward_depth);
     const int64_t weight_bytes =
@@ -118,7 +120,7 @@ class Backward {
           by_point((N + 1) * b.block_),
           more_by_point((N + 1) * b.block_),
           pairs(b.paired_ ? b.block_ * b.widest_ : 0),
-          pairs_of_rows(b.paired_ ? b.pair_rows_ * b.grads_ * b.block_ + Tile<A>::lanes : 0),
+          pairs_of_rows(b.paired_ ? b.grads_ * b.pairs_of_rows_ + Tile<A>::lanes : 0),
           pairs_of_points(b.paired_ ? 2 * b.pair_rows_ * b.grads_ * b.pair_pitch_ : 0),
           weight_part(b.part_) {
       std::fill_n(weight_part.get(), b.part_, A(0));
@@ -200,8 +202,12 @@ class Backward {
           copy_run(grad_output_, batch, of_output, begin, points, row(r));
           if (points % 2 != 0) row(r)[points] = {};
         }
-        for (int64_t k = 0; k < pair_rows_; ++k)
-          pair_elements(row(2 * k), row(2 * k + 1), points, pairs_of_rows(scratch, g, points) + k * points);
+        Pair* const pairs = scratch.pairs_of_rows.get() + g * pairs_of_rows_;
+        if (turns_pairs_) {
+          pair_and_turn_rows(row(0), 2 * pair_rows_, points, 2 * pair_pitch_, pairs, turned_pitch_);
+        } else {
+          deformkit::pair_rows(row(0), 2 * pair_rows_, points, 2 * pair_pitch_, pairs, points);
+        }
       }
     }
   }
@@ -209,8 +215,9 @@ class Backward {
   Pair* pairs_of_points(Scratch& scratch, int64_t group) const {
     return scratch.pairs_of_points.get() + group * 2 * pair_rows_ * pair_pitch_;
   }
-  Pair* pairs_of_rows(Scratch& scratch, int64_t group, int64_t points) const {
-    return scratch.pairs_of_rows.get() + group * pair_rows_ * points;
+  Left<Pair> pairs_of_rows(const Scratch& scratch, int64_t group, int64_t points) const {
+    const Pair* const pairs = scratch.pairs_of_rows.get() + group * pairs_of_rows_;
+    return turns_pairs_ ? Left<Pair>{pairs, turned_pitch_, 1} : Left<Pair>{pairs, 1, points};
   }
 
   // Computes the gradient by the columns of a chunk: the gradient of the output times the weight.
@@ -224,9 +231,8 @@ class Backward {
       A* const to = scratch.grad_columns.get() + product.column;
       if constexpr (has_pairs<A>) {
         if (paired_) {
-          const Pair* const left = pairs_of_rows(scratch, product.group - plan.first_group(), points);
-          multiply(points, product.depth, pair_rows_, Left<Pair>{left, 1, points}, weights.template of<Pair>(p), to,
-                   widest_, false);
+          const Left<Pair> left = pairs_of_rows(scratch, product.group - plan.first_group(), points);
+          multiply(points, product.depth, pair_rows_, left, weights.template of<Pair>(p), to, widest_, false);
           continue;
         }
       }
@@ -336,7 +342,9 @@ class Backward {
   std::vector<Unit<N>> units_;
   int64_t rows_, block_, shares_ = 1, widest_ = 0, channels_ = 0, grads_ = 0, window_ = 0, part_ = 0;
   bool by_columns_, paired_;
-  int64_t pair_rows_, pair_pitch_;
+  // Matrix registers read pairs of neighbouring rows as they lie beside each other for each point.
+  bool turns_pairs_ = amx::is_there();
+  int64_t pair_rows_, pair_pitch_, turned_pitch_, pairs_of_rows_;
   std::vector<Plan<N>> plans_;
   std::vector<Weights<A, N>> weights_;
   std::vector<WeightSums<A, N>> sums_;
