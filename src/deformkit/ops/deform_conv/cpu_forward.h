@@ -60,7 +60,8 @@ class Forward {
         weights_(problem_, plan, call.weight),
         rows_(problem_.group_rows()),
         pitch_(problem_.is_narrow() ? plan.channels() : whole_vectors<A>(rows_)),
-        block_(forward_positions<A>(problem_)) {}
+        block_(forward_positions<A>(problem_)),
+        pairs_pitch_(column_pitch<A>(ceil_div(plan.widest, 2))) {}
 
   void run(const std::vector<Unit<N>>& units, size_t first, size_t last) const {
     Buffer<A> field;
@@ -97,7 +98,7 @@ class Forward {
           columns(f.block_ * column_pitch<A>(f.plan_.widest)),
           sums(f.block_ * f.pitch_ * (f.problem_.is_narrow() ? f.rows_ : f.plan_.groups())),
           line(f.block_),
-          pairs(f.paired_ ? f.block_ * column_pitch<A>(f.plan_.widest) / 2 : 0),
+          pairs(f.paired_ ? f.block_ * f.pairs_pitch_ : 0),
           pitch(column_pitch<A>(f.plan_.widest)) {}
   };
 
@@ -127,8 +128,8 @@ class Forward {
       if constexpr (has_pairs<A>) {
         if (paired_) {
           const int64_t depth = ceil_div(product.depth, 2);
-          pair_columns(columns, points, product.depth, scratch.pitch, scratch.pairs.get(), scratch.pitch / 2);
-          deformkit::multiply(points, rows_, depth, Left<Pair>{scratch.pairs.get(), scratch.pitch / 2, 1},
+          pair_columns(columns, points, product.depth, scratch.pitch, scratch.pairs.get(), pairs_pitch_);
+          deformkit::multiply(points, rows_, depth, Left<Pair>{scratch.pairs.get(), pairs_pitch_, 1},
                               weights_.template of<Pair>(p), sums, pitch_, true);
           continue;
         }
@@ -186,7 +187,7 @@ class Forward {
   const Sink& output_;
   bool paired_;
   Weights<A, N> weights_;
-  int64_t rows_, pitch_, block_;
+  int64_t rows_, pitch_, block_, pairs_pitch_;
 };
 
 // All slices, over as many units at a time as their windows fit.
