@@ -84,8 +84,8 @@ void multiply_rows(int64_t columns, int64_t depth, const P* a, int64_t left_row,
   }
 }
 
-// result[i, j] = sum over k of left(i, k) * right(k, j), as multiply() of gemm.h does, for pairs that follow each other in
-// the rows of the left operand.
+// result[i, j] = sum over k of left(i, k) * right(k, j), as multiply() of gemm.h does, for pairs that follow each other
+// in the rows of the left operand.
 template <typename P, typename F>
 void multiply(int64_t rows, int64_t columns, int64_t depth, const P* left, int64_t left_row, const F& right,
               int64_t right_row, float* result, int64_t pitch, bool add) {

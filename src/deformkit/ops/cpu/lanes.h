@@ -201,6 +201,16 @@ inline void store_lanes(T* to, const V& value) {
   }
 }
 
+#if defined(__AVX512F__)
+// The same as the processor rounds, which only one with AVX512-BF16 does. Subnormal numbers become zero.
+template <typename V>
+inline void store_lanes_quickly(BFloat16* to, const V& value) {
+  typename Lanes<uint16_t, sizeof(V) / 4>::type bits;
+  __asm__("vcvtneps2bf16 %1, %0" : "=v"(bits) : "v"(value));
+  write_lanes(to, bits);
+}
+#endif
+
 // Calls f<width>(i) for vectors of `width` elements from i on that cover [0, count), as wide as `lanes` or as the count
 // allows. The last one may overlap that before.
 template <int lanes, typename F>

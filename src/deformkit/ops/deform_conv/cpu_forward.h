@@ -57,6 +57,8 @@ class Forward {
         bias_(bias),
         output_(output),
         paired_(is_paired(problem_, call.weight.scalar_type())),
+        samples_pairs_(paired_ && std::all_of(plan.products.begin(), plan.products.end(),
+                                              [](const Product& product) { return product.depth % 2 == 0; })),
         weights_(problem_, plan, call.weight),
         rows_(problem_.group_rows()),
         pitch_(problem_.is_narrow() ? plan.channels() : whole_vectors<A>(rows_)),
@@ -95,7 +97,7 @@ class Forward {
 
     explicit Scratch(const Forward& f)
         : samples(f.call_, f.cut_, f.block_, f.plan_.channels(), false),
-          columns(f.block_ * column_pitch<A>(f.plan_.widest)),
+          columns(f.samples_pairs_ ? 0 : f.block_ * column_pitch<A>(f.plan_.widest)),
           sums(f.block_ * f.pitch_ * (f.problem_.is_narrow() ? f.rows_ : f.plan_.groups())),
           line(f.block_),
           pairs(f.paired_ ? f.block_ * f.pairs_pitch_ : 0),
@@ -116,8 +118,16 @@ class Forward {
   }
 
   void sample(Scratch& scratch, const Chunk& chunk) const {
-    for (size_t s = chunk.first_segment; s < chunk.last_segment; ++s)
-      scratch.samples.gather(plan_.segments[s], scratch.columns.get() + plan_.segments[s].column, scratch.pitch);
+    for (size_t s = chunk.first_segment; s < chunk.last_segment; ++s) {
+      const Segment& segment = plan_.segments[s];
+      if constexpr (has_pairs<A>) {
+        if (samples_pairs_) {
+          scratch.samples.gather(segment, &scratch.pairs.get()->first + segment.column, 2 * pairs_pitch_);
+          continue;
+        }
+      }
+      scratch.samples.gather(segment, scratch.columns.get() + segment.column, scratch.pitch);
+    }
   }
 
   void multiply(Scratch& scratch, const Chunk& chunk, int64_t points) const {
@@ -127,9 +137,13 @@ class Forward {
       A* const sums = scratch.sums.get() + (product.group - plan_.first_group()) * points * pitch_;
       if constexpr (has_pairs<A>) {
         if (paired_) {
-          const int64_t depth = ceil_div(product.depth, 2);
-          pair_columns(columns, points, product.depth, scratch.pitch, scratch.pairs.get(), pairs_pitch_);
-          deformkit::multiply(points, rows_, depth, Left<Pair>{scratch.pairs.get(), pairs_pitch_, 1},
+          Pair* pairs = scratch.pairs.get();
+          if (samples_pairs_) {
+            pairs += product.column / 2;
+          } else {
+            pair_columns(columns, points, product.depth, scratch.pitch, pairs, pairs_pitch_);
+          }
+          deformkit::multiply(points, rows_, ceil_div(product.depth, 2), Left<Pair>{pairs, pairs_pitch_, 1},
                               weights_.template of<Pair>(p), sums, pitch_, true);
           continue;
         }
@@ -185,7 +199,8 @@ class Forward {
   const Plan<N>& plan_;
   const std::vector<A>& bias_;
   const Sink& output_;
-  bool paired_;
+  // Samples are written as pairs at once where no product has an odd column, which has a zero beside it.
+  bool paired_, samples_pairs_;
   Weights<A, N> weights_;
   int64_t rows_, pitch_, block_, pairs_pitch_;
 };

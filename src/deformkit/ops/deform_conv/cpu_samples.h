@@ -75,12 +75,13 @@ class Strays {
   void start(const Problem<N>& problem, int64_t begin, int64_t points) { points_.start(problem, begin, points); }
 
   // The samples of a segment, into their rows of `columns`.
-  void gather(const Map& input, int64_t batch, const Segment& segment, A* columns, int64_t pitch) {
+  template <typename U>
+  void gather(const Map& input, int64_t batch, const Segment& segment, U* columns, int64_t pitch) {
     read(input, batch, segment);
     deformkit::gather<true>(points_.cells, count_, 1, LaidOut<const A>{rows_.get()}, segment.channels, samples_.get(),
                             segment.channels);
     for (int64_t n = 0; n < count_; ++n)
-      std::copy_n(samples_.get() + n * segment.channels, segment.channels, columns + list_[n] * pitch);
+      store_run(samples_.get() + n * segment.channels, segment.channels, columns + list_[n] * pitch);
   }
 
   // As deformkit::walk(), into the places that `all` names; the field's gradient is added to the plane of the segment's
@@ -171,7 +172,8 @@ class Samples {
   }
 
   // The samples of a segment, one row of `columns` for each position.
-  void gather(const Segment& segment, A* columns, int64_t pitch) {
+  template <typename U>
+  void gather(const Segment& segment, U* columns, int64_t pitch) {
     locate(segment);
     if (lays_out_)
       deformkit::gather<true>(points_.cells, count_, 1, LaidOut<const A>{rows_ + place(segment)}, segment.channels,

@@ -75,10 +75,10 @@ template <typename A, typename Index>
 constexpr bool is_usual = std::is_same_v<A, float> && std::is_same_v<Index, int32_t>;
 
 // columns[j * pitch ...] = the sum of the samples at the points [j * per, (j + 1) * per), of `channels` channels. With
-// kOne, per is 1.
-template <bool kOne, typename A, int N, typename Index, typename Field>
+// kOne, per is 1. U is A, or BFloat16 if the processor multiplies pairs of it.
+template <bool kOne, typename A, int N, typename Index, typename Field, typename U>
 void gather(const Cells<A, N, Index>& cells, int64_t sums, int64_t per, const Field& field, int64_t channels,
-            A* columns, int64_t pitch);
+            U* columns, int64_t pitch);
 
 // What walk() is asked for; a null pointer asks for nothing. kHeld is LaidOut or InPlace, of elements T.
 template <typename A, int N, template <typename> typename kHeld, typename T = A>
