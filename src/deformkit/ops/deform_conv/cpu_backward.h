@@ -16,6 +16,11 @@ constexpr int64_t weight_sum_bytes = 16 * mib;  // of all these sums
 // a core's second-level cache. `benchmarks/run.py conv --rivals plain` measures them again.
 constexpr int64_t backward_block = 144, backward_depth = 64;
 
+// Positions of a block for matrix registers, which read and write the gradient by the weight once for each block:
+// convolutions took 0.82 to 1.00 of the time with blocks of 144. `benchmarks/run.py half --case conv` measures it
+// again.
+constexpr int64_t backward_matrix_block = 256;
+
 // How many rows of the output's gradient are asked for before they are read, into the first cache: into the second, 48
 // rows ahead as in sample/rows.h, the backward pass took 1 % longer. The same command measures it.
 constexpr int64_t grads_ahead = 16;
@@ -43,9 +48,10 @@ class Backward {
         gradients_(gradients),
         units_(make_units(problem_, cut)),
         rows_(problem_.group_rows()),
-        block_(std::min(backward_block, problem_.positions)),
         by_columns_(gradients.input || gradients.by_point()),
         paired_(is_paired(problem_, call.weight.scalar_type())),
+        turns_pairs_(paired_ && amx::is_there()),
+        block_(std::min(turns_pairs_ ? backward_matrix_block : backward_block, problem_.positions)),
         pair_rows_(ceil_div(rows_, 2)),
         pair_pitch_(whole_vectors<A>(ceil_div(block_, 2))),
         turned_pitch_(whole_vectors<A>(pair_rows_) + Tile<A>::lanes),
@@ -340,10 +346,10 @@ class Backward {
   const Map& grad_output_;
   const Gradients& gradients_;
   std::vector<Unit<N>> units_;
-  int64_t rows_, block_, shares_ = 1, widest_ = 0, channels_ = 0, grads_ = 0, window_ = 0, part_ = 0;
+  int64_t rows_;
   bool by_columns_, paired_;
-  // Matrix registers read pairs of neighbouring rows as they lie beside each other for each point.
-  bool turns_pairs_ = amx::is_there();
+  bool turns_pairs_;  // matrix registers read the pairs of neighbouring rows of a point beside each other
+  int64_t block_, shares_ = 1, widest_ = 0, channels_ = 0, grads_ = 0, window_ = 0, part_ = 0;
   int64_t pair_rows_, pair_pitch_, turned_pitch_, pairs_of_rows_;
   std::vector<Plan<N>> plans_;
   std::vector<Weights<A, N>> weights_;
