@@ -212,7 +212,7 @@ class Backward {
         if (turns_pairs_) {
           pair_and_turn_rows(row(0), 2 * pair_rows_, points, 2 * pair_pitch_, pairs, turned_pitch_);
         } else {
-          deformkit::pair_rows(row(0), 2 * pair_rows_, points, 2 * pair_pitch_, pairs, points);
+          pair_rows(row(0), 2 * pair_rows_, points, 2 * pair_pitch_, pairs, points);
         }
       }
     }
