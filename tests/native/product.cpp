@@ -20,6 +20,7 @@ int64_t columns_of_a_tile(bool doubles) {
 
 bool has_pairs() {
 #if defined(__AVX512F__)
+  __builtin_cpu_init();
   return __builtin_cpu_supports("avx512bf16");
 #else
   return false;

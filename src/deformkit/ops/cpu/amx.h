@@ -40,15 +40,13 @@ struct Shapes {
 };
 static_assert(sizeof(Shapes) == 64);
 
-#pragma GCC push_options
-#pragma GCC target("amx-tile,amx-bf16")
-
 // Up to 32 rows of the result for sixteen columns at a time: registers 0 and 1 hold their sums, 2 and 3 pairs of the
 // left operand, 4 of the right; 5 to 7 are the same three where less than sixteen pairs of the depth are left. Strides
 // count elements of 4 bytes. `right(j)` is where the sixteen columns from j on start.
 template <bool kTwo, typename P, typename F>
-void multiply_rows(int64_t columns, int64_t depth, const P* a, int64_t left_row, const F& right, int64_t right_row,
-                   float* result, int64_t pitch, bool add) {
+__attribute__((target("amx-tile,amx-bf16"))) void multiply_rows(int64_t columns, int64_t depth, const P* a,
+                                                                int64_t left_row, const F& right, int64_t right_row,
+                                                                float* result, int64_t pitch, bool add) {
   const int64_t a_stride = left_row * 4, b_stride = right_row * 4, c_stride = pitch * 4;
   const int64_t rest = depth % side, whole = depth - rest;
   for (int64_t j = 0; j < columns; j += side) {
@@ -87,8 +85,9 @@ void multiply_rows(int64_t columns, int64_t depth, const P* a, int64_t left_row,
 // result[i, j] = sum over k of left(i, k) * right(k, j), as multiply() of gemm.h does, for pairs that follow each other
 // in the rows of the left operand.
 template <typename P, typename F>
-void multiply(int64_t rows, int64_t columns, int64_t depth, const P* left, int64_t left_row, const F& right,
-              int64_t right_row, float* result, int64_t pitch, bool add) {
+__attribute__((target("amx-tile,amx-bf16"))) void multiply(int64_t rows, int64_t columns, int64_t depth, const P* left,
+                                                           int64_t left_row, const F& right, int64_t right_row,
+                                                           float* result, int64_t pitch, bool add) {
   __asm__ volatile("" ::: "memory");  // the intrinsics do not say that they read what was written before
   int64_t shaped = 0;
   for (int64_t i = 0; i < rows;) {
@@ -115,8 +114,6 @@ void multiply(int64_t rows, int64_t columns, int64_t depth, const P* left, int64
   }
   _tile_release();
 }
-
-#pragma GCC pop_options
 
 }  // namespace deformkit::amx
 #else

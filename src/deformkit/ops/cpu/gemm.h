@@ -120,16 +120,17 @@ __attribute__((aligned(64))) void multiply_tile(int64_t depth, const Left<A>& le
 // kernels; it asks at run time. Intel's processors do so in their matrix registers alone: in vectors, convolution
 // took 1.6 to 1.8 times as long as in float32. `python benchmarks/run.py half --case conv` measures it.
 inline bool multiplies_pairs() {
-  static const bool in_vectors = __builtin_cpu_supports("avx512bf16") && !__builtin_cpu_is("intel");
+  static const bool in_vectors = [] {
+    __builtin_cpu_init();
+    return __builtin_cpu_supports("avx512bf16") && !__builtin_cpu_is("intel");
+  }();
   return in_vectors || amx::is_there();
 }
 
-#pragma GCC push_options
-#pragma GCC target("avx512bf16")
-
 template <int kRows, int kVectors>
-__attribute__((aligned(64))) void multiply_tile(int64_t depth, const Left<Pair>& left, const Pair* right,
-                                                int64_t right_row, float* result, int64_t pitch, bool add) {
+__attribute__((aligned(64), target("avx512bf16"))) void multiply_tile(int64_t depth, const Left<Pair>& left,
+                                                                      const Pair* right, int64_t right_row,
+                                                                      float* result, int64_t pitch, bool add) {
   constexpr int lanes = Tile<float>::lanes;
   __m512 sum[kRows][kVectors];
 #pragma GCC unroll 16
@@ -162,15 +163,15 @@ __attribute__((aligned(64))) void multiply_tile(int64_t depth, const Left<Pair>&
 }
 
 // Sixteen pairs of the lanes of two vectors.
-inline void write_pairs(__m512 first, __m512 second, Pair* to) {
+__attribute__((target("avx512bf16"))) inline void write_pairs(__m512 first, __m512 second, Pair* to) {
   const __m512i low = _mm512_cvtepu16_epi32(reinterpret_cast<__m256i>(_mm512_cvtneps_pbh(first)));
   const __m512i high = _mm512_cvtepu16_epi32(reinterpret_cast<__m256i>(_mm512_cvtneps_pbh(second)));
   _mm512_storeu_si512(to, _mm512_or_si512(low, _mm512_slli_epi32(high, 16)));
 }
 
 // pairs[i * pairs_pitch + k] of the elements 2 k and 2 k + 1 of row i, for whole vectors of pairs.
-inline void pair_columns(const float* from, int64_t rows, int64_t depth, int64_t pitch, Pair* pairs,
-                         int64_t pairs_pitch) {
+__attribute__((target("avx512bf16"))) inline void pair_columns(const float* from, int64_t rows, int64_t depth,
+                                                               int64_t pitch, Pair* pairs, int64_t pairs_pitch) {
   for (int64_t i = 0; i < rows; ++i)
     for (int64_t k = 0; k < depth; k += 32) {
       const auto some = [&](int64_t first) {
@@ -183,8 +184,8 @@ inline void pair_columns(const float* from, int64_t rows, int64_t depth, int64_t
 }
 
 // pairs[k * pairs_pitch + j] of column j of the rows 2 k and 2 k + 1, for whole vectors of columns.
-inline void pair_rows(const float* from, int64_t depth, int64_t columns, int64_t pitch, Pair* pairs,
-                      int64_t pairs_pitch) {
+__attribute__((target("avx512bf16"))) inline void pair_rows(const float* from, int64_t depth, int64_t columns,
+                                                            int64_t pitch, Pair* pairs, int64_t pairs_pitch) {
   for (int64_t k = 0; k < depth; k += 2)
     for (int64_t j = 0; j < columns; j += 16) {
       const float* const row = from + k * pitch + j;
@@ -202,8 +203,8 @@ inline __m512i pair_elements(const BFloat16* first, const BFloat16* second) {
 
 // pairs[k * pairs_pitch + j] of column j of the rows 2 k and 2 k + 1, of which there is an even number, for whole
 // vectors of columns.
-inline void pair_rows(const BFloat16* from, int64_t depth, int64_t columns, int64_t pitch, Pair* pairs,
-                      int64_t pairs_pitch) {
+__attribute__((target("avx512bf16"))) inline void pair_rows(const BFloat16* from, int64_t depth, int64_t columns,
+                                                            int64_t pitch, Pair* pairs, int64_t pairs_pitch) {
   for (int64_t k = 0; k < depth; k += 2)
     for (int64_t j = 0; j < columns; j += 16) {
       const BFloat16* const row = from + k * pitch + j;
@@ -212,8 +213,9 @@ inline void pair_rows(const BFloat16* from, int64_t depth, int64_t columns, int6
 }
 
 // The same turned, pairs[j * pairs_pitch + k], for whole vectors of pairs.
-inline void pair_and_turn_rows(const BFloat16* from, int64_t depth, int64_t columns, int64_t pitch, Pair* pairs,
-                               int64_t pairs_pitch) {
+__attribute__((target("avx512bf16"))) inline void pair_and_turn_rows(const BFloat16* from, int64_t depth,
+                                                                     int64_t columns, int64_t pitch, Pair* pairs,
+                                                                     int64_t pairs_pitch) {
   typedef typename Lanes<float, 16>::type V;
   constexpr std::make_integer_sequence<int, 16> all{};
   for (int64_t k = 0; k < depth; k += 32)
@@ -234,7 +236,6 @@ inline void pair_and_turn_rows(const BFloat16* from, int64_t depth, int64_t colu
     }
 }
 
-#pragma GCC pop_options
 #else
 inline bool multiplies_pairs() {
   return false;
