@@ -41,8 +41,10 @@ struct Shapes {
 static_assert(sizeof(Shapes) == 64);
 
 // Up to 32 rows of the result for sixteen columns at a time: registers 0 and 1 hold their sums, 2 and 3 pairs of the
-// left operand, 4 of the right; 5 to 7 are the same three where less than sixteen pairs of the depth are left. Strides
-// count elements of 4 bytes. `right(j)` is where the sixteen columns from j on start.
+// left operand, 4 of the right; 5 to 7 are the same three where less than sixteen pairs of the depth are left. Two
+// registers of columns beside each other leave none for that: filling up with zeros instead took 1.6 times as long
+// there, and won nothing elsewhere (`python benchmarks/run.py half --case conv`). Strides count elements of 4 bytes.
+// `right(j)` is where the sixteen columns from j on start.
 template <bool kTwo, typename P, typename F>
 __attribute__((target("amx-tile,amx-bf16"))) void multiply_rows(int64_t columns, int64_t depth, const P* a,
                                                                 int64_t left_row, const F& right, int64_t right_row,
