@@ -23,6 +23,9 @@ laws = settings(max_examples=60, deadline=None, derandomize=True, database=None)
 LARGE = [
     Transpose("planes", 2, 6, (40, 33), 4, (3, 3), stride=2, padding=1, groups=2, offset_groups=2),
     Transpose("products", 2, 24, (12, 13), 40, (4, 4), stride=2, padding=1),
+    Transpose("groups across slices", 2, 14, (9, 17), 72, (3, 3), stride=2, padding=1, groups=2, offset_groups=3),
+    Transpose("few points", 1, 3, (4_000,), 4, (2,), stride=160, offset_std=1e4, boundary="border"),
+    Transpose("windows", 1, 3, (80_100,), 4, (5,), stride=8, offset_std=1e4, boundary="border"),
     Transpose("depthwise", 1, 16, (300,), 16, (3,), stride=2, groups=16, offset_groups=16),
     Correlate("few heads", 1, ((31, 29), (9, 9)), 900, 1, 40, (9, 4)),
     Correlate("many heads", 3, ((20, 21),), 150, 8, 16, (5,)),
@@ -79,13 +82,41 @@ def test_gradients_need_no_reference(name: str, monkeypatch: pytest.MonkeyPatch)
         assert_close(one, other)
 
 
+def large(case: Any) -> Call:
+    return Call(operators["deform_conv_transpose" if isinstance(case, Transpose) else "deform_correlate"], case)
+
+
+each_large = pytest.mark.parametrize("case", LARGE, ids=lambda case: case.name)
+
+
 @needs_kernel("deform_conv_transpose")
-@pytest.mark.parametrize("case", LARGE, ids=lambda case: case.name)
+@each_large
 def test_same_bits_at_any_number_of_threads(case: Any) -> None:
-    name = "deform_conv_transpose" if isinstance(case, Transpose) else "deform_correlate"
-    call = Call(operators[name], case)
+    call = large(case)
     check_bits(call, call.arguments())
     check_bits(call, call.arguments(torch.bfloat16))
+
+
+@each_large
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_values_and_gradients(case: Any, dtype: torch.dtype) -> None:
+    call = large(case)
+    check(call, call.arguments(dtype))
+
+
+@each_large
+def test_some_of_the_gradients(case: Any) -> None:
+    """What F gives for the gradient by u comes from the walk that computes its gradients, or from F alone."""
+    call = large(case)
+    *args, mask = call.backward_arguments(call.arguments(torch.float64))
+    together = call.backward_operator(*args, mask)
+    count = len(mask)
+    for asked in [[i == j for i in range(count)] for j in range(count)] + [[i < 2 for i in range(count)]]:
+        for yes, one, other in zip(asked, call.backward_operator(*args, asked), together, strict=True):
+            if yes:
+                assert_close(one, other)
+            else:
+                assert one.numel() == 0
 
 
 @pytest.mark.parametrize("name", ADJOINTS)

@@ -38,6 +38,7 @@ LARGE = [
     Case("2d-offsets-per-channel", 1, 19, (41, 38), 38, (3, 3), padding=1, groups=19, offset_groups=19),
     Case("2d-one-position", 3, 100, (3, 3), 70, (3, 3)),
     Case("2d-many-images", 19, 10, (9, 8), 9, (3, 2), padding=1),
+    Case("1d-many-outputs", 1, 3, (157,), 5000, (2,)),
     Case("3d-blocks", 1, 40, (9, 12, 11), 16, (3, 3, 3), padding=1),
 ]
 each_large = pytest.mark.parametrize("case", LARGE, ids=lambda case: case.name)

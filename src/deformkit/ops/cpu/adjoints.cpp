@@ -157,13 +157,18 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> deform_conv_transpose_backward(
   check_mask(output_mask, 4);
   Tensor grad_input = none_of(input), grad_offset = none_of(offset), grad_weight = none_of(weight);
   Tensor grad_mask = none_of(input);
-  if (output_mask[0])
+  const Asked others{false, output_mask[1], output_mask[2], false, output_mask[3]};
+  const bool any = output_mask[1] || output_mask[2] || output_mask[3];
+  if (output_mask[0] && any)
+    std::tie(grad_input, std::ignore, grad_offset, grad_weight, std::ignore, grad_mask) =
+        conv::deform_conv_and_backward(input, grad_output, offset, weight, stride, padding, dilation, mask, boundary,
+                                       others);
+  else if (output_mask[0])
     grad_input =
         conv::deform_conv(grad_output, offset, weight, std::nullopt, stride, padding, dilation, mask, boundary);
-  if (output_mask[1] || output_mask[2] || output_mask[3])
-    std::tie(std::ignore, grad_offset, grad_weight, std::ignore, grad_mask) =
-        conv::deform_conv_backward(input, grad_output, offset, weight, std::nullopt, stride, padding, dilation, mask,
-                                   boundary, {false, output_mask[1], output_mask[2], false, output_mask[3]});
+  else if (any)
+    std::tie(std::ignore, grad_offset, grad_weight, std::ignore, grad_mask) = conv::deform_conv_backward(
+        input, grad_output, offset, weight, std::nullopt, stride, padding, dilation, mask, boundary, others);
   return {grad_input, grad_offset, grad_weight, grad_mask};
 }
 }  // namespace deformkit

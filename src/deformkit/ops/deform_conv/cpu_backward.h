@@ -1,5 +1,6 @@
-// The gradients of deformable convolution. An item of work owns a slice of the channels for a share of the batch, and
-// with it their part of the gradient of the field, so that no element is written by two threads.
+// The gradients of deformable convolution, and its output beside them where a caller needs both. An item of work owns a
+// slice of the channels for a share of the batch, and with it their part of the gradient of the field, so that no
+// element is written by two threads.
 #pragma once
 
 #include "deform_conv/cpu_samples.h"
@@ -40,17 +41,22 @@ int64_t backward_width(const Problem<N>& problem) {
 template <typename A, int N>
 class Backward {
  public:
-  Backward(const Call<N>& call, const Cut& cut, const Map& grad_output, const Gradients& gradients)
+  // With an output, which is computed only where groups are not narrow.
+  Backward(const Call<N>& call, const Cut& cut, const Map& grad_output, const Gradients& gradients,
+           const std::optional<Sink>& output = {})
       : call_(call),
         problem_(call.problem),
         cut_(cut),
         grad_output_(grad_output),
         gradients_(gradients),
+        output_(output),
         units_(make_units(problem_, cut)),
         rows_(problem_.group_rows()),
         by_columns_(gradients.input || gradients.by_point()),
+        samples_(gradients.weight || output),
         paired_(is_paired(problem_, call.weight.scalar_type())),
         turns_pairs_(paired_ && amx::is_there()),
+        pitch_(whole_vectors<A>(rows_)),
         block_(std::min(turns_pairs_ ? backward_matrix_block : backward_block, problem_.positions)),
         pair_rows_(ceil_div(rows_, 2)),
         pair_pitch_(whole_vectors<A>(ceil_div(block_, 2))),
@@ -65,9 +71,11 @@ class Backward {
         weight_shares);
     for (const Plan<N>& plan : plans_) {
       if (by_columns_) weights_.emplace_back(problem_, plan, call.weight, true);
+      if (output_) output_weights_.emplace_back(problem_, plan, call.weight);
       widest_ = std::max(widest_, column_pitch<A>(plan.widest));
       channels_ = std::max(channels_, plan.channels());
       grads_ = std::max(grads_, problem_.is_narrow() ? plan.channels() : plan.groups());
+      groups_ = std::max(groups_, plan.groups());
       sums_.push_back(WeightSums<A, N>(problem_, plan));
       if (gradients.weight) part_ = std::max(part_, sums_.back().size());
     }
@@ -92,11 +100,12 @@ class Backward {
           int64_t step = 0;
           for (int64_t u = problem_.batch * share / shares_ * per_sample; u < last; ++u) {
             open(scratch, units_[u]);
-            for (int64_t begin = units_[u].begin; begin < units_[u].end; begin += block_, ++step) {
+            for (const auto [begin, points] : cut_into_blocks<A>(units_[u], block_, false)) {
+              block(scratch, units_[u], begin, points);
               if (follows(scratch)) turns.wait(item, step);
-              block(scratch, units_[u], begin, std::min(block_, units_[u].end - begin));
+              add_to_others(scratch, units_[u].batch, begin, points);
               turns.finish(item, step);
-              if ((step + 1) % blocks_of_part == 0) add_part(scratch, total);
+              if (++step % blocks_of_part == 0) add_part(scratch, total);
             }
             close(scratch, units_[u]);
           }
@@ -109,9 +118,10 @@ class Backward {
  private:
   struct Scratch {
     Samples<A, N> samples;
-    Buffer<A> field, grad_field, columns, grad_columns, grads, line, narrow_sum, by_point, more_by_point;
+    Buffer<A> field, grad_field, columns, grad_columns, grads, line, narrow_sum;
+    Buffer<A> by_point, more_by_point, shared_by_point;  // the last: of all taps of the offset group that adds up
     Buffer<Pair> pairs, pairs_of_rows, pairs_of_points;
-    Buffer<A> weight_part;
+    Buffer<A> weight_part, sums;
     int64_t slice = 0;
 
     explicit Scratch(const Backward& b)
@@ -125,10 +135,12 @@ class Backward {
           narrow_sum(b.channels_),
           by_point((N + 1) * b.block_),
           more_by_point((N + 1) * b.block_),
+          shared_by_point(b.gradients_.by_point() ? b.problem_.taps * (N + 1) * b.block_ : 0),
           pairs(b.paired_ ? b.block_ * b.widest_ : 0),
           pairs_of_rows(b.paired_ ? b.grads_ * b.pairs_of_rows_ + Tile<A>::lanes : 0),
           pairs_of_points(b.paired_ ? 2 * b.pair_rows_ * b.grads_ * b.pair_pitch_ : 0),
-          weight_part(b.part_) {
+          weight_part(b.part_),
+          sums(b.output_ ? b.groups_ * b.block_ * b.pitch_ : 0) {
       std::fill_n(weight_part.get(), b.part_, A(0));
       // An odd number of rows has one more, which stays zero.
       if (b.paired_) std::fill_n(pairs_of_points.get(), 2 * b.pair_rows_ * b.grads_ * b.pair_pitch_, Pair{});
@@ -138,15 +150,20 @@ class Backward {
   int64_t slices() const { return static_cast<int64_t>(plans_.size()); }
   const Plan<N>& plan(const Scratch& scratch) const { return plans_[scratch.slice]; }
 
-  // Whether an earlier slice has channels of the slice's first offset group: their gradients by offset and mask add up.
+  // Whether an earlier slice has channels of the slice's first group, or offset group: what is computed of both adds
+  // up.
+  bool adds_output(const Scratch& scratch) const { return plan(scratch).begin % problem_.group_channels != 0; }
+  bool adds_by_point(const Scratch& scratch) const {
+    return plan(scratch).begin % problem_.channels_per_offset_group() != 0;
+  }
   bool follows(const Scratch& scratch) const {
-    return gradients_.by_point() && plan(scratch).begin % problem_.channels_per_offset_group() != 0;
+    return (output_ && adds_output(scratch)) || (gradients_.by_point() && adds_by_point(scratch));
   }
 
   void open(Scratch& scratch, const Unit<N>& unit) const {
     if (!cut_.lays_out()) return;
     const int64_t positions = unit.window.positions();
-    if (gradients_.weight || gradients_.by_point())
+    if (samples_ || gradients_.by_point())
       for (const Piece& piece : plan(scratch).pieces)
         pack(call_.input, unit.batch, piece.begin, piece.channels, unit.window, 0, positions,
              scratch.field.get() + (piece.begin - plan(scratch).begin) * (positions + 1));
@@ -166,12 +183,28 @@ class Backward {
     const Plan<N>& plan = plans_[scratch.slice];
     scratch.samples.start(unit, scratch.field.get(), plan, begin, points);
     read_grads(scratch, unit.batch, begin, points);
+    if (output_) std::fill_n(scratch.sums.get(), plan.groups() * points * pitch_, A(0));
     for (const Chunk& chunk : plan.chunks) {
       if (by_columns_) find_grad_columns(scratch, chunk, points);
       for (size_t s = chunk.first_segment; s < chunk.last_segment; ++s)
         walk(scratch, plan.segments[s], unit.batch, begin, points);
       if (gradients_.weight) add_grad_weight(scratch, chunk, points);
+      if (output_) add_output(scratch, chunk, points);
     }
+  }
+
+  // Stores what earlier slices may have added to, when it is the slice's turn.
+  void add_to_others(Scratch& scratch, int64_t batch, int64_t begin, int64_t points) const {
+    if (output_) write_output(scratch, batch, begin, points);
+    if (!gradients_.by_point() || !adds_by_point(scratch)) return;
+    const int64_t offset_group = plan(scratch).begin / problem_.channels_per_offset_group();
+    for (int64_t tap = 0; tap < problem_.taps; ++tap)
+      write_by_point(problem_, batch, offset_group, tap, begin, points, shared_by_point(scratch, tap), block_, true,
+                     gradients_);
+  }
+
+  A* shared_by_point(const Scratch& scratch, int64_t tap) const {
+    return scratch.shared_by_point.get() + tap * (N + 1) * block_;
   }
 
   // The output's gradient: [groups, rows, points], or [rows, points, channels] when groups are narrow.
@@ -263,23 +296,54 @@ class Backward {
   // Samples a segment again, and computes its gradients by field, offset and mask.
   void walk(Scratch& scratch, const Segment& segment, int64_t batch, int64_t begin, int64_t points) const {
     const Plan<N>& plan = plans_[scratch.slice];
-    A* const by_point = (segment.first ? scratch.by_point : scratch.more_by_point).get();
+    const bool adds = segment.offset_group * problem_.channels_per_offset_group() < plan.begin;
+    A* const total = adds ? shared_by_point(scratch, segment.tap) : scratch.by_point.get();
+    A* const by_point = segment.first ? total : scratch.more_by_point.get();
     Walk<A, N, LaidOut> walked{};
     walked.pitch = widest_;
     if (by_columns_) walked.grad_columns = scratch.grad_columns.get() + segment.column;
-    if (gradients_.weight) walked.columns = scratch.columns.get() + segment.column;
+    if (samples_) walked.columns = scratch.columns.get() + segment.column;
     if (gradients_.offset)
       for (int axis = 0; axis < N; ++axis) walked.grad_shift[axis] = by_point + axis * block_;
     if (gradients_.mask) walked.grad_factor = by_point + N * block_;
     scratch.samples.walk(segment, walked, scratch.grad_field.get(),
                          gradients_.input ? gradients_.input->template data<A>() : nullptr);
     if (!gradients_.by_point()) return;
-    A* const total = scratch.by_point.get();
     if (!segment.first)
       for (int64_t i = 0; i < (N + 1) * block_; ++i) total[i] += by_point[i];
-    if (!segment.last) return;
-    const bool add = segment.offset_group * problem_.channels_per_offset_group() < plan.begin;
-    write_by_point(problem_, batch, segment.offset_group, segment.tap, begin, points, total, block_, add, gradients_);
+    if (segment.last && !adds)
+      write_by_point(problem_, batch, segment.offset_group, segment.tap, begin, points, total, block_, false,
+                     gradients_);
+  }
+
+  // Adds the columns of a chunk times the weight to the output of a block, [groups, points, rows].
+  void add_output(Scratch& scratch, const Chunk& chunk, int64_t points) const {
+    const Plan<N>& plan = plans_[scratch.slice];
+    const Weights<A, N>& weights = output_weights_[scratch.slice];
+    for (size_t p = chunk.first_product; p < chunk.last_product; ++p) {
+      const Product& product = plan.products[p];
+      const A* const columns = scratch.columns.get() + product.column;
+      A* const sums = scratch.sums.get() + (product.group - plan.first_group()) * points * pitch_;
+      if constexpr (has_pairs<A>) {
+        if (paired_) {
+          pair_columns(columns, points, product.depth, widest_, scratch.pairs.get(), widest_);
+          multiply(points, rows_, ceil_div(product.depth, 2), Left<Pair>{scratch.pairs.get(), widest_, 1},
+                   weights.template of<Pair>(p), sums, pitch_, true);
+          continue;
+        }
+      }
+      multiply(points, rows_, product.depth, Left<A>{columns, widest_, 1}, weights.template of<A>(p), sums, pitch_,
+               true);
+    }
+  }
+
+  void write_output(Scratch& scratch, int64_t batch, int64_t begin, int64_t points) const {
+    const Plan<N>& plan = plans_[scratch.slice];
+    for (int64_t g = 0; g < plan.groups(); ++g) {
+      const int64_t row = batch * problem_.out_channels + (plan.first_group() + g) * rows_;
+      write_turned(scratch.sums.get() + g * points * pitch_, pitch_, points, rows_, *output_,
+                   row * problem_.positions + begin, problem_.positions, g == 0 && adds_output(scratch));
+    }
   }
 
   // Adds the output's gradient times the columns of a chunk to the gradient by the weight.
@@ -345,14 +409,15 @@ class Backward {
   const Cut& cut_;
   const Map& grad_output_;
   const Gradients& gradients_;
+  const std::optional<Sink>& output_;
   std::vector<Unit<N>> units_;
   int64_t rows_;
-  bool by_columns_, paired_;
+  bool by_columns_, samples_, paired_;
   bool turns_pairs_;  // matrix registers read the pairs of neighbouring rows of a point beside each other
-  int64_t block_, shares_ = 1, widest_ = 0, channels_ = 0, grads_ = 0, window_ = 0, part_ = 0;
+  int64_t pitch_, block_, shares_ = 1, widest_ = 0, channels_ = 0, grads_ = 0, groups_ = 0, window_ = 0, part_ = 0;
   int64_t pair_rows_, pair_pitch_, turned_pitch_, pairs_of_rows_;
   std::vector<Plan<N>> plans_;
-  std::vector<Weights<A, N>> weights_;
+  std::vector<Weights<A, N>> weights_, output_weights_;
   std::vector<WeightSums<A, N>> sums_;
 };
 

@@ -18,7 +18,7 @@ constexpr int64_t forward_depth = 384, forward_block = 192, sum_bytes = 512 * 10
 template <typename A, int N>
 int64_t forward_positions(const Problem<N>& problem) {
   const int64_t room = sum_bytes / (problem.out_channels * static_cast<int64_t>(sizeof(A)));
-  return std::min({forward_block, std::max<int64_t>(room, 24), problem.positions});
+  return std::min({forward_block, whole_vectors<A>(std::max<int64_t>(room, 24)), problem.positions});
 }
 
 // Lays out the windows of units[first, last), piece by piece, each followed by its row of zeros; returns where each
@@ -69,13 +69,15 @@ class Forward {
     Buffer<A> field;
     std::vector<int64_t> place(last - first + 1);
     if (cut_.lays_out()) place = pack_units(call_.input, units, first, last, plan_, field);
-    std::vector<std::pair<size_t, int64_t>> blocks;
+    // Of all units together an even number, so that two threads have the same to do.
+    std::vector<std::pair<size_t, Block>> blocks;
     for (size_t u = first; u < last; ++u)
-      for (int64_t p = units[u].begin; p < units[u].end; p += block_) blocks.emplace_back(u, p);
+      for (const Block& block : cut_into_blocks<A>(units[u], block_, (last - first) % 2 != 0))
+        blocks.emplace_back(u, block);
     const auto make = [&] { return Scratch(*this); };
     each(static_cast<int64_t>(blocks.size()), make, [&](Scratch& scratch, int64_t item) {
-      const auto [u, begin] = blocks[item];
-      const int64_t points = std::min(block_, units[u].end - begin);
+      const auto& [u, block] = blocks[item];
+      const auto [begin, points] = block;
       scratch.samples.start(units[u], field.get() + place[u - first], plan_, begin, points);
       start(scratch, points);
       for (const Chunk& chunk : plan_.chunks) {

@@ -6,6 +6,28 @@
 
 namespace deformkit::conv {
 
+// Positions of a unit that are sampled and multiplied together.
+struct Block {
+  int64_t begin, points;
+};
+
+// A unit in blocks of about the same size, of which each starts with a whole vector: as few as have at most `most`
+// positions, or with `even` an even number. `most` is a number of whole vectors, or of all positions. Convolutions of
+// maps a bit larger than one block took 0.65 to 0.75 of the time that they take when the last block has the rest, of
+// others 0.98 to 1.02: `deformkit bench --op deform_conv2d --shape 1x256x14x14` measures it.
+template <typename A, int N>
+std::vector<Block> cut_into_blocks(const Unit<N>& unit, int64_t most, bool even) {
+  const int64_t points = unit.end - unit.begin;
+  int64_t count = ceil_div(points, most);
+  if (even) count += count % 2;
+  std::vector<Block> blocks;
+  for (int64_t i = 0, begin = 0, end; i < count; ++i, begin = end) {
+    end = std::min(points, whole_vectors<A>(points * (i + 1) / count));
+    if (begin < end) blocks.push_back({unit.begin + begin, end - begin});
+  }
+  return blocks;
+}
+
 // The samples of one tap for channels with the same offsets in the same group; `column` is where they stand among the
 // columns of their chunk. The first and the last of the slice's with their offset group and tap are marked.
 struct Segment {

@@ -84,6 +84,11 @@ struct Problem {
     return work_of<N>(columns * static_cast<double>(offset_groups), channels_per_offset_group()) +
            columns * static_cast<double>(group_channels) * static_cast<double>(out_channels) / 4;
   }
+  std::vector<int64_t> output_sizes() const {
+    std::vector<int64_t> sizes{batch, out_channels};
+    sizes.insert(sizes.end(), out_size.begin(), out_size.end());
+    return sizes;
+  }
   int64_t field() const { return count<N>(size); }
   int64_t channels_per_offset_group() const { return channels / offset_groups; }
   int64_t group_rows() const { return out_channels / groups; }
