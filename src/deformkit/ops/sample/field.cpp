@@ -63,7 +63,7 @@ __attribute__((noinline)) void gather_as(const Cells<A, N, Index>& cells, int64_
     for (auto& chain : sum)
 #pragma GCC unroll 4
       for (int r = 0; r < registers; ++r) chain[r] = V{};
-    for (int64_t i = j * per; i < (kOne ? j + 1 : (j + 1) * per); ++i) {
+    for (int64_t i = kOne ? j : j * per; i < (kOne ? j + 1 : (j + 1) * per); ++i) {
       if (kChannels > 0 && c == 0 && i < asking) {
         for (int corner = 0; corner < corners; ++corner)
           ask_for_lines<false, true>(field.row(indices[corner][i + samples_ahead]), kChannels);
