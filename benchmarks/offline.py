@@ -79,6 +79,10 @@ class Job:
     deterministic: bool
     target: str
 
+    def __str__(self) -> str:
+        how = " deterministic" if self.deterministic else ""
+        return f"{self.operator} {self.case} {self.dtype} {self.target}{how}"
+
 
 class Driver:
     """Stands in for the driver of a GPU and names the target to compile for."""
@@ -245,12 +249,12 @@ def everything(processes: int, chosen: Sequence[Job]) -> list[dict[str, Any]]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description="Compile the Triton kernels for GPUs that are not here.")
-    parser.add_argument("--only", default="", help="jobs whose 'operator case dtype target' this expression finds")
+    parser.add_argument("--only", default="", help="jobs whose 'operator case dtype target[ deterministic]' this finds")
     parser.add_argument("--processes", type=int, default=2)
     parser.add_argument("--check", action="store_true", help="fail if a kernel is not as it should be")
     parser.add_argument("--save", action="store_true", help=f"write results/{RESULTS.name} and docs/gpu_developers.md")
     options = parser.parse_args()
-    chosen = [job for job in jobs() if re.search(options.only, f"{job.operator} {job.case} {job.dtype} {job.target}")]
+    chosen = [job for job in jobs() if re.search(options.only, str(job))]
     rows = everything(options.processes, chosen)
     if options.save:
         saved = json.dumps({"triton": triton.__version__, "rows": rows}, indent=1)
