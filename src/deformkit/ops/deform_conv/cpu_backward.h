@@ -41,9 +41,9 @@ int64_t backward_width(const Problem<N>& problem) {
 template <typename A, int N>
 class Backward {
  public:
-  // With an output, which is computed only where groups are not narrow.
+  // The output is computed where there is a place for it and groups are not narrow.
   Backward(const Call<N>& call, const Cut& cut, const Map& grad_output, const Gradients& gradients,
-           const std::optional<Sink>& output = {})
+           const std::optional<Sink>& output)
       : call_(call),
         problem_(call.problem),
         cut_(cut),
@@ -119,7 +119,8 @@ class Backward {
   struct Scratch {
     Samples<A, N> samples;
     Buffer<A> field, grad_field, columns, grad_columns, grads, line, narrow_sum;
-    Buffer<A> by_point, more_by_point, shared_by_point;  // the last: of all taps of the offset group that adds up
+    Buffer<A> by_point, more_by_point;
+    Buffer<A> shared_by_point;  // of all taps of the offset group that an earlier slice has, too
     Buffer<Pair> pairs, pairs_of_rows, pairs_of_points;
     Buffer<A> weight_part, sums;
     int64_t slice = 0;
