@@ -24,6 +24,7 @@ LARGE = [
     Transpose("planes", 2, 6, (40, 33), 4, (3, 3), stride=2, padding=1, groups=2, offset_groups=2),
     Transpose("products", 2, 24, (12, 13), 40, (4, 4), stride=2, padding=1),
     Transpose("groups across slices", 2, 14, (9, 17), 72, (3, 3), stride=2, padding=1, groups=2, offset_groups=3),
+    Transpose("large weight", 1, 720, (5, 6), 40, (3, 3), padding=1),
     Transpose("few points", 1, 3, (4_000,), 4, (2,), stride=160, offset_std=1e4, boundary="border"),
     Transpose("windows", 1, 3, (80_100,), 4, (5,), stride=8, offset_std=1e4, boundary="border"),
     Transpose("depthwise", 1, 16, (300,), 16, (3,), stride=2, groups=16, offset_groups=16),

@@ -30,7 +30,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> deform_conv_backward(const Te
                                                                         const Sizes& padding, const Sizes& dilation,
                                                                         const Maybe& mask, int64_t boundary,
                                                                         const Asked& output_mask);
-// What deform_conv() returns without a bias, and the gradients after it: from one walk, where groups are not narrow.
+// What deform_conv() returns without a bias, and the gradients after it: from one walk, where that is quicker.
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> deform_conv_and_backward(
     const Tensor& grad_output, const Tensor& input, const Tensor& offset, const Tensor& weight, const Sizes& stride,
     const Sizes& padding, const Sizes& dilation, const Maybe& mask, int64_t boundary, const Asked& output_mask);

@@ -65,7 +65,7 @@ void backward_in_slices(const Call<N>& call, const Tensor& input, const Map& gra
   for (int i : {0, 1, 4}) results[i] = rounded(sums[i], results[i].scalar_type());
 }
 
-// The gradients, and the output where a place for it is given: from one walk where there are products.
+// The gradients, and the output where a place for it is given.
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> backward(
     const Tensor& grad_output, const Tensor& input, const Tensor& offset, const Tensor& weight,
     const std::optional<Tensor>& bias, const std::vector<int64_t>& stride, const std::vector<int64_t>& padding,
@@ -90,7 +90,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> backward(
     const bool input_wanted = output_mask[0], offset_wanted = output_mask[1], weight_wanted = output_mask[2];
     const bool mask_wanted = output_mask[4] && mask;
     const bool walks = problem.batch > 0 && (input_wanted || offset_wanted || weight_wanted || mask_wanted);
-    const bool output_walks = output && walks && !problem.is_narrow() && !problem.is_planar();
+    const bool output_walks = output && walks && computes_output<A>(problem);
     if (output && !output_walks)
       *output = deform_conv(input, offset, weight, bias, stride, padding, dilation, mask, boundary);
 

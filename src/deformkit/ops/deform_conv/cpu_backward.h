@@ -30,6 +30,12 @@ constexpr int64_t grads_ahead = 16;
 // large image would lose digits.
 constexpr int64_t blocks_of_part = 64;
 
+// The output is computed beside the gradients if the weight of a slice has at most so many bytes. The products read two
+// copies of it and write its gradient, which then leave the second-level cache: with 256 KiB the gradients of a
+// transposed convolution took 0.94 to 0.97 of the time of two walks, with 512 KiB 1.00 to 1.08. `benchmarks/run.py
+// transpose --rivals plain` measures it.
+constexpr int64_t output_weight_bytes = 384 * 1024;
+
 // The width of a slice, which depends on the shape only; few channels still give work to two threads.
 template <int N>
 int64_t backward_width(const Problem<N>& problem) {
@@ -38,10 +44,18 @@ int64_t backward_width(const Problem<N>& problem) {
   return width;
 }
 
+// Whether Backward can compute the output, and is not slower for it.
+template <typename A, int N>
+bool computes_output(const Problem<N>& problem) {
+  const int64_t columns = std::min(backward_width(problem), problem.group_channels) * problem.taps;
+  return !problem.is_narrow() && !problem.is_planar() &&
+         columns * problem.group_rows() * static_cast<int64_t>(sizeof(A)) <= output_weight_bytes;
+}
+
 template <typename A, int N>
 class Backward {
  public:
-  // The output is computed where there is a place for it and groups are not narrow.
+  // The output is computed if there is a place for it.
   Backward(const Call<N>& call, const Cut& cut, const Map& grad_output, const Gradients& gradients,
            const std::optional<Sink>& output)
       : call_(call),
