@@ -89,9 +89,9 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> backward(
 
     const bool input_wanted = output_mask[0], offset_wanted = output_mask[1], weight_wanted = output_mask[2];
     const bool mask_wanted = output_mask[4] && mask;
-    const bool walks = problem.batch > 0 && (input_wanted || offset_wanted || weight_wanted || mask_wanted);
-    const bool output_walks = output && walks && computes_output<A>(problem);
-    if (output && !output_walks)
+    const bool any = problem.batch > 0 && (input_wanted || offset_wanted || weight_wanted || mask_wanted);
+    const bool output_too = output && any && computes_output<A>(problem);
+    if (output && !output_too)
       *output = deform_conv(input, offset, weight, bias, stride, padding, dilation, mask, boundary);
 
     const Work work(backward_work(problem.work(), input));
@@ -106,7 +106,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> backward(
     }
     const Map grad_map(grad_output);
     if (output_mask[3] && bias) sum_bias<A>(grad_map, problem.batch, problem.out_channels, Sink(results[3]));
-    if (!walks) return;
+    if (!any) return;
 
     Gradients gradients;
     if (offset_wanted) gradients.offset.emplace(results[1]);
@@ -118,7 +118,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> backward(
       return PlanarBackward<A, N>(call, grad_map, gradients).run();
     }
 
-    backward_in_slices<A>(call, input, grad_map, gradients, input_wanted, results, output_walks ? output : nullptr);
+    backward_in_slices<A>(call, input, grad_map, gradients, input_wanted, results, output_too ? output : nullptr);
   };
   dispatch_sums(input.scalar_type(), input.dim() - 2, run);
   return {results[0], results[1], results[2], results[3], results[4]};

@@ -3,8 +3,8 @@
 // element is written by two threads.
 #pragma once
 
+#include "deform_conv/cpu_products.h"
 #include "deform_conv/cpu_samples.h"
-#include "deform_conv/cpu_weights.h"
 
 namespace deformkit::conv {
 
@@ -47,7 +47,7 @@ int64_t backward_width(const Problem<N>& problem) {
 // Whether Backward can compute the output, and is not slower for it.
 template <typename A, int N>
 bool computes_output(const Problem<N>& problem) {
-  const int64_t columns = std::min(backward_width(problem), problem.group_channels) * problem.taps;
+  const int64_t columns = backward_width(problem) * problem.taps;
   return !problem.is_narrow() && !problem.is_planar() &&
          columns * problem.group_rows() * static_cast<int64_t>(sizeof(A)) <= output_weight_bytes;
 }
@@ -116,7 +116,7 @@ class Backward {
             open(scratch, units_[u]);
             for (const auto [begin, points] : cut_into_blocks<A>(units_[u], block_, false)) {
               block(scratch, units_[u], begin, points);
-              if (follows(scratch)) turns.wait(item, step);
+              if (adds_output(plan(scratch)) || adds_by_point(plan(scratch))) turns.wait(item, step);
               add_to_others(scratch, units_[u].batch, begin, points);
               turns.finish(item, step);
               if (++step % blocks_of_part == 0) add_part(scratch, total);
@@ -165,14 +165,10 @@ class Backward {
   int64_t slices() const { return static_cast<int64_t>(plans_.size()); }
   const Plan<N>& plan(const Scratch& scratch) const { return plans_[scratch.slice]; }
 
-  // Whether an earlier slice has channels of the slice's first group, or offset group: what is computed of both adds
-  // up.
-  bool adds_output(const Scratch& scratch) const { return plan(scratch).begin % problem_.group_channels != 0; }
-  bool adds_by_point(const Scratch& scratch) const {
-    return plan(scratch).begin % problem_.channels_per_offset_group() != 0;
-  }
-  bool follows(const Scratch& scratch) const {
-    return (output_ && adds_output(scratch)) || (gradients_.by_point() && adds_by_point(scratch));
+  // Whether what the slice computes is added to what earlier ones have.
+  bool adds_output(const Plan<N>& plan) const { return output_ && !plan.starts_group(plan.first_group()); }
+  bool adds_by_point(const Plan<N>& plan) const {
+    return gradients_.by_point() && !plan.starts_offset_group(plan.first_offset_group());
   }
 
   void open(Scratch& scratch, const Unit<N>& unit) const {
@@ -204,18 +200,20 @@ class Backward {
       for (size_t s = chunk.first_segment; s < chunk.last_segment; ++s)
         walk(scratch, plan.segments[s], unit.batch, begin, points);
       if (gradients_.weight) add_grad_weight(scratch, chunk, points);
-      if (output_) add_output(scratch, chunk, points);
+      if (output_) {
+        const Columns<A> columns{scratch.columns.get(), widest_, paired_ ? scratch.pairs.get() : nullptr, widest_};
+        add_products(plan, chunk, output_weights_[scratch.slice], rows_, points, columns, scratch.sums.get(), pitch_);
+      }
     }
   }
 
   // Stores what earlier slices may have added to, when it is the slice's turn.
   void add_to_others(Scratch& scratch, int64_t batch, int64_t begin, int64_t points) const {
-    if (output_) write_output(scratch, batch, begin, points);
-    if (!gradients_.by_point() || !adds_by_point(scratch)) return;
-    const int64_t offset_group = plan(scratch).begin / problem_.channels_per_offset_group();
-    for (int64_t tap = 0; tap < problem_.taps; ++tap)
-      write_by_point(problem_, batch, offset_group, tap, begin, points, shared_by_point(scratch, tap), block_, true,
-                     gradients_);
+    const Plan<N>& plan = plans_[scratch.slice];
+    if (output_) write_products(problem_, plan, scratch.sums.get(), pitch_, batch, begin, points, *output_);
+    for (int64_t tap = 0; adds_by_point(plan) && tap < problem_.taps; ++tap)
+      write_by_point(problem_, batch, plan.first_offset_group(), tap, begin, points, shared_by_point(scratch, tap),
+                     block_, true, gradients_);
   }
 
   A* shared_by_point(const Scratch& scratch, int64_t tap) const {
@@ -311,7 +309,7 @@ class Backward {
   // Samples a segment again, and computes its gradients by field, offset and mask.
   void walk(Scratch& scratch, const Segment& segment, int64_t batch, int64_t begin, int64_t points) const {
     const Plan<N>& plan = plans_[scratch.slice];
-    const bool adds = segment.offset_group * problem_.channels_per_offset_group() < plan.begin;
+    const bool adds = !plan.starts_offset_group(segment.offset_group);
     A* const total = adds ? shared_by_point(scratch, segment.tap) : scratch.by_point.get();
     A* const by_point = segment.first ? total : scratch.more_by_point.get();
     Walk<A, N, LaidOut> walked{};
@@ -329,36 +327,6 @@ class Backward {
     if (segment.last && !adds)
       write_by_point(problem_, batch, segment.offset_group, segment.tap, begin, points, total, block_, false,
                      gradients_);
-  }
-
-  // Adds the columns of a chunk times the weight to the output of a block, [groups, points, rows].
-  void add_output(Scratch& scratch, const Chunk& chunk, int64_t points) const {
-    const Plan<N>& plan = plans_[scratch.slice];
-    const Weights<A, N>& weights = output_weights_[scratch.slice];
-    for (size_t p = chunk.first_product; p < chunk.last_product; ++p) {
-      const Product& product = plan.products[p];
-      const A* const columns = scratch.columns.get() + product.column;
-      A* const sums = scratch.sums.get() + (product.group - plan.first_group()) * points * pitch_;
-      if constexpr (has_pairs<A>) {
-        if (paired_) {
-          pair_columns(columns, points, product.depth, widest_, scratch.pairs.get(), widest_);
-          multiply(points, rows_, ceil_div(product.depth, 2), Left<Pair>{scratch.pairs.get(), widest_, 1},
-                   weights.template of<Pair>(p), sums, pitch_, true);
-          continue;
-        }
-      }
-      multiply(points, rows_, product.depth, Left<A>{columns, widest_, 1}, weights.template of<A>(p), sums, pitch_,
-               true);
-    }
-  }
-
-  void write_output(Scratch& scratch, int64_t batch, int64_t begin, int64_t points) const {
-    const Plan<N>& plan = plans_[scratch.slice];
-    for (int64_t g = 0; g < plan.groups(); ++g) {
-      const int64_t row = batch * problem_.out_channels + (plan.first_group() + g) * rows_;
-      write_turned(scratch.sums.get() + g * points * pitch_, pitch_, points, rows_, *output_,
-                   row * problem_.positions + begin, problem_.positions, g == 0 && adds_output(scratch));
-    }
   }
 
   // Adds the output's gradient times the columns of a chunk to the gradient by the weight.

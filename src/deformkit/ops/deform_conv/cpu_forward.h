@@ -2,8 +2,8 @@
 // multiplied at once by weights that were packed once, while its samples lie in the core's cache.
 #pragma once
 
+#include "deform_conv/cpu_products.h"
 #include "deform_conv/cpu_samples.h"
-#include "deform_conv/cpu_weights.h"
 
 namespace deformkit::conv {
 
@@ -84,8 +84,9 @@ class Forward {
         sample(scratch, chunk);
         problem_.is_narrow() ? multiply_narrow(scratch, chunk, points) : multiply(scratch, chunk, points);
       }
-      problem_.is_narrow() ? finish_narrow(scratch, units[u].batch, begin, points)
-                           : finish(scratch, units[u].batch, begin, points);
+      const int64_t batch = units[u].batch;
+      problem_.is_narrow() ? finish_narrow(scratch, batch, begin, points)
+                           : write_products(problem_, plan_, scratch.sums.get(), pitch_, batch, begin, points, output_);
     });
   }
 
@@ -106,15 +107,13 @@ class Forward {
           pitch(column_pitch<A>(f.plan_.widest)) {}
   };
 
-  bool starts_group(int64_t group) const { return group * problem_.group_channels >= plan_.begin; }
-
   void start(Scratch& scratch, int64_t points) const {
     const int64_t outer = problem_.is_narrow() ? rows_ : plan_.groups();
     std::fill_n(scratch.sums.get(), outer * points * pitch_, A(0));
     if (bias_.empty() || problem_.is_narrow()) return;
     for (int64_t g = 0; g < plan_.groups(); ++g) {
       const int64_t group = plan_.first_group() + g;
-      for (int64_t i = 0; starts_group(group) && i < points; ++i)
+      for (int64_t i = 0; plan_.starts_group(group) && i < points; ++i)
         std::copy_n(bias_.data() + group * rows_, rows_, scratch.sums.get() + (g * points + i) * pitch_);
     }
   }
@@ -133,26 +132,9 @@ class Forward {
   }
 
   void multiply(Scratch& scratch, const Chunk& chunk, int64_t points) const {
-    for (size_t p = chunk.first_product; p < chunk.last_product; ++p) {
-      const Product& product = plan_.products[p];
-      const A* const columns = scratch.columns.get() + product.column;
-      A* const sums = scratch.sums.get() + (product.group - plan_.first_group()) * points * pitch_;
-      if constexpr (has_pairs<A>) {
-        if (paired_) {
-          Pair* pairs = scratch.pairs.get();
-          if (samples_pairs_) {
-            pairs += product.column / 2;
-          } else {
-            pair_columns(columns, points, product.depth, scratch.pitch, pairs, pairs_pitch_);
-          }
-          deformkit::multiply(points, rows_, ceil_div(product.depth, 2), Left<Pair>{pairs, pairs_pitch_, 1},
-                              weights_.template of<Pair>(p), sums, pitch_, true);
-          continue;
-        }
-      }
-      deformkit::multiply(points, rows_, product.depth, Left<A>{columns, scratch.pitch, 1}, weights_.template of<A>(p),
-                          sums, pitch_, true);
-    }
+    const Columns<A> columns{samples_pairs_ ? nullptr : scratch.columns.get(), scratch.pitch,
+                             paired_ ? scratch.pairs.get() : nullptr, pairs_pitch_};
+    add_products(plan_, chunk, weights_, rows_, points, columns, scratch.sums.get(), pitch_);
   }
 
   void multiply_narrow(Scratch& scratch, const Chunk& chunk, int64_t points) const {
@@ -172,21 +154,13 @@ class Forward {
     return (batch * problem_.out_channels + out_channel) * problem_.positions + position;
   }
 
-  void finish(Scratch& scratch, int64_t batch, int64_t begin, int64_t points) const {
-    for (int64_t g = 0; g < plan_.groups(); ++g) {
-      const int64_t group = plan_.first_group() + g;
-      write_turned(scratch.sums.get() + g * points * pitch_, pitch_, points, rows_, output_,
-                   place(batch, group * rows_, begin), problem_.positions, !starts_group(group));
-    }
-  }
-
   void finish_narrow(Scratch& scratch, int64_t batch, int64_t begin, int64_t points) const {
     A* const line = scratch.line.get();
     for (int64_t r = 0; r < rows_; ++r)
       for (int64_t c = plan_.begin, next; c < plan_.end; c = next) {
         const int64_t group = c / problem_.group_channels, o = group * rows_ + r;
         next = std::min(plan_.end, (group + 1) * problem_.group_channels);
-        const bool starts = starts_group(group);
+        const bool starts = plan_.starts_group(group);
         std::fill_n(line, points, starts && !bias_.empty() ? bias_[o] : A(0));
         for (int64_t i = 0; i < points; ++i)
           for (int64_t own = c - plan_.begin; own < next - plan_.begin; ++own)

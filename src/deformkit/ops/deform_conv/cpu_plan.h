@@ -74,11 +74,13 @@ struct Plan {
   }
 
   int64_t channels() const { return end - begin; }
-  const Piece& piece_of(const Segment& segment) const {
-    return pieces[segment.offset_group - begin / problem.channels_per_offset_group()];
-  }
+  const Piece& piece_of(const Segment& segment) const { return pieces[segment.offset_group - first_offset_group()]; }
   int64_t first_group() const { return begin / problem.group_channels; }
   int64_t groups() const { return ceil_div(end, problem.group_channels) - first_group(); }
+  int64_t first_offset_group() const { return begin / problem.channels_per_offset_group(); }
+  // Whether no earlier slice has channels of a group: what is computed of those that several have adds up.
+  bool starts_group(int64_t group) const { return group * problem.group_channels >= begin; }
+  bool starts_offset_group(int64_t group) const { return group * problem.channels_per_offset_group() >= begin; }
 
  private:
   void add(int64_t offset_group, int64_t tap, int64_t last_tap, int64_t begin, int64_t end, int64_t low, int64_t high,
